@@ -1,0 +1,51 @@
+# Two commands: `make demo` and `make test`. Each makes `.venv` and installs what it needs on the first call.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PYTEST := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.PHONY: help install demo test test-slow lint format clean
+
+help:
+	@echo "make demo       on-policy distillation in miniature, about 4 minutes; results in demo_output/"
+	@echo "make test       lint, type check and the fast tests"
+	@echo "make test-slow  the slow tests: a second demo seed, fresh installations"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff rewrite the code"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.11 to 3.13 is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "==> Making $(VENV) with $$($(PYTHON) --version) (once; later calls install nothing)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "==> Installing trl_distill and the tools of its tests and demo: PyTorch, transformers, TRL (a few minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(STAMP)
+	@echo "==> Installed"
+
+demo: $(STAMP)
+	@HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python scripts/demo.py $(DEMO_ARGS)
+
+test: lint
+	@echo "==> Running the fast tests"
+	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP)
+	@echo "==> Running the slow tests"
+	@$(PYTEST) -m slow $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@echo "==> Checking format, lint and types"
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) demo_output build dist *.egg-info

@@ -1,0 +1,50 @@
+"""Tiny models, a tokenizer and datasets, made on the spot; nothing is fetched."""
+
+from __future__ import annotations
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import make_model, make_tokenizer
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)  # tiny matrices: threads cost more than they bring
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Dataset:
+    """32 prompts of unequal length."""
+    words = ["a", "b", "c", "d", "e", "f", "g", "h"]
+    return Dataset.from_dict({"prompt": [" ".join(words[i % 8 :][: 1 + i % 5] + [words[i // 8]]) for i in range(32)]})
+
+
+@pytest.fixture
+def student():
+    return make_model(seed=1)
+
+
+@pytest.fixture
+def teacher():
+    return make_model(seed=2, hidden_size=24)
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer):
+    """Folders of a saved student and teacher, tokenizer included."""
+    for name, seed, hidden_size in (("student", 1, 16), ("teacher", 2, 24)):
+        make_model(seed=seed, hidden_size=hidden_size).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path

@@ -1,0 +1,204 @@
+"""Value and gradient of the trainer's loss against naive autograd on full logits, for every kind of LM head."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import FAMILIES, VOCAB, batch, config, gradients, in_training, make_model, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trl_distill import OPDTrainer
+from trl_distill.objective import reverse_kl
+
+
+def make_trainer(tmp_path, tokenizer, prompts, student, teacher, **changes):
+    trainer = OPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config(tmp_path, **changes),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    return in_training(trainer)
+
+
+def naive_loss(student, teacher, inputs, temperature=1.0):
+    """The mean reverse KL over the completion tokens, from full logits."""
+    input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    length = inputs["completion_ids"].shape[1]
+    mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+    student_logits = student(input_ids=input_ids, attention_mask=attention_mask).logits.double()
+    with torch.no_grad():
+        teacher_logits = teacher(input_ids=input_ids, attention_mask=attention_mask).logits.double()
+    shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    log_q = (student_logits[:, -length - 1 : -1, :shared] / temperature).log_softmax(-1)
+    log_p = (teacher_logits[:, -length - 1 : -1, :shared] / temperature).log_softmax(-1)
+    per_token = (log_q.exp() * (log_q - log_p)).sum(-1)
+    torch.testing.assert_close(
+        per_token.float(),
+        reverse_kl(student_logits, teacher_logits, temperature)[:, -length - 1 : -1],
+        atol=1e-5,
+        rtol=1e-4,
+    )
+    return (per_token * mask).sum() / mask.sum()
+
+
+def compare(trainer, naive_student, naive_teacher, inputs, temperature=1.0):
+    loss = trainer.rollout_loss(trainer.model, inputs)
+    loss.backward()
+    expected = naive_loss(naive_student, naive_teacher, inputs, temperature)
+    expected.backward()
+    assert relative_error(loss.detach(), expected.detach()) < 1e-5
+    assert expected.item() > 0.05  # the case has something to learn
+    assert relative_error(gradients(trainer.model), gradients(naive_student)) < 1e-5
+
+
+CASES = {
+    "tied": {},
+    "untied": {"student": {"family": "untied"}},
+    "bias": {"student": {"family": "bias"}, "teacher": {"family": "bias"}},
+    "softcap": {"student": {"family": "softcap"}, "teacher": {"family": "softcap"}},
+    "scale": {"student": {"family": "scale"}, "teacher": {"family": "inverse_scale"}},
+    "inverse scale": {"student": {"family": "inverse_scale"}, "teacher": {"family": "softcap"}},
+    "temperature": {"temperature": 0.7},
+    "hot": {"temperature": 2.0, "student": {"family": "softcap"}},
+    "larger teacher vocabulary": {"teacher": {"vocab_size": VOCAB + 7}},
+    "larger teacher vocabulary, bias": {"teacher": {"family": "bias", "vocab_size": VOCAB + 7}},
+    "smaller teacher vocabulary": {"student": {"vocab_size": VOCAB + 5}},
+    "smaller teacher vocabulary, untied, bias": {"student": {"family": "bias", "vocab_size": VOCAB + 5}},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_gradient_equals_naive_autograd(tmp_path, tokenizer, prompts, case):
+    student = make_model(seed=1, **case.get("student", {}))
+    teacher = make_model(seed=2, hidden_size=24, head_dim=12, **case.get("teacher", {}))
+    naive_student, naive_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
+    temperature = case.get("temperature", 1.0)
+    trainer = make_trainer(tmp_path, tokenizer, prompts, student, teacher, temperature=temperature)
+    compare(trainer, naive_student, naive_teacher, batch(), temperature)
+
+
+def test_cases_cover_every_family():
+    assert {"tied", *(side["family"] for c in CASES.values() for side in c.values() if "family" in str(side))} == set(
+        FAMILIES
+    )
+
+
+def test_kl_temperature_is_apart_from_the_sampling_temperature(tmp_path, tokenizer, prompts, student, teacher):
+    naive = copy.deepcopy(student), copy.deepcopy(teacher)
+    trainer = make_trainer(tmp_path, tokenizer, prompts, student, teacher, temperature=0.6, kl_temperature=1.5)
+    compare(trainer, *naive, batch(), temperature=1.5)
+
+
+def test_gradient_of_lora(tmp_path, tokenizer, prompts, student, teacher):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(student, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    naive_student, naive_teacher = copy.deepcopy(model), copy.deepcopy(teacher)
+    trainer = make_trainer(tmp_path, tokenizer, prompts, model, teacher)
+    compare(trainer, naive_student, naive_teacher, batch())
+    assert all(p.grad is None for n, p in trainer.model.named_parameters() if "lora_" not in n)
+
+
+def test_tool_tokens_and_truncated_completions_stay_out(tmp_path, tokenizer, prompts, student, teacher):
+    naive = copy.deepcopy(student), copy.deepcopy(teacher)
+    trainer = make_trainer(tmp_path, tokenizer, prompts, student, teacher)
+    inputs = batch()
+    inputs["tool_mask"] = torch.ones_like(inputs["completion_mask"])
+    inputs["tool_mask"][1, 1:3] = 0
+    inputs["completion_mask"][2] = 0  # what `mask_truncated_completions` does to a truncated row
+    inputs["num_items_in_batch"] = (inputs["completion_mask"] * inputs["tool_mask"]).sum()
+    compare(trainer, *naive, inputs)
+
+
+def test_all_masked_micro_batch_gives_a_zero_that_can_be_differentiated(tmp_path, tokenizer, prompts, student, teacher):
+    trainer = make_trainer(tmp_path, tokenizer, prompts, student, teacher)
+    inputs = batch()
+    inputs["completion_mask"] = torch.zeros_like(inputs["completion_mask"])
+    loss = trainer.rollout_loss(trainer.model, inputs)
+    loss.backward()
+    assert loss.item() == 0
+    assert gradients(trainer.model).abs().max() == 0
+
+
+def test_student_equal_to_teacher_has_no_loss_and_no_gradient(tmp_path, tokenizer, prompts, student):
+    trainer = make_trainer(tmp_path, tokenizer, prompts, student, copy.deepcopy(student))
+    loss = trainer.rollout_loss(trainer.model, batch())
+    loss.backward()
+    assert loss.abs().item() < 1e-6
+    assert gradients(trainer.model).abs().max().item() < 1e-6
+
+
+@pytest.mark.parametrize("with_policy_term", [False, True])
+def test_fp32_head_under_bf16(tmp_path, tokenizer, prompts, with_policy_term):
+    """`cast_lm_head_to_fp32` projects both models in fp32: the logits keep more than bf16's eight bits."""
+    reward = {"entropy_coef": 0.0001} if with_policy_term else {}
+    losses = {}
+    for fp32_head in (False, True):
+        student, teacher = make_model("untied", seed=1), make_model("untied", seed=2)
+        trainer = make_trainer(
+            tmp_path, tokenizer, prompts, student, teacher, bf16=True, cast_lm_head_to_fp32=fp32_head, **reward
+        )
+        seen = []
+        original = torch.mm
+        torch_mm = pytest.MonkeyPatch()
+        torch_mm.setattr(torch, "mm", lambda a, b, **kw: (seen.append(a.clone()), original(a, b, **kw))[1])
+        losses[fp32_head] = trainer.rollout_loss(trainer.model, batch()).item()
+        torch_mm.undo()
+        weights = [m for m in seen if m.shape[-1] == 16]
+        assert weights
+    assert losses[True] == pytest.approx(losses[False], rel=0.05)
+    assert losses[True] != losses[False]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest number of elements that any operation put out, in forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("rewards", [None, [lambda completions, **_: [1.0] * len(completions)]], ids=["pure", "rewards"])
+def test_no_tensor_of_the_size_of_the_logits(tmp_path, tokenizer, prompts, monkeypatch, rewards):
+    import trl.kernels.chunked_divergence as divergence_kernel
+    import trl.kernels.chunked_logprob as logprob_kernel
+    import trl.trainer.utils as trl_utils
+
+    monkeypatch.setattr(divergence_kernel, "TOKEN_CHUNK_SIZE", 8)
+    monkeypatch.setattr(divergence_kernel, "VOCAB_CHUNK_SIZE", 64)
+    monkeypatch.setattr(logprob_kernel, "TOKEN_CHUNK_SIZE", 8)
+    monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    student, teacher = (make_model(seed=seed, vocab_size=2000) for seed in (1, 2))
+    inputs = batch(rows=8, prompt=4, completion=24)
+    judged = int(inputs["completion_mask"].sum())
+    limit = judged * 2000
+    naive = copy.deepcopy(student), copy.deepcopy(teacher)
+    trainer = OPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        reward_funcs=rewards,
+        args=config(tmp_path, per_device_train_batch_size=8, num_generations=2 if rewards else 1),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    in_training(trainer)
+    assert max(p.numel() for p in student.parameters()) < limit
+
+    with LargestTensor() as ours:
+        trainer.rollout_loss(trainer.model, inputs).backward()
+    with LargestTensor() as theirs:
+        naive_loss(*naive, inputs).backward()
+    assert ours.numel < limit
+    assert theirs.numel >= limit  # the measurement sees such a tensor where there is one

@@ -1,0 +1,143 @@
+"""Every contact with the inside of TRL: names that TRL does not document, each held by a test in `tests/contract/`.
+
+[`Seams`] turns the private methods and attributes of `GRPOTrainer` that we build on into public hooks, so that
+`trainer.py` reads as an ordinary subclass. Nothing here knows about teachers or divergences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from trl import GRPOConfig, GRPOTrainer
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path, get_config_model_id
+
+
+__all__ = [
+    "ChunkedDivergenceFunction",
+    "FusedCausalLMOutput",
+    "Seams",
+    "create_model_from_path",
+    "get_config_model_id",
+    "post_init_without_group_check",
+    "prepare_deepspeed",
+    "prepare_fsdp",
+]
+
+
+class _NeverBelow(int):
+    """An integer that denies being smaller than anything: what `GRPOConfig` asks before it refuses one generation."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+
+def post_init_without_group_check(config: GRPOConfig) -> None:
+    """
+    Run `GRPOConfig.__post_init__` on `config`, except for its demand of at least two generations per prompt.
+
+    A `num_generations` of `None` or 1 passes, and is left as it is. All other checks of TRL's run.
+    """
+    asked = config.num_generations
+    if asked is None or asked == 1:
+        config.num_generations = _NeverBelow(1)
+    try:
+        GRPOConfig.__post_init__(config)
+    finally:
+        config.num_generations = asked
+
+
+class Seams(GRPOTrainer):
+    """
+    `GRPOTrainer` with public names for the private ones that this package needs.
+
+    A subclass overrides [`~Seams.rollout_loss`] (what is minimised on a micro-batch) and sets `has_rewards`.
+    """
+
+    has_rewards: bool = True
+
+    # -- hooks: TRL calls the private name, subclasses override the public one ---------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        return self.rollout_loss(model, inputs)
+
+    def rollout_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Loss of one micro-batch, scaled for gradient accumulation. Here: TRL's policy loss."""
+        return self.policy_loss(model, inputs)
+
+    def policy_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """TRL's own loss, entropy bonus and MoE loss included. `model` is only ever called, once."""
+        return super()._compute_loss(model, inputs)
+
+    def _calculate_rewards(self, inputs: Any, prompts: list, completions: list, completion_ids_list: list):
+        if self.has_rewards:
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rows = len(prompts) * self.accelerator.num_processes  # TRL expects the rewards of all processes
+        return torch.zeros(rows, len(self.reward_funcs), device=self.accelerator.device)
+
+    # -- attributes --------------------------------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> str:
+        """"train" or "eval", as TRL tells them apart."""
+        return "train" if self.model.training else "eval"
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    @property
+    def has_side_terms(self) -> bool:
+        """Whether TRL's loss holds a term that needs no reward: the entropy bonus or the MoE load-balancing loss."""
+        return self._entropy_bonus_enabled or self.aux_loss_enabled
+
+    def record(self, name: str, value: float) -> None:
+        """Add one value to the metric `name`; TRL logs the mean of what was added since the last log."""
+        self._metrics[self.mode][name].append(value)
+
+    def forget(self, *prefixes: str) -> None:
+        """Drop all metrics whose name starts with one of `prefixes` from the next log."""
+        for metrics in self._metrics.values():
+            for name in [name for name in metrics if name.startswith(prefixes)]:
+                del metrics[name]
+
+    def drop_reward_column(self, name: str) -> None:
+        """Leave the reward function `name` out of the completions table."""
+        self._logs["rewards"].pop(name, None)
+
+    # -- the normaliser ----------------------------------------------------------------------------------------------
+
+    def reduce_per_token(self, per_token: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """
+        Sum a per-token loss as TRL sums its policy loss under the same `loss_type`, accumulation included.
+
+        Args:
+            per_token (`torch.Tensor` of shape `(B, C)`): a value for each completion token.
+            mask (`torch.Tensor` of shape `(B, C)`): 1 where a token counts.
+            inputs (`dict`): the micro-batch, for its `num_items_in_batch`.
+
+        Returns:
+            `torch.Tensor`: scalar.
+        """
+        training = self.mode == "train"
+        accumulation = self.current_gradient_accumulation_steps if training else 1
+        per_token = per_token * mask
+        if self.loss_type in ("grpo", "sapo"):
+            return (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).mean() / accumulation
+        if self.loss_type == "bnpo":
+            return per_token.sum() / mask.sum().clamp(min=1) / accumulation
+        if self.loss_type == "dr_grpo":
+            return per_token.sum() / (per_token.size(0) * self.max_completion_length) / accumulation
+        if self.loss_type == "luspo":
+            return per_token.sum(-1).mean() / accumulation
+        if self.loss_type in ("dapo", "cispo", "vespo"):
+            tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+            if training:  # the count spans the generation batch: rescale it to one optimizer step
+                tokens = tokens * accumulation / self.args.steps_per_generation
+            return per_token.sum() / tokens
+        raise ValueError(
+            f"loss_type={self.loss_type!r} is not known to this version of trl_distill. Use one of: dapo, dr_grpo, "
+            "grpo, bnpo, luspo, cispo, sapo, vespo."
+        )

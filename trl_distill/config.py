@@ -1,0 +1,182 @@
+"""`OPDConfig`: GRPO's configuration plus the few fields that a teacher needs, and the checks that need no model.
+
+Models, tensors and datasets are left to the trainer.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from trl import GRPOConfig
+
+from ._compat import post_init_without_group_check
+
+
+DIVERGENCES = ("reverse_kl",)
+KL_ESTIMATORS = ("full",)
+GENERATIONS_WITH_REWARDS = 8  # GRPO's own default
+GENERATIONS_WITHOUT = 1  # nothing is compared within a group, so more prompts beat more samples of one
+
+
+@dataclass
+class OPDConfig(GRPOConfig):
+    r"""
+    Configuration of [`OPDTrainer`]: all of [`~trl.GRPOConfig`], with the following added or changed.
+
+    > Parameters that control the teacher
+
+        beta (`float`, *optional*, defaults to `1.0`):
+            Weight of the divergence from the teacher, in units of reward per nat. `0.0` is plain GRPO: no teacher is
+            loaded.
+        teacher_model_name_or_path (`str`, *optional*):
+            Teacher for scripts. In Python, pass `teacher_model` to the trainer.
+        teacher_model_revision (`str`, *optional*):
+            Revision of the teacher on the hub.
+        teacher_model_init_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments for the teacher's `from_pretrained`. Its dtype is the checkpoint's own unless `dtype` is
+            given here.
+        assume_same_tokenizer (`bool`, *optional*, defaults to `False`):
+            Go on although the tokenizers of student and teacher differ. The divergence compares probabilities id by
+            id, so this is right only where the ids that matter mean the same to both.
+
+    > Parameters that control the divergence
+
+        divergence (`str`, *optional*, defaults to `"reverse_kl"`):
+            What is minimised at each token: `"reverse_kl"`, KL(student ‖ teacher).
+        kl_estimator (`str`, *optional*, defaults to `"full"`):
+            How it is computed: `"full"`, exactly, over the whole vocabulary.
+        kl_temperature (`float`, *optional*):
+            Softmax temperature of both models in the divergence. `None` is the sampling temperature.
+
+    > Parameters with another default than GRPO's
+
+        num_generations (`int`, *optional*):
+            Completions per prompt. `None` is resolved by the trainer: 8 with rewards, 1 without.
+        scale_rewards (`str` or `bool`, *optional*):
+            `None` is resolved by the trainer: `"none"` where `beta > 0` (dividing by the group's standard deviation
+            changes the optimum), else GRPO's default.
+
+    Raises:
+        ValueError: a value, or a combination, that cannot mean anything; the message says what to write instead.
+    """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+    beta: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the divergence from the teacher, in units of reward per nat. 0.0 is plain GRPO: no "
+            "teacher is loaded."
+        },
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher: a hub name or a local folder."}
+    )
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "Revision (branch, tag or commit) of the teacher on the hub."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for the teacher's `from_pretrained`, as JSON. Its dtype is the checkpoint's own "
+            "unless `dtype` is given here."
+        },
+    )
+    assume_same_tokenizer: bool = field(
+        default=False,
+        metadata={"help": "Go on although the tokenizers of student and teacher differ, for those who know better."},
+    )
+    divergence: str = field(
+        default="reverse_kl",
+        metadata={"help": "What is minimised at each token: KL(student || teacher).", "choices": list(DIVERGENCES)},
+    )
+    kl_estimator: str = field(
+        default="full",
+        metadata={"help": "Exactly, over the whole vocabulary.", "choices": list(KL_ESTIMATORS)},
+    )
+    kl_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Softmax temperature of both models in the divergence. Defaults to the sampling temperature."
+        },
+    )
+    num_generations: int | None = field(
+        default=None, metadata={"help": "Completions per prompt. Defaults to 8 with rewards, 1 without."}
+    )
+    scale_rewards: str | None = field(
+        default=None,
+        metadata={
+            "help": "How rewards are scaled: 'group', 'batch' or 'none'. Defaults to 'none' where `beta > 0`, since "
+            "scaling changes the optimum, else to GRPO's default."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        post_init_without_group_check(self)
+        self._check_values()
+
+    def _check_values(self) -> None:
+        if self.beta < 0:
+            raise ValueError(
+                f"`beta` is {self.beta}, but a negative weight would drive the student away from the teacher. Use a "
+                "positive value, or 0 for plain GRPO."
+            )
+        for name, allowed in (("divergence", DIVERGENCES), ("kl_estimator", KL_ESTIMATORS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; this version has {', '.join(allowed)}.")
+        if self.kl_temperature is not None and self.kl_temperature <= 0:
+            raise ValueError(f"`kl_temperature` is {self.kl_temperature}; it divides the logits, so it must be > 0.")
+        if self.num_generations is not None and self.num_generations < 1:
+            raise ValueError(f"`num_generations` is {self.num_generations}; at least one completion is needed.")
+        if self.sync_ref_model and self.beta > 0:
+            raise ValueError(
+                "`sync_ref_model=True` would write the student's weights into the teacher, which stands where TRL has "
+                "its reference model. Set `sync_ref_model=False`."
+            )
+
+    @classmethod
+    def from_grpo(cls, args: GRPOConfig) -> OPDConfig:
+        """The same settings as an `OPDConfig`; `beta` is kept (GRPO's default is 0.0), fields of ours get their default."""
+        config = object.__new__(cls)  # not through __init__: `args` is past its own __post_init__
+        for f in fields(cls):
+            default = f.default if f.default is not MISSING else None
+            setattr(config, f.name, getattr(args, f.name, default))
+        config.__dict__.update(vars(args))
+        config._check_values()
+        return config
+
+    def resolved(self, has_rewards: bool) -> OPDConfig:
+        """
+        A copy in which what depends on the rewards is settled: `num_generations` and `scale_rewards`.
+
+        Raises:
+            ValueError: one generation with rewards, or a generation batch that the group size does not divide.
+        """
+        config = copy.copy(self)
+        if config.scale_rewards is None:
+            config.scale_rewards = "none" if config.beta > 0 else GRPOConfig.scale_rewards
+        if config.num_generations is None:
+            config.num_generations = GENERATIONS_WITH_REWARDS if has_rewards else GENERATIONS_WITHOUT
+        group = config.num_generations
+        if has_rewards and group < 2:
+            raise ValueError(
+                "`num_generations` is 1, but rewards are compared within the completions of one prompt. Set it to 2 "
+                "or more, or leave it out (8)."
+            )
+        if config.generation_batch_size % group != 0:
+            raise ValueError(
+                f"The generation batch holds {config.generation_batch_size} completions, which `num_generations` "
+                f"({group}) does not divide. Change `num_generations`, or `per_device_train_batch_size`, "
+                "`gradient_accumulation_steps` or `generation_batch_size`."
+            )
+        group_eval = config.num_generations_eval or group
+        eval_batch = config.per_device_eval_batch_size * config.world_size
+        if config.do_eval and config.eval_strategy != "no" and eval_batch % group_eval != 0:
+            raise ValueError(
+                f"The global evaluation batch holds {eval_batch} completions, which the number of generations used "
+                f"for evaluation ({group_eval}) does not divide. Change `per_device_eval_batch_size` or "
+                "`num_generations_eval`."
+            )
+        return config

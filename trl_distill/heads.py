@@ -1,0 +1,226 @@
+"""The fused LM head: hidden states of student and teacher in, per-token divergence out, never a (B, T, V) tensor.
+
+One backbone pass of the student serves everything: TRL's log-probabilities and entropy, where the policy loss wants
+them, and the divergence. The projection runs in TRL's kernel, in tiles over tokens and vocabulary. It happens inside
+the (re-)patched `model.forward`, where DDP, ZeRO-3 and FSDP expect parameters to be used. What is done with the
+divergence is left to the trainer.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from ._compat import ChunkedDivergenceFunction, FusedCausalLMOutput
+from .signals import HiddenStates, Rollouts
+
+
+# The value of the kernel's `beta` that selects each divergence
+KERNEL_BETA = {"reverse_kl": 1.0}
+
+
+@dataclass
+class DistilledOutput(FusedCausalLMOutput):
+    """
+    Output of a student whose forward was given `rollouts` and a teacher's `signal`.
+
+    Attributes:
+        divergence (`torch.Tensor` of shape `(B, C)`): nats per completion token, 0 where `Rollouts.mask` is. Only the
+            student receives a gradient.
+        entropy (`torch.Tensor`): the student's entropy in nats; of shape `(B, C)` and without gradient where no policy
+            term was asked for, else TRL's own, of shape `(B, P + C - 1)`.
+    """
+
+    divergence: torch.Tensor | None = None
+
+
+class LMHead:
+    """
+    An output layer as it turns hidden states into logits: `softcap · tanh(scale · (h Wᵀ + b) / softcap)`.
+
+    Weight and bias are looked up at each use, since PEFT, FSDP and DeepSpeed replace them.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+        config = model.config.get_text_config()
+        self.logit_scale = logit_scale(config)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def weight(self) -> torch.Tensor:  # (V, H)
+        return self._model.get_output_embeddings().weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:  # (V,)
+        return getattr(self._model.get_output_embeddings(), "bias", None)
+
+
+def logit_scale(config: Any) -> float:
+    """What the model multiplies its logits by before the softmax; each model family has its own name for it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse, Falcon-H1
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)  # Granite, MiniCPM3 divide
+
+
+def exact_divergence(
+    student_hidden: torch.Tensor,  # (N, H_s)
+    student_head: LMHead,
+    signal: HiddenStates,  # (N, H_t)
+    divergence: str = "reverse_kl",
+    temperature: float = 1.0,
+    fp32_head: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Divergence between the next-token distributions of student and teacher over the whole shared vocabulary.
+
+    Where the vocabularies differ in size (padding rows), both distributions are renormalised over the ids that both
+    have. Hidden states may be in any dtype; under autocast they are projected in its dtype, accumulated in fp32.
+
+    Args:
+        student_hidden: hidden states of the N judged positions.
+        student_head: the student's output layer.
+        signal: the teacher's hidden states at the same N positions, and its output layer.
+        divergence: a key of `KERNEL_BETA`.
+        temperature: softmax temperature of both.
+        fp32_head: project in fp32, outside autocast (TRL's `cast_lm_head_to_fp32`).
+
+    Returns:
+        `tuple` of two `torch.Tensor` of shape `(N,)`, fp32, in nats: the divergence, with gradient to the student's
+        hidden states and head, and the student's entropy, without.
+    """
+    teacher_hidden, teacher_head = signal.hidden, signal.head
+    weight, bias = student_head.weight, student_head.bias
+    teacher_weight, teacher_bias = teacher_head.weight, teacher_head.bias
+    if weight.device != teacher_weight.device:
+        raise ValueError(
+            f"The student's LM head is on {weight.device}, the teacher's on {teacher_weight.device}. Both project the "
+            "same tokens, so place them on one device in their `device_map`."
+        )
+    student_hidden, teacher_hidden = student_hidden.to(weight.device), teacher_hidden.to(weight.device)
+    if teacher_weight.shape[0] < weight.shape[0]:  # the kernel itself cuts a teacher that is larger
+        shared = teacher_weight.shape[0]
+        weight, bias = weight[:shared], None if bias is None else bias[:shared]
+    context: Any = nullcontext()
+    if fp32_head:
+        student_hidden, teacher_hidden = student_hidden.float(), teacher_hidden.float()
+        context = torch.autocast(weight.device.type, enabled=False)
+    with context:
+        return ChunkedDivergenceFunction.apply(
+            student_hidden,
+            weight,
+            bias,
+            teacher_hidden,
+            teacher_weight,
+            teacher_bias,
+            KERNEL_BETA[divergence],
+            temperature,
+            student_head.logit_scale,
+            student_head.softcap,
+            teacher_head.logit_scale,
+            teacher_head.softcap,
+        )
+
+
+def add_teacher_forward(model: nn.Module) -> None:
+    """
+    Give a model a forward that ends before its LM head: `model(rollouts=rollouts)` returns [`HiddenStates`].
+
+    Called without `rollouts` the model behaves as before.
+    """
+    base = unwrap_adapter(model)
+    original_forward = base.forward
+    head = LMHead(base)
+
+    @functools.wraps(original_forward)  # keeps the signature, which `generate` inspects
+    def forward(self: PreTrainedModel, *args: Any, rollouts: Rollouts | None = None, **kwargs: Any) -> Any:
+        if rollouts is None:
+            return original_forward(*args, **kwargs)
+        output = self.base_model(*args, use_cache=False, **kwargs)
+        # A plain dataclass on purpose: accelerate would cast the tensors of a `ModelOutput` to fp32
+        return HiddenStates(_judged(output.last_hidden_state, rollouts.mask), head)
+
+    base.forward = types.MethodType(forward, base)
+
+
+def add_student_forward(model: nn.Module, divergence: str, temperature: float, fp32_head: bool = False) -> None:
+    """
+    Teach a student's forward to answer with the divergence from a teacher's signal, on top of TRL's fused LM head.
+
+    `model(input_ids, attention_mask, rollouts=..., signal=...)` returns a [`DistilledOutput`]. With TRL's
+    `fused_lm_head=True` it also carries what TRL's forward computes, from the same backbone pass; without, no
+    log-probabilities are computed. Called without `rollouts` the model behaves as before.
+    """
+    base = unwrap_adapter(model)
+    fused_forward = base.forward
+    head = LMHead(base)
+
+    @functools.wraps(fused_forward)
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        rollouts: Rollouts | None = None,
+        signal: HiddenStates | None = None,
+        fused_lm_head: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if rollouts is None or signal is None:
+            return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
+        if fused_lm_head:
+            with _last_hidden_state(self.base_model) as caught:
+                fields = dict(fused_forward(*args, fused_lm_head=True, **kwargs))
+            hidden = caught[0]
+        else:
+            fields = {}
+            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        mask = rollouts.mask
+        per_token, entropy = exact_divergence(
+            _judged(hidden, mask), head, signal, divergence, temperature, fp32_head
+        )
+        fields["divergence"] = _scatter(per_token, mask)
+        fields.setdefault("entropy", _scatter(entropy, mask))
+        return DistilledOutput(**fields)
+
+    base.forward = types.MethodType(forward, base)
+
+
+def unwrap_adapter(model: nn.Module) -> PreTrainedModel:
+    """The transformers model under a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if is_peft_model(model) else model  # type: ignore[return-value]
+
+
+def _judged(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Hidden states `(B, T, H)` at the positions that predict the judged ones of the last C tokens: `(N, H)`."""
+    completion_length = mask.shape[1]
+    # counted from the right: prompts may differ in length between teacher and student, or hold virtual tokens
+    return hidden[:, -completion_length - 1 : -1][mask.to(hidden.device)]
+
+
+def _scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`(N,)` back to `(B, C)`, zero elsewhere; stays connected to the graph when N is 0."""
+    mask = mask.to(values.device)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+@contextmanager
+def _last_hidden_state(backbone: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Catch the last hidden state of the one call of `backbone` in this context."""
+    caught: list[torch.Tensor] = []
+    hook = backbone.register_forward_hook(lambda _module, _args, output: caught.append(output.last_hidden_state))
+    try:
+        yield caught
+    finally:
+        hook.remove()

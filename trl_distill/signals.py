@@ -1,0 +1,56 @@
+"""What passes between student and teacher: the rollouts that are judged, and the signal that a teacher gives for them.
+
+Small dataclasses without behaviour of their own. How a signal is obtained is `teachers.py`'s business, what is computed
+from it that of `heads.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Rollouts:
+    """
+    A batch of sequences of which some completion tokens are judged. N is the number of judged tokens, `mask.sum()`.
+
+    Attributes:
+        input_ids (`torch.Tensor` of shape `(B, P + C)`): left-padded prompts, right-padded completions.
+        attention_mask (`torch.Tensor` of shape `(B, P + C)`): 0 on padding.
+        mask (`torch.Tensor` of shape `(B, C)`, bool): completion tokens that count: no padding, no tool output, no
+            truncated completion where those are masked.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    mask: torch.Tensor
+
+    @classmethod
+    def from_inputs(cls, inputs: dict[str, Any]) -> Rollouts:
+        """Build from a micro-batch of `GRPOTrainer`."""
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        return cls(
+            input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            mask=mask.bool(),
+        )
+
+
+@dataclass
+class HiddenStates:
+    """
+    The exact signal: what the teacher's LM head would be applied to, and that head. Never logits.
+
+    Attributes:
+        hidden (`torch.Tensor` of shape `(N, H)`): the teacher's last hidden state at each position that predicts a
+            judged token, in the row-major order of `Rollouts.mask`.
+        head ([`~trl_distill.heads.LMHead`]): turns them into log-probabilities over the teacher's vocabulary.
+    """
+
+    hidden: torch.Tensor
+    head: Any

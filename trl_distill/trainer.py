@@ -1,0 +1,286 @@
+"""`OPDTrainer`: GRPO with the reward set to zero and the teacher in the place of the reference model.
+
+It decides what is minimised and in which order things are asked for. The mathematics is in `objective.py` and
+`heads.py`, teachers are in `teachers.py`, what can be wrong before the first step in `checks.py`, and every private
+name of TRL in `_compat.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import textwrap
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from trl import GRPOConfig
+
+from . import checks
+from ._compat import Seams, get_config_model_id
+from .config import OPDConfig
+from .heads import DistilledOutput, add_student_forward, unwrap_adapter
+from .metrics import token_means
+from .signals import HiddenStates, Rollouts
+from .teachers import Teacher, load_teacher_tokenizer, make_teacher, teacher_config
+
+
+logger = logging.getLogger(__name__)
+
+def no_reward(completions: list, **_: Any) -> list[float]:
+    """Stands where TRL demands a reward source; never called."""
+    return [0.0] * len(completions)
+
+
+class OPDTrainer(Seams):
+    """
+    On-policy distillation: the student writes, the teacher judges every token, KL(student ‖ teacher) is minimised.
+
+        max E[ r(x, y) ] − beta · Σ_t KL( student(·|x, y_<t) ‖ teacher(·|x, y_<t) )
+
+    Without reward functions r is zero. With `beta = 0` this is [`~trl.GRPOTrainer`].
+
+    Example:
+
+    ```python
+    >>> from trl_distill import OPDConfig, OPDTrainer
+
+    >>> trainer = OPDTrainer(
+    ...     model="student",
+    ...     teacher_model="teacher",
+    ...     args=OPDConfig(output_dir="out"),
+    ...     train_dataset=dataset,  # a "prompt" column
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        teacher_model (`str`, [`~transformers.PreTrainedModel`], `PeftModel` or [`Teacher`], *optional*):
+            Who judges: a hub name or folder, a model, or anything with `score(rollouts)`. Needed where `beta > 0`;
+            `args.teacher_model_name_or_path` may stand in for it. A model is frozen, and its forward extended in place.
+        args ([`OPDConfig`], *optional*):
+            Settings. A [`~trl.GRPOConfig`] is taken as it is, with its `beta`.
+
+    All other arguments are those of [`~trl.GRPOTrainer`].
+
+    Raises:
+        ValueError: before anything is trained, where teacher, student, dataset or settings do not fit together.
+    """
+
+    _tag_names = ["trl", "trl_distill", "on-policy-distillation"]
+    _name = "On-Policy Distillation"
+    _paper = {
+        "title": "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+        "id": "2306.13649",
+        "citation": textwrap.dedent("""\
+            @inproceedings{agarwal2024onpolicy,
+                title        = {{On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes}},
+                author       = {Rishabh Agarwal and Nino Vieillard and Yongchao Zhou and Piotr Stanczyk and Sabela Ramos and Matthieu Geist and Olivier Bachem},
+                year         = 2024,
+                booktitle    = {The Twelfth International Conference on Learning Representations},
+                eprint       = {arXiv:2306.13649},
+            }
+            @inproceedings{gu2024minillm,
+                title        = {{MiniLLM: Knowledge Distillation of Large Language Models}},
+                author       = {Yuxian Gu and Li Dong and Furu Wei and Minlie Huang},
+                year         = 2024,
+                booktitle    = {The Twelfth International Conference on Learning Representations},
+                eprint       = {arXiv:2306.08543},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
+        *,
+        teacher_model: str | PreTrainedModel | Teacher | None = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = OPDConfig(f"{name.split('/')[-1]}-OPD")
+        elif not isinstance(args, OPDConfig):
+            args = OPDConfig.from_grpo(args)
+        if reward_funcs is not None and not isinstance(reward_funcs, list):
+            reward_funcs = [reward_funcs]
+        self.has_rewards = bool(reward_funcs) or _environment_rewards(environment_factory)
+        args = args.resolved(self.has_rewards)
+
+        #: weight of the teacher's term. TRL's own `self.beta` stays 0: it would ask for a reference model
+        self.teacher_beta: float = args.beta
+        self.teacher: Teacher | None = None
+        teacher_spec = self._teacher_spec(model, teacher_model, args) if args.beta > 0 else None
+        if teacher_spec is not None and train_dataset is not None and environment_factory is None:
+            checks.check_dataset(train_dataset, args.generation_batch_size // args.num_generations)
+
+        args.beta = 0.0
+        try:
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs or no_reward,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
+        finally:
+            args.beta = self.teacher_beta
+        if teacher_spec is not None:
+            self._add_teacher(teacher_spec)
+
+    @staticmethod
+    def _teacher_spec(model: Any, teacher_model: Any, args: OPDConfig) -> str | PreTrainedModel | Teacher:
+        """Who the teacher is, checked as far as that is possible before anything is loaded."""
+        named = args.teacher_model_name_or_path
+        if teacher_model is not None and named is not None and teacher_model != named:
+            raise ValueError(
+                f"Two teachers: `teacher_model` was passed, and `args.teacher_model_name_or_path` is {named!r}. Keep one."
+            )
+        spec = teacher_model if teacher_model is not None else named
+        if spec is None:
+            raise ValueError(
+                f"There is no teacher, but `beta` is {args.beta}. Pass `teacher_model=...` (or "
+                "`--teacher_model_name_or_path`), or set `beta=0` for plain GRPO. A PEFT student's own base model is "
+                "not taken in its place."
+            )
+        if isinstance(model, nn.Module):
+            if spec is model:
+                raise ValueError("`teacher_model` is the student itself: it would be frozen, and the divergence is 0.")
+            checks.check_text_only(unwrap_adapter(model).config, "student")
+        if not isinstance(spec, Teacher):
+            checks.check_text_only(teacher_config(spec, args), "teacher")
+        return spec
+
+    def _add_teacher(self, spec: str | PreTrainedModel | Teacher) -> None:
+        """Check that teacher and student fit, load the teacher, and let the student's forward answer its signal."""
+        args: OPDConfig = self.args
+        student = unwrap_adapter(self.model)
+        checks.check_text_only(student.config, "student")
+        student_size = student.config.get_text_config().vocab_size
+        if not isinstance(spec, Teacher):
+            checks.check_same_tokenizer(
+                self.tokenizer, load_teacher_tokenizer(spec, args), assume_same=args.assume_same_tokenizer
+            )
+            teacher_size = teacher_config(spec, args).get_text_config().vocab_size
+            checks.check_teacher_vocabulary(self.tokenizer, teacher_size, args.assume_same_tokenizer)
+            self._stay_inside_vocabulary(teacher_size, student_size)
+        checks.check_checkpoint_boundary(
+            args.save_steps if args.save_strategy == "steps" else 0,
+            args.gradient_accumulation_steps,
+            args.steps_per_generation * args.num_iterations,
+        )
+        self.teacher = make_teacher(spec, args, self.accelerator, student_size)
+        self.ref_model = getattr(self.teacher, "model", None)  # where TRL keeps the model that the KL is taken to
+        add_student_forward(
+            student,
+            divergence=args.divergence,
+            temperature=args.kl_temperature or args.temperature,
+            fp32_head=args.cast_lm_head_to_fp32,
+        )
+
+    def _stay_inside_vocabulary(self, teacher_size: int, student_size: int) -> None:
+        """Keep rollouts to ids that the teacher has an opinion on, where its vocabulary is padded less."""
+        if teacher_size >= student_size:
+            return
+        remedy = (
+            "Pad the teacher instead: `teacher.resize_token_embeddings(...)` to the student's "
+            f"{student_size} rows, save it, and use that."
+        )
+        if self.use_vllm:
+            raise ValueError(
+                f"The teacher's vocabulary ({teacher_size}) is smaller than the student's ({student_size}), and vLLM "
+                f"rollouts cannot be kept inside it yet. {remedy}"
+            )
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                f"The teacher's vocabulary ({teacher_size}) is smaller than the student's ({student_size}), which is "
+                f"not supported under ZeRO-3 yet. {remedy}"
+            )
+        suppressed = [*(self.generation_config.suppress_tokens or []), *range(teacher_size, student_size)]
+        self.generation_config.suppress_tokens = suppressed
+        self.generation_kwargs["suppress_tokens"] = suppressed
+        logger.warning(
+            f"The teacher's vocabulary ends at {teacher_size}, the student's at {student_size}: the student's last "
+            f"{student_size - teacher_size} ids are left out of the divergence and suppressed in rollouts."
+        )
+
+    def rollout_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """TRL's policy loss plus beta times the divergence from the teacher, from one forward of the student."""
+        if self.teacher is None:
+            return self.policy_loss(model, inputs)
+        rollouts = Rollouts.from_inputs(inputs)
+        judged = _JudgedModel(model, rollouts, self.teacher.score(rollouts))
+        if self.has_rewards or self.has_side_terms:
+            loss = self.policy_loss(judged, inputs)
+        else:  # no policy term: no log-probabilities either
+            with self.accelerator.autocast():
+                judged(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask)
+            loss = 0.0
+        output = judged.output
+        divergence, mask = output.divergence, rollouts.mask.to(output.divergence.device)
+        quantities = {f"distill/{self.args.divergence}": divergence}
+        if output.log_probs is None:  # else TRL logs the entropy itself
+            quantities["entropy"] = output.entropy
+        for name, mean in token_means(self.accelerator, mask, **quantities).items():
+            self.record(name, mean)
+        return loss + self.teacher_beta * self.reduce_per_token(divergence, mask, inputs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not self.has_rewards:  # the placeholder's zeros say nothing
+            self.forget("reward", "frac_reward_zero_std")
+            self.drop_reward_column(no_reward.__name__)
+        super().log(logs, start_time)
+
+
+class _JudgedModel:
+    """
+    Calls the student with a teacher's signal added, once, and remembers the output.
+
+    TRL's loss only ever calls its `model`, so this gives it its log-probabilities and us the divergence of the same
+    forward.
+    """
+
+    def __init__(self, model: nn.Module, rollouts: Rollouts, signal: HiddenStates):
+        self._model, self._rollouts, self._signal = model, rollouts, signal
+        self._output: DistilledOutput | None = None
+
+    def __call__(self, **inputs: Any) -> DistilledOutput:
+        if self._output is not None:
+            raise RuntimeError("TRL called the student twice for one micro-batch; the divergence would be ambiguous.")
+        self._output = self._model(**inputs, rollouts=self._rollouts, signal=self._signal)
+        return self._output
+
+    @property
+    def output(self) -> Any:
+        if self._output is None:
+            raise RuntimeError("TRL's policy loss did not call the student, so there is no divergence to add.")
+        return self._output
+
+
+def _environment_rewards(factory: Any) -> bool:
+    """Whether an `environment_factory` (one, or several by name) brings a reward of its own."""
+    if factory is None:
+        return False
+    factories = factory.values() if isinstance(factory, dict) else [factory]
+    return any(hasattr(f if inspect.isclass(f) else f(), "get_reward") for f in factories)
