@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from trl import GRPOConfig, GRPOTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path, get_config_model_id
+from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, create_model_from_path, get_config_model_id
 
 
 __all__ = [
@@ -49,6 +50,29 @@ def post_init_without_group_check(config: GRPOConfig) -> None:
         config.num_generations = asked
 
 
+class ReplayingSampler(RepeatSampler):
+    """
+    TRL's sampler, which on its first pass skips the permutations of the epochs that were trained before a resume.
+
+    TRL's own begins each resumed run with the first epoch's order again.
+
+    Args:
+        sampler (`RepeatSampler`): whose settings and generator are taken over.
+        epochs_done (`Callable[[], int]`): asked at the first pass, when the checkpoint's state is known.
+    """
+
+    def __init__(self, sampler: RepeatSampler, epochs_done: Callable[[], int]):
+        self.__dict__.update(vars(sampler))
+        self._epochs_done: Callable[[], int] | None = epochs_done
+
+    def __iter__(self) -> Iterator[int]:
+        if self._epochs_done is not None and self.shuffle:
+            for _ in range(self._epochs_done()):
+                torch.randperm(self.num_samples, generator=self.generator)
+        self._epochs_done = None
+        yield from super().__iter__()
+
+
 class Seams(GRPOTrainer):
     """
     `GRPOTrainer` with public names for the private ones that this package needs.
@@ -76,6 +100,9 @@ class Seams(GRPOTrainer):
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         rows = len(prompts) * self.accelerator.num_processes  # TRL expects the rewards of all processes
         return torch.zeros(rows, len(self.reward_funcs), device=self.accelerator.device)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return ReplayingSampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
     # -- attributes --------------------------------------------------------------------------------------------------
 
