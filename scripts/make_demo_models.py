@@ -135,7 +135,15 @@ def main() -> None:
         tokenizer = make_tokenizer()
         teacher = make_model(tokenizer, hidden_size=128, layers=4, heads=4)
         rows = problems(100_000, seed=1)
-        sft(teacher, tokenizer, as_conversation(rows, list(rows["solution"])), options.teacher_steps, 128, 2e-3, options.seed)
+        sft(
+            teacher,
+            tokenizer,
+            as_conversation(rows, list(rows["solution"])),
+            options.teacher_steps,
+            128,
+            2e-3,
+            options.seed,
+        )
         teacher.save_pretrained(options.output_dir / "teacher")
         tokenizer.save_pretrained(options.output_dir / "teacher")
     else:

@@ -146,9 +146,7 @@ def test_cast_lm_head_to_fp32_projects_both_models_in_fp32(tmp_path, tokenizer, 
 
     monkeypatch.setattr("trl_distill.heads.ChunkedDivergenceFunction", Recorder)
     student, teacher = make_model("untied", seed=1), make_model("untied", seed=2)
-    trainer = make_trainer(
-        tmp_path, tokenizer, prompts, student, teacher, bf16=True, cast_lm_head_to_fp32=fp32_head
-    )
+    trainer = make_trainer(tmp_path, tokenizer, prompts, student, teacher, bf16=True, cast_lm_head_to_fp32=fp32_head)
     loss = trainer.rollout_loss(trainer.model, batch())
     assert loss.dtype == torch.float32
     assert seen["autocast"] is not fp32_head
@@ -170,7 +168,9 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("rewards", [None, [lambda completions, **_: [1.0] * len(completions)]], ids=["pure", "rewards"])
+@pytest.mark.parametrize(
+    "rewards", [None, [lambda completions, **_: [1.0] * len(completions)]], ids=["pure", "rewards"]
+)
 def test_no_tensor_of_the_size_of_the_logits(tmp_path, tokenizer, prompts, monkeypatch, rewards):
     import trl.kernels.chunked_divergence as divergence_kernel
     import trl.kernels.chunked_logprob as logprob_kernel

@@ -165,9 +165,9 @@ def test_both_forwards_run_in_bf16(tmp_path, tokenizer, prompts, student, teache
     assert seen["teacher"] == {(False, torch.bfloat16)}
     assert all(loss > 0 for loss in logged(trainer, "loss"))
     trainer.save_model(str(tmp_path / "saved"))
-    assert relative_error(
-        parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), parameters(student)
-    ) < 1e-6
+    assert (
+        relative_error(parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), parameters(student)) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("resume_at", [2, 4, 6])

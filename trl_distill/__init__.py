@@ -7,4 +7,3 @@ from .trainer import OPDTrainer
 
 
 __all__ = ["OPDConfig", "OPDTrainer", "Teacher", "__version__"]
-

@@ -108,7 +108,7 @@ class Seams(GRPOTrainer):
 
     @property
     def mode(self) -> str:
-        """"train" or "eval", as TRL tells them apart."""
+        """ "train" or "eval", as TRL tells them apart."""
         return "train" if self.model.training else "eval"
 
     @property

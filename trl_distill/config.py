@@ -114,8 +114,8 @@ class OPDConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        post_init_without_group_check(self)
         self._check_values()
+        post_init_without_group_check(self)
 
     def _check_values(self) -> None:
         if self.beta < 0:

@@ -187,9 +187,7 @@ def add_student_forward(model: nn.Module, divergence: str, temperature: float, f
             fields = {}
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         mask = rollouts.mask
-        per_token, entropy = exact_divergence(
-            _judged(hidden, mask), head, signal, divergence, temperature, fp32_head
-        )
+        per_token, entropy = exact_divergence(_judged(hidden, mask), head, signal, divergence, temperature, fp32_head)
         fields["divergence"] = _scatter(per_token, mask)
         fields.setdefault("entropy", _scatter(entropy, mask))
         return DistilledOutput(**fields)

@@ -28,6 +28,7 @@ from .teachers import Teacher, load_teacher_tokenizer, make_teacher, teacher_con
 
 logger = logging.getLogger(__name__)
 
+
 def no_reward(completions: list, **_: Any) -> list[float]:
     """Stands where TRL demands a reward source; never called."""
     return [0.0] * len(completions)

@@ -1,0 +1,102 @@
+"""Distil a teacher into a student on the student's own rollouts, with or without rewards.
+
+    accelerate launch scripts/opd.py \\
+        --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-4B \\
+        --dataset_name prompts.jsonl --learning_rate 1e-5 --max_completion_length 1024 --output_dir out
+
+`--dataset_name` is a name on the hub, a local folder or a `.jsonl` file, with a "prompt" column (text or messages).
+Arguments are TRL's own: those of `ScriptArguments`, `ModelConfig` (`--use_peft`, `--lora_r`, `--dtype` ...) and
+`OPDConfig`, which holds all of `GRPOConfig`; they may also stand in a YAML file given as `--config`. Rewards come by
+import path: `--reward_funcs my_module.my_reward` (importable from here), or a name from `trl.rewards`.
+
+Left out on purpose: data preparation, and any default that differs from `OPDConfig`'s.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from trl_distill import OPDConfig, OPDTrainer
+from trl_distill.data import load_splits, take_split
+
+
+@dataclass
+class OPDScriptArguments(ScriptArguments):
+    """
+    Arguments of this script beside the model's and the trainer's.
+
+    Args:
+        reward_funcs (`list[str]`, *optional*):
+            Import paths of reward functions, `package.module.function`, or names from `trl.rewards`.
+    """
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions by import path (`package.module.function`) or by their name in trl.rewards."
+        },
+    )
+
+
+def import_reward(path: str) -> Callable:
+    """The function that an import path names; the current directory is searched too."""
+    module_name, _, name = path.replace(":", ".").rpartition(".")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name or "trl.rewards"), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"The reward function {path!r} could not be imported ({error}). Write `package.module.function`, importable "
+            "from the current directory, or the name of a function in `trl.rewards`."
+        ) from error
+    finally:
+        sys.path.pop(0)
+
+
+def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConfig) -> None:
+    if model_args.model_name_or_path is None:
+        raise ValueError("There is no student. Name it with `--model_name_or_path`.")
+    if script_args.dataset_name is None:
+        raise ValueError("There is no dataset. Name it with `--dataset_name`: a hub name, a folder or a `.jsonl` file.")
+    rewards = [import_reward(path) for path in script_args.reward_funcs or []]
+    splits = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+    train = take_split(splits, script_args.dataset_train_split, "training")
+    evaluate = None
+    if args.eval_strategy != "no":
+        evaluate = take_split(splits, script_args.dataset_test_split, "evaluation")
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+
+    trainer = OPDTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=rewards or None,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluate,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    resume = args.resume_from_checkpoint
+    if resume == "auto":
+        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    what = "The adapter" if model_args.use_peft else "The model"
+    trainer.accelerator.print(f"Done after {trainer.state.global_step} steps. {what} is in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main(*TrlParser((OPDScriptArguments, OPDConfig, ModelConfig)).parse_args_and_config())

@@ -1,0 +1,173 @@
+"""Bad input: a clear error before any training step, that says what to change."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from datasets import Dataset
+from helpers import VOCAB, WORDS, config, make_model, make_tokenizer
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from trl_distill import OPDTrainer, checks
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer, prompts, student, teacher):
+    """Builds a trainer from good input in which a test replaces one thing."""
+
+    def build(**changes):
+        settings = {
+            "model": student,
+            "teacher_model": teacher,
+            "train_dataset": prompts,
+            "processing_class": tokenizer,
+            "args": config(tmp_path),
+        }
+        return OPDTrainer(**{**settings, **changes})
+
+    return build
+
+
+def test_good_input_passes(make):
+    make()
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_no_teacher(make, student, peft):
+    from peft import LoraConfig, get_peft_model
+
+    changes = {"model": get_peft_model(student, LoraConfig(r=2, target_modules=["q_proj"]))} if peft else {}
+    with pytest.raises(ValueError, match="There is no teacher, but `beta` is 1.0"):
+        make(teacher_model=None, **changes)
+
+
+def test_two_teachers(make, tmp_path):
+    with pytest.raises(ValueError, match="Two teachers"):
+        make(args=config(tmp_path, teacher_model_name_or_path="other"))
+
+
+def test_teacher_is_the_student(make, student):
+    with pytest.raises(ValueError, match="is the student itself"):
+        make(teacher_model=student)
+
+
+def test_teacher_is_nothing_of_the_kind(make):
+    with pytest.raises(TypeError, match="is a int; give a hub name"):
+        make(teacher_model=7)
+
+
+def test_teacher_path_that_does_not_exist(make, tmp_path):
+    with pytest.raises(ValueError, match="could not be found"):
+        make(teacher_model=str(tmp_path / "nowhere"))
+
+
+def test_init_kwargs_for_a_teacher_that_is_loaded(make, tmp_path):
+    with pytest.raises(ValueError, match="loaded already"):
+        make(args=config(tmp_path, teacher_model_init_kwargs={"dtype": "float32"}))
+
+
+def vision_model():
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": VOCAB,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+        },
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2},
+    )
+    return Qwen2VLForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_vision_language_model(make, whose):
+    with pytest.raises(ValueError, match=f"The {whose} is a vision-language model"):
+        make(**{{"student": "model", "teacher": "teacher_model"}[whose]: vision_model()})
+
+
+def test_vision_language_student_by_name(make, tmp_path):
+    vision_model().save_pretrained(tmp_path / "vision")
+    with pytest.raises(ValueError, match="The student is a vision-language model"):
+        make(model=str(tmp_path / "vision"))
+
+
+@pytest.fixture
+def other_tokenizer():
+    return make_tokenizer([*WORDS[:5], "zz", *WORDS[6:]])
+
+
+def test_other_tokenizer(make, saved, other_tokenizer, caplog):
+    other_tokenizer.save_pretrained(saved / "teacher")
+    with pytest.raises(ValueError, match=r"differ in 1 of 29 ids.*5: 'd' against 'zz'"):
+        make(teacher_model=str(saved / "teacher"))
+    make(
+        teacher_model=str(saved / "teacher"), args=config(saved, assume_same_tokenizer=True)
+    )  # for those who know better
+    assert "Going on, as `assume_same_tokenizer=True` asks" in caplog.text
+
+
+def test_tokenizer_with_more_ids_than_the_teacher_has(make, prompts):
+    with pytest.raises(ValueError, match="produces ids up to 31, but the teacher's vocabulary ends at 28"):
+        make(model=make_model(seed=1, vocab_size=32), processing_class=make_tokenizer([*WORDS, "x1", "x2", "x3"]))
+
+
+def test_padded_vocabularies_of_one_tokenizer_pass(make, saved):
+    make_model(seed=2, vocab_size=VOCAB + 9).save_pretrained(saved / "teacher")
+    make(teacher_model=str(saved / "teacher"))
+
+
+def test_teacher_without_a_tokenizer_is_said(make, caplog):
+    make()
+    assert "The teacher came without a tokenizer" in caplog.text
+
+
+def test_adapter_on_the_lm_head(make):
+    from peft import LoraConfig
+
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        make(model=make_model("untied"), peft_config=LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (Dataset.from_dict({"question": ["a"] * 8}), r"no 'prompt' column; it has \['question'\]"),
+        (Dataset.from_dict({"prompt": []}), "training dataset is empty"),
+        (Dataset.from_dict({"prompt": ["a"] * 3}), "has 3 prompts, but one generation batch takes 4"),
+    ],
+)
+def test_dataset(make, dataset, message):
+    with pytest.raises(ValueError, match=message):
+        make(train_dataset=dataset)
+
+
+def test_streaming_dataset_without_prompts(make, tmp_path):
+    stream = Dataset.from_dict({"question": ["a"] * 8}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="no 'prompt' column"):
+        make(train_dataset=stream)
+
+
+def test_smaller_teacher_vocabulary_with_vllm(make, tmp_path, monkeypatch):
+    trainer = make()
+    trainer.use_vllm = True
+    with pytest.raises(ValueError, match="vLLM rollouts cannot be kept inside it"):
+        trainer._stay_inside_vocabulary(VOCAB, VOCAB + 1)
+
+
+def test_checkpoint_boundary(caplog):
+    checks.check_checkpoint_boundary(save_steps=4, accumulation=2, generate_every=8)
+    checks.check_checkpoint_boundary(save_steps=0.5, accumulation=1, generate_every=8)
+    assert not caplog.text
+    checks.check_checkpoint_boundary(save_steps=5, accumulation=2, generate_every=8)
+    assert "lasts 4 optimizer steps" in caplog.text
+
+
+def test_the_student_is_not_touched_by_a_refusal(make, student):
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(ValueError, match="no teacher"):
+        make(teacher_model=None)
+    assert all((before[name] == value).all() for name, value in student.state_dict().items())

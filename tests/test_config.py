@@ -1,0 +1,94 @@
+"""Settings: what is resolved, what is refused, and that TRL's own checks still run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from helpers import config
+from transformers import HfArgumentParser
+from trl import GRPOConfig
+
+from trl_distill import OPDConfig
+
+
+def test_defaults_are_those_of_the_documentation():
+    fields = {f.name: f.default for f in dataclasses.fields(OPDConfig)}
+    assert fields["beta"] == 1.0
+    assert fields["divergence"] == "reverse_kl"
+    assert fields["kl_estimator"] == "full"
+    assert fields["num_generations"] is fields["scale_rewards"] is fields["kl_temperature"] is None
+
+
+def test_what_depends_on_rewards_is_resolved_in_a_copy(tmp_path):
+    asked = config(tmp_path, per_device_train_batch_size=8)
+    with_rewards, without = asked.resolved(has_rewards=True), asked.resolved(has_rewards=False)
+    assert (with_rewards.num_generations, without.num_generations) == (8, 1)
+    assert with_rewards.scale_rewards == without.scale_rewards == "none"
+    assert asked.num_generations is None
+    assert asked.scale_rewards is None
+
+
+def test_scale_rewards_is_grpos_without_a_teacher(tmp_path):
+    assert config(tmp_path, beta=0.0, per_device_train_batch_size=8).resolved(True).scale_rewards == "group"
+    assert config(tmp_path, scale_rewards="batch").resolved(False).scale_rewards == "batch"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": -0.1}, "negative weight would drive the student away"),
+        ({"sync_ref_model": True}, "write the student's weights into the teacher"),
+        ({"divergence": "total_variation"}, "this version has reverse_kl"),
+        ({"kl_estimator": "k3"}, "this version has full"),
+        ({"kl_temperature": 0.0}, "must be > 0"),
+        ({"num_generations": 0}, "at least one completion"),
+        ({"num_generations": 3}, "must be divisible by num_generations"),  # TRL's own
+        ({"steps_per_generation": 2, "generation_batch_size": 8}, "can not be both configured"),  # TRL's own
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),  # TRL's own
+    ],
+)
+def test_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_generations": 1}, "compared within the completions of one prompt"),
+        ({"per_device_train_batch_size": 6}, r"holds 6 completions, which `num_generations` \(8\)"),
+        (
+            {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4, "eval_strategy": "steps"},
+            r"evaluation batch holds 4 completions",
+        ),
+    ],
+)
+def test_refused_once_rewards_are_known(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **changes).resolved(has_rewards=True)
+
+
+def test_a_json_string_becomes_the_teachers_keyword_arguments(tmp_path):
+    args = config(tmp_path, teacher_model_init_kwargs='{"dtype": "float32"}')
+    assert args.teacher_model_init_kwargs == {"dtype": "float32"}
+
+
+def test_the_command_line_knows_every_field():
+    parser = HfArgumentParser(OPDConfig)
+    (args,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", "x", "--beta", "0.5", "--teacher_model_name_or_path", "t", "--bf16", "false", "--use_cpu"]
+    )
+    assert args.beta == 0.5
+    assert args.num_generations is None
+    assert args.teacher_model_name_or_path == "t"
+    assert "--kl_temperature" in parser.format_help()  # renders, so no help text holds a stray "%"
+
+
+def test_from_grpo_keeps_everything(tmp_path):
+    grpo = GRPOConfig(output_dir=str(tmp_path), beta=0.25, num_generations=4, temperature=0.5, bf16=False, use_cpu=True)
+    ours = OPDConfig.from_grpo(grpo)
+    for field in dataclasses.fields(GRPOConfig):
+        assert getattr(ours, field.name) == getattr(grpo, field.name), field.name
+    assert ours.divergence == "reverse_kl"
+    assert isinstance(ours, OPDConfig)

@@ -1,0 +1,63 @@
+"""Datasets for scripts: one name on the command line may be a local file, a local folder or a dataset on the hub.
+
+What the trainer needs of a dataset is checked in `checks.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+
+JSON_SUFFIXES = (".jsonl", ".json")
+
+
+def load_splits(name: str, config: str | None = None, streaming: bool = False) -> Any:
+    """
+    All splits of a dataset.
+
+    Args:
+        name (`str`): a `.jsonl` file (one object per line, split "train"), a folder that `save_to_disk` wrote, a
+            folder of data files, or a name on the hub.
+        config (`str`, *optional*): the configuration, for the last two.
+        streaming (`bool`): read while training instead of beforehand.
+
+    Returns:
+        `DatasetDict` or `IterableDatasetDict`.
+
+    Raises:
+        ValueError: nothing is found under that name, or a file cannot be read.
+    """
+    path = Path(name)
+    try:
+        if path.suffix in JSON_SUFFIXES:
+            if not path.is_file():
+                raise ValueError(f"The dataset file {name!r} does not exist.")
+            return load_dataset("json", data_files={"train": str(path)}, streaming=streaming)
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            dataset = load_from_disk(name)
+            return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
+        return load_dataset(name, name=config, streaming=streaming)
+    except DatasetGenerationError as error:
+        raise ValueError(
+            f"The dataset {name!r} could not be read: {error.__cause__ or error}. A `.jsonl` file holds one JSON object "
+            "per line, all with the same keys."
+        ) from error
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"The dataset {name!r} could not be found: it is no local file or folder, and the hub did not give it. "
+            f"({error})"
+        ) from error
+
+
+def take_split(splits: Any, split: str, purpose: str) -> Any:
+    """One split, or a `ValueError` that lists those that exist."""
+    if split not in splits:
+        raise ValueError(
+            f"The dataset has no split {split!r} for {purpose}; it has {', '.join(splits)}. Name one of them with "
+            f"`--dataset_{'train' if purpose == 'training' else 'test'}_split`."
+        )
+    return splits[split]
