@@ -39,9 +39,7 @@ class OPDScriptArguments(ScriptArguments):
 
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Reward functions by import path (`package.module.function`) or by their name in trl.rewards."
-        },
+        metadata={"help": "Rewards: import paths (`package.module.function`) or names from trl.rewards."},
     )
 
 
@@ -75,7 +73,7 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),
+        **(args.model_init_kwargs or {}),  # type: ignore[dict-item]
     }
 
     trainer = OPDTrainer(
@@ -89,7 +87,7 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
     )
     resume = args.resume_from_checkpoint
     if resume == "auto":
-        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir or "") else None
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
@@ -99,4 +97,5 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
 
 
 if __name__ == "__main__":
-    main(*TrlParser((OPDScriptArguments, OPDConfig, ModelConfig)).parse_args_and_config())
+    parser = TrlParser([OPDScriptArguments, OPDConfig, ModelConfig])  # type: ignore[list-item]
+    main(*parser.parse_args_and_config())

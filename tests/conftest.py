@@ -28,7 +28,7 @@ def tokenizer():
 def prompts() -> Dataset:
     """32 prompts of unequal length."""
     words = ["a", "b", "c", "d", "e", "f", "g", "h"]
-    return Dataset.from_dict({"prompt": [" ".join(words[i % 8 :][: 1 + i % 5] + [words[i // 8]]) for i in range(32)]})
+    return Dataset.from_dict({"prompt": [" ".join([*words[i % 8 :][: 1 + i % 5], words[i // 8]]) for i in range(32)]})
 
 
 @pytest.fixture

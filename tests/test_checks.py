@@ -38,8 +38,13 @@ def test_no_teacher(make, student, peft):
     from peft import LoraConfig, get_peft_model
 
     changes = {"model": get_peft_model(student, LoraConfig(r=2, target_modules=["q_proj"]))} if peft else {}
-    with pytest.raises(ValueError, match="There is no teacher, but `beta` is 1.0"):
+    with pytest.raises(ValueError, match=r"There is no teacher, but `beta` is 1\.0"):
         make(teacher_model=None, **changes)
+
+
+def test_neither_teacher_nor_reward(make, tmp_path):
+    with pytest.raises(ValueError, match="No reward source provided"):
+        make(args=config(tmp_path, beta=0.0, num_generations=2))
 
 
 def test_two_teachers(make, tmp_path):

@@ -262,7 +262,7 @@ def test_peft_teacher(tmp_path, tokenizer, prompts, student, teacher):
     merged = copy.deepcopy(adapted).merge_and_unload()
     losses = []
     for judge in (teacher, adapted, merged):
-        args = dict(args=config(tmp_path), train_dataset=prompts, processing_class=tokenizer)
+        args = {"args": config(tmp_path), "train_dataset": prompts, "processing_class": tokenizer}
         trainer = in_training(OPDTrainer(model=copy.deepcopy(student), teacher_model=judge, **args))
         losses.append(trainer.rollout_loss(trainer.model, batch()).item())
     assert losses[1] == pytest.approx(losses[2], rel=1e-4)
@@ -340,7 +340,7 @@ def test_a_teacher_of_ones_own(tmp_path, tokenizer, prompts, student, teacher):
         def score(self, rollouts):
             return local.teacher.score(rollouts)
 
-    args = dict(args=config(tmp_path), train_dataset=prompts, processing_class=tokenizer)
+    args = {"args": config(tmp_path), "train_dataset": prompts, "processing_class": tokenizer}
     relayed = in_training(OPDTrainer(model=student, teacher_model=Relay(), **args))
     in_training(local)
     assert torch.equal(relayed.rollout_loss(student, batch()), local.rollout_loss(local.model, batch()))

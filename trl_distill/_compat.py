@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -61,7 +62,7 @@ class ReplayingSampler(RepeatSampler):
         epochs_done (`Callable[[], int]`): asked at the first pass, when the checkpoint's state is known.
     """
 
-    def __init__(self, sampler: RepeatSampler, epochs_done: Callable[[], int]):
+    def __init__(self, sampler: Sampler, epochs_done: Callable[[], int]):
         self.__dict__.update(vars(sampler))
         self._epochs_done: Callable[[], int] | None = epochs_done
 
@@ -81,6 +82,11 @@ class Seams(GRPOTrainer):
     """
 
     has_rewards: bool = True
+    args: Any  # a `GRPOConfig`; `Trainer` declares less
+    model: Any
+    current_gradient_accumulation_steps: int
+    max_completion_length: int
+    _logs: dict[str, Any]
 
     # -- hooks: TRL calls the private name, subclasses override the public one ---------------------------------------
 

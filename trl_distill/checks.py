@@ -100,8 +100,8 @@ def check_same_tokenizer(
         return
     shown = "; ".join(f"{i}: {of_student.get(i)!r} against {of_teacher.get(i)!r}" for i in differing[:5])
     message = (
-        f"The tokenizers of student and teacher differ in {len(differing)} of {len(of_student)} ids. The first, student "
-        f"against teacher: {shown}."
+        f"The tokenizers of student and teacher differ in {len(differing)} of {len(of_student)} ids. The first, "
+        f"student against teacher: {shown}."
     )
     if not assume_same:
         raise ValueError(

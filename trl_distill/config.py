@@ -105,7 +105,7 @@ class OPDConfig(GRPOConfig):
     num_generations: int | None = field(
         default=None, metadata={"help": "Completions per prompt. Defaults to 8 with rewards, 1 without."}
     )
-    scale_rewards: str | None = field(
+    scale_rewards: str | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "How rewards are scaled: 'group', 'batch' or 'none'. Defaults to 'none' where `beta > 0`, since "
@@ -136,9 +136,22 @@ class OPDConfig(GRPOConfig):
                 "its reference model. Set `sync_ref_model=False`."
             )
 
+    @property
+    def prompts_per_generation(self) -> int:
+        """Prompts in one generation batch, over all processes. Known once `num_generations` is resolved."""
+        assert self.generation_batch_size is not None
+        assert self.num_generations is not None
+        return self.generation_batch_size // self.num_generations
+
+    @property
+    def micro_steps_per_generation(self) -> int:
+        """Micro-steps that live on one generation batch, all iterations over it included."""
+        assert self.steps_per_generation is not None  # TRL's __post_init__ sets it
+        return self.steps_per_generation * self.num_iterations
+
     @classmethod
     def from_grpo(cls, args: GRPOConfig) -> OPDConfig:
-        """The same settings as an `OPDConfig`; `beta` is kept (GRPO's default is 0.0), fields of ours get their default."""
+        """The same settings as an `OPDConfig`; `beta` is kept (GRPO's default is 0.0), fields of ours get defaults."""
         config = object.__new__(cls)  # not through __init__: `args` is past its own __post_init__
         for f in fields(cls):
             default = f.default if f.default is not MISSING else None
@@ -160,6 +173,7 @@ class OPDConfig(GRPOConfig):
         if config.num_generations is None:
             config.num_generations = GENERATIONS_WITH_REWARDS if has_rewards else GENERATIONS_WITHOUT
         group = config.num_generations
+        assert config.generation_batch_size is not None  # TRL's __post_init__ sets it
         if has_rewards and group < 2:
             raise ValueError(
                 "`num_generations` is 1, but rewards are compared within the completions of one prompt. Set it to 2 "

@@ -43,8 +43,8 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
         return load_dataset(name, name=config, streaming=streaming)
     except DatasetGenerationError as error:
         raise ValueError(
-            f"The dataset {name!r} could not be read: {error.__cause__ or error}. A `.jsonl` file holds one JSON object "
-            "per line, all with the same keys."
+            f"The dataset {name!r} could not be read: {error.__cause__ or error}. A `.jsonl` file holds one JSON "
+            "object per line, all with the same keys."
         ) from error
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise ValueError(

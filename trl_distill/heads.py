@@ -195,9 +195,9 @@ def add_student_forward(model: nn.Module, divergence: str, temperature: float, f
     base.forward = types.MethodType(forward, base)
 
 
-def unwrap_adapter(model: nn.Module) -> PreTrainedModel:
+def unwrap_adapter(model: Any) -> PreTrainedModel:
     """The transformers model under a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if is_peft_model(model) else model  # type: ignore[return-value]
+    return model.get_base_model() if is_peft_model(model) else model
 
 
 def _judged(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

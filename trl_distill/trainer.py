@@ -125,13 +125,15 @@ class OPDTrainer(Seams):
         self.teacher: Teacher | None = None
         teacher_spec = self._teacher_spec(model, teacher_model, args) if args.beta > 0 else None
         if teacher_spec is not None and train_dataset is not None and environment_factory is None:
-            checks.check_dataset(train_dataset, args.generation_batch_size // args.num_generations)
+            checks.check_dataset(train_dataset, args.prompts_per_generation)
 
+        if not self.has_rewards and args.beta > 0:
+            reward_funcs = [no_reward]
         args.beta = 0.0
         try:
             super().__init__(
                 model=model,
-                reward_funcs=reward_funcs or no_reward,
+                reward_funcs=reward_funcs,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -186,11 +188,10 @@ class OPDTrainer(Seams):
             teacher_size = teacher_config(spec, args).get_text_config().vocab_size
             checks.check_teacher_vocabulary(self.tokenizer, teacher_size, args.assume_same_tokenizer)
             self._stay_inside_vocabulary(teacher_size, student_size)
-        checks.check_checkpoint_boundary(
-            args.save_steps if args.save_strategy == "steps" else 0,
-            args.gradient_accumulation_steps,
-            args.steps_per_generation * args.num_iterations,
-        )
+        if args.save_strategy == "steps":
+            checks.check_checkpoint_boundary(
+                args.save_steps, args.gradient_accumulation_steps, args.micro_steps_per_generation
+            )
         self.teacher = make_teacher(spec, args, self.accelerator, student_size)
         self.ref_model = getattr(self.teacher, "model", None)  # where TRL keeps the model that the KL is taken to
         add_student_forward(
@@ -237,7 +238,7 @@ class OPDTrainer(Seams):
         else:  # no policy term: no log-probabilities either
             with self.accelerator.autocast():
                 judged(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask)
-            loss = 0.0
+            loss = torch.zeros((), device=self.accelerator.device)
         output = judged.output
         divergence, mask = output.divergence, rollouts.mask.to(output.divergence.device)
         quantities = {f"distill/{self.args.divergence}": divergence}

@@ -95,7 +95,7 @@ def test_trl_still_demands_two_generations_and_runs_its_other_checks(tmp_path):
         args = config(tmp_path, num_generations=asked)
         assert args.num_generations is asked
         assert args.generation_batch_size == 4  # the rest of TRL's __post_init__ ran
-    with pytest.raises(ValueError, match="clip_min .* must be less than"):  # behind the check that is passed over
+    with pytest.raises(ValueError, match=r"clip_min .* must be less than"):  # behind the check that is passed over
         config(tmp_path, vllm_importance_sampling_clip_min=4.0)
 
 

@@ -30,9 +30,13 @@ def run(opd, saved, prompts, monkeypatch):
     (saved / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts["prompt"]))
 
     def call(*arguments: str):
-        defaults = ["--model_name_or_path", "student", "--teacher_model_name_or_path", "teacher", "--dataset_name", "prompts.jsonl", "--output_dir", "out", "--max_steps", "2", "--per_device_train_batch_size", "4", "--max_completion_length", "6", "--use_cpu", "--bf16", "false", "--gradient_checkpointing", "false", "--report_to", "none", "--save_strategy", "no", "--learning_rate", "0.01"]
-        parser = TrlParser((opd.OPDScriptArguments, opd.OPDConfig, ModelConfig))
-        opd.main(*parser.parse_args_and_config([*defaults, *arguments]))
+        defaults = (
+            "--model_name_or_path student --teacher_model_name_or_path teacher --dataset_name prompts.jsonl "
+            "--output_dir out --max_steps 2 --per_device_train_batch_size 4 --max_completion_length 6 --use_cpu "
+            "--bf16 false --gradient_checkpointing false --report_to none --save_strategy no --learning_rate 0.01"
+        )
+        parser = TrlParser([opd.OPDScriptArguments, opd.OPDConfig, ModelConfig])
+        opd.main(*parser.parse_args_and_config([*defaults.split(), *arguments]))
 
     return call
 
