@@ -39,7 +39,7 @@ class OPDScriptArguments(ScriptArguments):
 
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "Rewards: import paths (`package.module.function`) or names from trl.rewards."},
+        metadata={"help": "Rewards: import paths (`module.function`) or names from trl.rewards."},
     )
 
 
@@ -51,7 +51,7 @@ def import_reward(path: str) -> Callable:
         return getattr(importlib.import_module(module_name or "trl.rewards"), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"The reward function {path!r} could not be imported ({error}). Write `package.module.function`, importable "
+            f"The reward function {path!r} could not be imported ({error}). Write `module.function`, importable "
             "from the current directory, or the name of a function in `trl.rewards`."
         ) from error
     finally:

@@ -49,6 +49,18 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
 }
 
 
+# renders user, assistant with tool calls, and tool messages: what TRL asks of a template before it allows tools
+TOOL_TEMPLATE = """{%- for message in messages %}
+{{- message['role'][0] + ' ' }}
+{%- if message.get('content') %}{{- message['content'] }}{%- endif %}
+{%- for call in message.get('tool_calls') or [] %}
+{{- ' ' + call['function']['name'] }}{{- call['function']['arguments'] | tojson }}
+{%- endfor %}
+{{- ' . ' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- 'a ' }}{%- endif %}"""
+
+
 def make_tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="."))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

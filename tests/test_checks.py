@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from helpers import VOCAB, WORDS, config, make_model, make_tokenizer
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import LlamaForSequenceClassification, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from trl_distill import OPDTrainer, checks
 
@@ -30,7 +30,7 @@ def make(tmp_path, tokenizer, prompts, student, teacher):
 
 
 def test_good_input_passes(make):
-    make()
+    assert make().teacher is not None
 
 
 @pytest.mark.parametrize("peft", [False, True])
@@ -57,8 +57,15 @@ def test_teacher_is_the_student(make, student):
         make(teacher_model=student)
 
 
+def test_teacher_is_the_base_of_the_students_adapter(make, student):
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(ValueError, match="the base model under its adapter"):
+        make(model=get_peft_model(student, LoraConfig(r=2, target_modules=["q_proj"])), teacher_model=student)
+
+
 def test_teacher_is_nothing_of_the_kind(make):
-    with pytest.raises(TypeError, match="is a int; give a hub name"):
+    with pytest.raises(TypeError, match="`teacher_model` is 7; give a hub name"):
         make(teacher_model=7)
 
 
@@ -172,7 +179,69 @@ def test_checkpoint_boundary(caplog):
 
 
 def test_the_student_is_not_touched_by_a_refusal(make, student):
-    before = copy.deepcopy(student.state_dict())
+    config = copy.deepcopy(student.config.to_dict())
     with pytest.raises(ValueError, match="no teacher"):
         make(teacher_model=None)
-    assert all((before[name] == value).all() for name, value in student.state_dict().items())
+    assert "forward" not in vars(student)
+    assert student.config.to_dict() == config
+    assert all(p.requires_grad for p in student.parameters())
+
+
+@pytest.mark.parametrize("what", ["classifier", "backbone", "class"])
+def test_a_teacher_that_is_no_causal_language_model(make, what):
+    causal = make_model("untied", seed=2)
+    if what == "class":
+        with pytest.raises(TypeError, match="give a hub name"):
+            make(teacher_model=type("Judge", (), {"score": lambda self, rollouts: None}))
+        return
+    other = LlamaForSequenceClassification(causal.config) if what == "classifier" else causal.model
+    with pytest.raises(ValueError, match="has no LM head"):
+        make(teacher_model=other)
+
+
+def test_adapter_on_the_teachers_lm_head(make):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(make_model("untied", seed=2), LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="adapter on the LM head is not supported"):
+        make(teacher_model=adapted)
+
+
+def test_adapter_folder_as_teacher(make, saved, teacher):
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(teacher, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(saved / "adapter")
+    with pytest.raises(ValueError, match="is an adapter without its base model"):
+        make(teacher_model=str(saved / "adapter"))
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_head_that_does_more_than_we_know(make, whose):
+    model = make_model(seed=3)
+    model.lm_head.register_forward_hook(lambda _m, _a, logits: 0.5 * logits)
+    with pytest.raises(ValueError, match=f"The {whose}'s logits do not follow"):
+        make(**{{"student": "model", "teacher": "teacher_model"}[whose]: model})
+
+
+def test_several_splits_as_training_dataset(make, prompts):
+    with pytest.raises(ValueError, match=r"has several splits\. Take one: `dataset\['train'\]`"):
+        make(train_dataset=DatasetDict(train=prompts))
+    with pytest.raises(TypeError, match="must be a `Dataset`"):  # TRL's own
+        make(train_dataset=[{"prompt": "a"}])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_evaluation_dataset_without_prompts(make, several):
+    dataset = Dataset.from_dict({"question": ["a"] * 8})
+    with pytest.raises(ValueError, match="evaluation dataset has no 'prompt' column"):
+        make(eval_dataset={"one": dataset} if several else dataset)
+
+
+def test_reward_weights_without_rewards(make, tmp_path):
+    with pytest.raises(ValueError, match="but no `reward_funcs`"):
+        make(args=config(tmp_path, reward_weights=[1.0]))
+
+
+def test_settings_without_effect_are_said(make, tmp_path, caplog):
+    make(args=config(tmp_path, top_entropy_quantile=0.5))
+    assert "`top_entropy_quantile` shapes the policy loss" in caplog.text

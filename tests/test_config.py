@@ -69,6 +69,14 @@ def test_refused_once_rewards_are_known(tmp_path, changes, message):
         config(tmp_path, **changes).resolved(has_rewards=True)
 
 
+def test_scaled_rewards_with_a_teacher_warn(tmp_path, caplog):
+    args = config(tmp_path, per_device_train_batch_size=8, scale_rewards="group")
+    args.resolved(has_rewards=False)
+    assert not caplog.text
+    args.resolved(has_rewards=True)
+    assert "Use 'none' to optimise the stated objective" in caplog.text
+
+
 def test_a_json_string_becomes_the_teachers_keyword_arguments(tmp_path):
     args = config(tmp_path, teacher_model_init_kwargs='{"dtype": "float32"}')
     assert args.teacher_model_init_kwargs == {"dtype": "float32"}

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl_distill import OPDTrainer
 from trl_distill._compat import ChunkedDivergenceFunction
 from trl_distill.objective import reverse_kl
+from trl_distill.signals import Rollouts
 
 
 def make_trainer(tmp_path, tokenizer, prompts, student, teacher, **changes):
@@ -151,6 +152,38 @@ def test_cast_lm_head_to_fp32_projects_both_models_in_fp32(tmp_path, tokenizer, 
     assert loss.dtype == torch.float32
     assert seen["autocast"] is not fp32_head
     assert not fp32_head or seen["dtypes"] == {torch.float32}
+
+
+def test_a_deep_copy_computes_with_its_own_weights(tmp_path, tokenizer, prompts, student, teacher):
+    trainer = make_trainer(tmp_path, tokenizer, prompts, student, teacher)
+    rollouts = Rollouts.from_inputs(batch())
+    twin = copy.deepcopy(teacher)
+    original = trainer.teacher.score(rollouts).hidden
+    for parameter in twin.parameters():
+        parameter.zero_()
+    inputs = {"input_ids": rollouts.input_ids, "attention_mask": rollouts.attention_mask}
+    assert twin(**inputs).logits.abs().max() == 0
+    signal = twin(**inputs, rollouts=rollouts)
+    assert signal.hidden.abs().max() == 0
+    assert signal.head.parameters()[0].abs().max() == 0
+    assert torch.equal(trainer.teacher.score(rollouts).hidden, original)
+
+
+def test_sharded_teacher_head_is_gathered(tmp_path, tokenizer, prompts, student, teacher):
+    """FSDP2's parameters are DTensors, and stay sharded outside the teacher's forward."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    trainer = make_trainer(tmp_path, tokenizer, prompts, student, teacher)
+    expected = trainer.rollout_loss(trainer.model, batch())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = fully_shard(teacher, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=True)
+        assert sharded is trainer.teacher.model
+        torch.testing.assert_close(trainer.rollout_loss(trainer.model, batch()), expected)
+    finally:
+        dist.destroy_process_group()
 
 
 class LargestTensor(TorchDispatchMode):

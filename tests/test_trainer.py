@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EOS, VOCAB, batch, config, gradients, in_training, make_model, relative_error
+from datasets import Dataset
+from helpers import (
+    EOS,
+    TOOL_TEMPLATE,
+    VOCAB,
+    batch,
+    config,
+    gradients,
+    in_training,
+    make_model,
+    make_tokenizer,
+    relative_error,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
@@ -431,6 +443,69 @@ def test_a_grpo_config_is_taken_as_it_is(tmp_path, tokenizer, prompts, student):
     assert trainer.args.num_generations == 4
     assert trainer.args.scale_rewards == "group"
     assert trainer.teacher is None
+
+
+@pytest.mark.parametrize("kind", ["class", "function", "several"])
+def test_environments_are_made_once_and_bring_their_reward(tmp_path, prompts, student, teacher, kind):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    made = []
+
+    class Environment:
+        def __init__(self):
+            made.append(self)
+
+        def reset(self, **_):
+            return None
+
+        def get_reward(self) -> float:
+            return 1.0
+
+    factory = {"class": Environment, "function": lambda: Environment(), "several": {"one": lambda: Environment()}}[kind]
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts["prompt"]]
+    dataset = Dataset.from_dict({"prompt": conversations, "environment": ["one"] * len(conversations)})
+    trainer = OPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config(tmp_path, num_generations=2),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        environment_factory=factory,
+    )
+    assert trainer.has_rewards
+    assert trainer.reward_func_names == ["Environment"]
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(("changes", "key"), [({}, "entropy"), ({"kl_temperature": 3.0}, "distill/entropy")])
+def test_entropy_of_another_temperature_has_a_key_of_its_own(
+    tmp_path, tokenizer, prompts, student, teacher, changes, key
+):
+    trainer = run(student, teacher, config(tmp_path, **changes), prompts, tokenizer)
+    assert [name for name in ("entropy", "distill/entropy") if logged(trainer, name)] == [key]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, prompts, student, teacher, use_reentrant):
+    plain = run(copy.deepcopy(student), copy.deepcopy(teacher), config(tmp_path), prompts, tokenizer)
+    args = config(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    checkpointed = run(student, teacher, args, prompts, tokenizer)
+    assert logged(checkpointed, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-6)
+    assert logged(checkpointed, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-5)
+
+
+def test_evaluation_before_the_first_step(tmp_path, tokenizer, prompts, student, teacher):
+    args = config(tmp_path, eval_strategy="steps", eval_steps=2, eval_on_start=True, loss_type="grpo")
+    trainer = run(student, teacher, args, prompts, tokenizer, eval_dataset=prompts.select(range(8)))
+    assert trainer.state.log_history[0]["step"] == 0
+    assert len(logged(trainer, "eval_loss")) == 2
+
+
+def test_streaming_dataset_leaves_the_users_settings_alone(tmp_path, tokenizer, prompts, student, teacher):
+    args = config(tmp_path)
+    trainer = run(student, teacher, args, prompts.to_iterable_dataset(), tokenizer)
+    assert len(logged(trainer, "loss")) == 2
+    assert args.accelerator_config.dispatch_batches is None
 
 
 def test_arguments_survive_a_checkpoint(tmp_path, tokenizer, prompts, student, teacher):

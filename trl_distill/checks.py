@@ -7,9 +7,11 @@ to the trainer.
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
-from datasets import Dataset
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 
@@ -25,7 +27,7 @@ def check_text_only(config: PretrainedConfig, whose: str) -> None:
         )
 
 
-def check_dataset(dataset: Any, prompts_per_generation: int) -> None:
+def check_train_dataset(dataset: Any, prompts_per_generation: int) -> None:
     """
     A training dataset must have a `prompt` column and fill at least one generation batch.
 
@@ -33,17 +35,10 @@ def check_dataset(dataset: Any, prompts_per_generation: int) -> None:
         dataset: `Dataset` or `IterableDataset`; of the latter only the column names, where known, are checked.
         prompts_per_generation (`int`): prompts that one generation batch takes.
     """
-    columns = dataset.column_names
-    if columns is not None and "prompt" not in columns:
-        raise ValueError(
-            f"The training dataset has no 'prompt' column; it has {sorted(columns)}. Rename the column that holds the "
-            "prompts: `dataset.rename_column('...', 'prompt')`."
-        )
-    if not isinstance(dataset, Dataset):
-        return
-    if len(dataset) == 0:
-        raise ValueError("The training dataset is empty. Check the split and the filters that made it.")
-    if len(dataset) < prompts_per_generation:
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        raise ValueError(f"The training dataset has several splits. Take one: `dataset['{next(iter(dataset))}']`.")
+    _check_prompts(dataset, "training")
+    if isinstance(dataset, Dataset) and len(dataset) < prompts_per_generation:
         raise ValueError(
             f"The training dataset has {len(dataset)} prompts, but one generation batch takes "
             f"{prompts_per_generation}, and incomplete ones are dropped: not a single step would be made. Lower "
@@ -52,14 +47,57 @@ def check_dataset(dataset: Any, prompts_per_generation: int) -> None:
         )
 
 
-def load_teacher_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
-    """The teacher's configuration: a cheap way to learn that a path is wrong before the student is loaded."""
+def check_eval_datasets(datasets: Any) -> None:
+    """Evaluation datasets, one or several by name, need prompts too: found out now, not at the first evaluation."""
+    for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
+        _check_prompts(dataset, "evaluation")
+
+
+def _check_prompts(dataset: Any, purpose: str) -> None:
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return  # TRL says what it takes
+    columns = dataset.column_names
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(
+            f"The {purpose} dataset has no 'prompt' column; it has {sorted(columns)}. Rename the column that holds the "
+            "prompts: `dataset.rename_column('...', 'prompt')`."
+        )
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"The {purpose} dataset is empty. Check the split and the filters that made it.")
+
+
+def check_logits(expected: torch.Tensor, computed: torch.Tensor, whose: str) -> None:
+    """
+    What we compute from hidden states must be what the model itself puts out.
+
+    Args:
+        expected (`torch.Tensor` of shape `(..., V)`): the model's logits for a few tokens.
+        computed (`torch.Tensor` of shape `(..., V)`): ours, from its last hidden state and head.
+        whose (`str`): "student" or "teacher".
+    """
+    expected, computed = expected.float().log_softmax(-1), computed.float().log_softmax(-1)
+    difference, spread = (expected - computed).abs().mean().item(), expected.std().item()
+    if not difference < 0.02 + 0.05 * spread:  # above rounding in bf16, far below a missing scale; NaN fails too
+        raise ValueError(
+            f"The {whose}'s logits do not follow from its last hidden state and LM head: log-probabilities differ by "
+            f"{difference:.3g} nats on average. Its architecture transforms them in a way that is not known here, and "
+            "the divergence would be that of another distribution."
+        )
+
+
+def load_config(name_or_path: str, whose: str, argument: str, **kwargs: Any) -> PretrainedConfig:
+    """A model's configuration: a cheap way to learn that a path is wrong before any weights are loaded."""
     try:
         return AutoConfig.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError) as error:
+        if os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):
+            raise ValueError(
+                f"The {whose} {name_or_path!r} is an adapter without its base model. Load it as a `PeftModel` and pass "
+                "that, or merge it (`merge_and_unload()`) and save the whole model."
+            ) from error
         raise ValueError(
-            f"The teacher {name_or_path!r} could not be found: it is neither a folder with a `config.json` nor a model "
-            f"that the hub gave us. Check `teacher_model` or `--teacher_model_name_or_path`. ({error})"
+            f"The {whose} {name_or_path!r} could not be found: it is neither a folder with a `config.json` nor a model "
+            f"that the hub gave us. Check {argument}. ({error})"
         ) from error
 
 

@@ -6,6 +6,7 @@ Models, tensors and datasets are left to the trainer.
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -13,6 +14,8 @@ from trl import GRPOConfig
 
 from ._compat import post_init_without_group_check
 
+
+logger = logging.getLogger(__name__)
 
 DIVERGENCES = ("reverse_kl",)
 KL_ESTIMATORS = ("full",)
@@ -136,6 +139,15 @@ class OPDConfig(GRPOConfig):
                 "its reference model. Set `sync_ref_model=False`."
             )
 
+    def _check_ignored(self) -> None:
+        """Settings of the policy loss, where there is no reward and so no policy loss."""
+        if self.reward_weights is not None:
+            raise ValueError("`reward_weights` are given, but no `reward_funcs`. Give both or neither.")
+        ignored = {"delta": None, "off_policy_mask_threshold": None, "top_entropy_quantile": 1.0}
+        for name, default in ignored.items():
+            if getattr(self, name) != default:
+                logger.warning(f"`{name}` shapes the policy loss, and without rewards there is none: it has no effect.")
+
     @property
     def prompts_per_generation(self) -> int:
         """Prompts in one generation batch, over all processes. Known once `num_generations` is resolved."""
@@ -151,7 +163,11 @@ class OPDConfig(GRPOConfig):
 
     @classmethod
     def from_grpo(cls, args: GRPOConfig) -> OPDConfig:
-        """The same settings as an `OPDConfig`; `beta` is kept (GRPO's default is 0.0), fields of ours get defaults."""
+        """
+        The same settings as an `OPDConfig`: `beta` is kept (GRPO's default is 0.0), fields of ours get their defaults.
+
+        Methods and properties of a subclass of `GRPOConfig` are not carried over.
+        """
         config = object.__new__(cls)  # not through __init__: `args` is past its own __post_init__
         for f in fields(cls):
             default = f.default if f.default is not MISSING else None
@@ -168,10 +184,19 @@ class OPDConfig(GRPOConfig):
             ValueError: one generation with rewards, or a generation batch that the group size does not divide.
         """
         config = copy.copy(self)
+        config.accelerator_config = copy.copy(self.accelerator_config)  # TRL writes into it
         if config.scale_rewards is None:
             config.scale_rewards = "none" if config.beta > 0 else GRPOConfig.scale_rewards
+        elif has_rewards and config.beta > 0 and config.scale_rewards != "none":
+            logger.warning(
+                f"`scale_rewards={config.scale_rewards!r}` divides rewards by their standard deviation, so `beta` is "
+                "no longer a weight in reward per nat and the optimum is another. Use 'none' to optimise the stated "
+                "objective."
+            )
         if config.num_generations is None:
             config.num_generations = GENERATIONS_WITH_REWARDS if has_rewards else GENERATIONS_WITHOUT
+        if not has_rewards and config.beta > 0:
+            config._check_ignored()
         group = config.num_generations
         assert config.generation_batch_size is not None  # TRL's __post_init__ sets it
         if has_rewards and group < 2:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ._compat import ChunkedDivergenceFunction, FusedCausalLMOutput
@@ -48,21 +49,46 @@ class LMHead:
     An output layer as it turns hidden states into logits: `softcap · tanh(scale · (h Wᵀ + b) / softcap)`.
 
     Weight and bias are looked up at each use, since PEFT, FSDP and DeepSpeed replace them.
+
+    Raises:
+        ValueError: the model has no output layer, or one whose weight alone does not say what it does.
     """
 
     def __init__(self, model: PreTrainedModel):
+        layer = model.get_output_embeddings()
+        if layer is None:
+            raise ValueError(f"{type(model).__name__} has no LM head. Use a causal language model (`...ForCausalLM`).")
+        if hasattr(layer, "base_layer"):
+            raise ValueError(
+                "An adapter on the LM head is not supported: the divergence is computed from the head's weight, which "
+                "does not hold it. Merge the adapter (`model.merge_and_unload()`) or leave `lm_head` out of its "
+                "`target_modules`."
+            )
         self._model = model
         config = model.config.get_text_config()
         self.logit_scale = logit_scale(config)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
     @property
-    def weight(self) -> torch.Tensor:  # (V, H)
-        return self._model.get_output_embeddings().weight
+    def vocab_size(self) -> int:
+        """Rows of the weight, also where ZeRO-3 holds none of them at the moment."""
+        weight = self._model.get_output_embeddings().weight
+        return getattr(weight, "ds_shape", weight.shape)[0]
 
-    @property
-    def bias(self) -> torch.Tensor | None:  # (V,)
-        return getattr(self._model.get_output_embeddings(), "bias", None)
+    def parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight `(V, H)` and bias `(V,)`; FSDP2's shards are gathered, once per call."""
+        layer = self._model.get_output_embeddings()
+        weight, bias = layer.weight, getattr(layer, "bias", None)
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+            bias = None if bias is None else bias.full_tensor()
+        return weight, bias
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """All logits `(..., V)`, for a few positions only: what the kernel is taken to compute."""
+        weight, bias = self.parameters()
+        logits = self.logit_scale * nn.functional.linear(hidden, weight, bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def logit_scale(config: Any) -> float:
@@ -103,16 +129,16 @@ def exact_divergence(
         hidden states and head, and the student's entropy, without.
     """
     teacher_hidden, teacher_head = signal.hidden, signal.head
-    weight, bias = student_head.weight, student_head.bias
-    teacher_weight, teacher_bias = teacher_head.weight, teacher_head.bias
+    weight, bias = student_head.parameters()
+    teacher_weight, teacher_bias = teacher_head.parameters()
     if weight.device != teacher_weight.device:
         raise ValueError(
             f"The student's LM head is on {weight.device}, the teacher's on {teacher_weight.device}. Both project the "
             "same tokens, so place them on one device in their `device_map`."
         )
     student_hidden, teacher_hidden = student_hidden.to(weight.device), teacher_hidden.to(weight.device)
-    if teacher_weight.shape[0] < weight.shape[0]:  # the kernel itself cuts a teacher that is larger
-        shared = teacher_weight.shape[0]
+    shared = teacher_head.vocab_size
+    if shared < student_head.vocab_size:  # the kernel itself cuts a teacher that is larger
         weight, bias = weight[:shared], None if bias is None else bias[:shared]
     context: Any = nullcontext()
     if fp32_head:
@@ -142,16 +168,16 @@ def add_teacher_forward(model: nn.Module) -> None:
     Called without `rollouts` the model behaves as before.
     """
     base = unwrap_adapter(model)
-    original_forward = base.forward
-    head = LMHead(base)
+    LMHead(base)  # raises where there is none to use
+    original_forward = _unbound_forward(base)
 
     @functools.wraps(original_forward)  # keeps the signature, which `generate` inspects
     def forward(self: PreTrainedModel, *args: Any, rollouts: Rollouts | None = None, **kwargs: Any) -> Any:
         if rollouts is None:
-            return original_forward(*args, **kwargs)
+            return original_forward(self, *args, **kwargs)
         output = self.base_model(*args, use_cache=False, **kwargs)
         # A plain dataclass on purpose: accelerate would cast the tensors of a `ModelOutput` to fp32
-        return HiddenStates(_judged(output.last_hidden_state, rollouts.mask), head)
+        return HiddenStates(_judged(output.last_hidden_state, rollouts.mask), LMHead(self))
 
     base.forward = types.MethodType(forward, base)
 
@@ -165,8 +191,8 @@ def add_student_forward(model: nn.Module, divergence: str, temperature: float, f
     log-probabilities are computed. Called without `rollouts` the model behaves as before.
     """
     base = unwrap_adapter(model)
-    fused_forward = base.forward
-    head = LMHead(base)
+    LMHead(base)
+    fused_forward = _unbound_forward(base)
 
     @functools.wraps(fused_forward)
     def forward(
@@ -178,21 +204,32 @@ def add_student_forward(model: nn.Module, divergence: str, temperature: float, f
         **kwargs: Any,
     ) -> Any:
         if rollouts is None or signal is None:
-            return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
+            return fused_forward(self, *args, fused_lm_head=fused_lm_head, **kwargs)
         if fused_lm_head:
-            with _last_hidden_state(self.base_model) as caught:
-                fields = dict(fused_forward(*args, fused_lm_head=True, **kwargs))
+            with last_hidden_state(self.base_model) as caught:
+                fields = dict(fused_forward(self, *args, fused_lm_head=True, **kwargs))
             hidden = caught[0]
         else:
             fields = {}
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         mask = rollouts.mask
-        per_token, entropy = exact_divergence(_judged(hidden, mask), head, signal, divergence, temperature, fp32_head)
+        per_token, entropy = exact_divergence(
+            _judged(hidden, mask), LMHead(self), signal, divergence, temperature, fp32_head
+        )
         fields["divergence"] = _scatter(per_token, mask)
         fields.setdefault("entropy", _scatter(entropy, mask))
         return DistilledOutput(**fields)
 
     base.forward = types.MethodType(forward, base)
+
+
+def _unbound_forward(model: nn.Module) -> Callable[..., Any]:
+    """`model.forward` as a function of the model, so that a deep copy computes with its own weights."""
+    forward = model.forward
+    if hasattr(forward, "__func__"):
+        return forward.__func__
+    # a device map's hook is a partial of its own, with the module inside
+    return functools.wraps(forward)(lambda _self, *args, **kwargs: forward(*args, **kwargs))
 
 
 def unwrap_adapter(model: Any) -> PreTrainedModel:
@@ -214,7 +251,7 @@ def _scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _last_hidden_state(backbone: nn.Module) -> Iterator[list[torch.Tensor]]:
+def last_hidden_state(backbone: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Catch the last hidden state of the one call of `backbone` in this context."""
     caught: list[torch.Tensor] = []
     hook = backbone.register_forward_hook(lambda _module, _args, output: caught.append(output.last_hidden_state))

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ._compat import create_model_from_path, get_config_model_id, prepare_deepspeed, prepare_fsdp
-from .checks import load_teacher_config, load_tokenizer
+from .checks import load_config, load_tokenizer
 from .config import OPDConfig
 from .heads import add_teacher_forward, unwrap_adapter
 from .signals import HiddenStates, Rollouts
@@ -52,6 +52,11 @@ class LocalTeacher:
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             self.model = prepare_deepspeed(model, accelerator)
         elif accelerator.distributed_type == DistributedType.FSDP:
+            if accelerator.state.fsdp_plugin.fsdp_version == 1:
+                raise ValueError(
+                    "FSDP version 1 flattens the teacher's LM head, which the divergence needs whole. Set "
+                    "`fsdp_version: 2` in the accelerate configuration."
+                )
             self.model = prepare_fsdp(model, accelerator)
         else:
             self.model = accelerator.prepare_model(model, evaluation_mode=True)
@@ -84,12 +89,12 @@ def make_teacher(
     Weights are loaded in the checkpoint's own dtype, on this process's device, unless `args.teacher_model_init_kwargs`
     say else.
     """
-    if isinstance(spec, Teacher):
+    if not isinstance(spec, str | nn.Module):
         return spec
     if isinstance(spec, str):
         kwargs: dict[str, Any] = {"dtype": "auto", **_init_kwargs(args)}
-        if accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.DEEPSPEED):
-            kwargs["device_map"] = None  # each process places the model itself
+        if accelerator.num_processes > 1 or accelerator.distributed_type == DistributedType.DEEPSPEED:
+            kwargs["device_map"] = None  # each process places its own copy, or its own shard
         spec = create_model_from_path(spec, **kwargs)
     return LocalTeacher(spec, accelerator, student_vocab_size)
 
@@ -100,15 +105,10 @@ def teacher_config(spec: str | nn.Module, args: OPDConfig) -> PretrainedConfig:
 
     Raises:
         ValueError: the name or folder leads nowhere, or `teacher_model_init_kwargs` were given beside a loaded model.
-        TypeError: `spec` is nothing that could be a teacher.
     """
     if isinstance(spec, str):
-        kwargs = _init_kwargs(args)
-        return load_teacher_config(spec, **{k: kwargs[k] for k in ("revision", "trust_remote_code") if k in kwargs})
-    if not isinstance(spec, nn.Module):
-        raise TypeError(
-            f"`teacher_model` is a {type(spec).__name__}; give a hub name, a folder, a model, or an object with "
-            "`score(rollouts)`."
+        return load_config(
+            spec, "teacher", "`teacher_model` or `--teacher_model_name_or_path`", **_hub_kwargs(_init_kwargs(args))
         )
     if args.teacher_model_init_kwargs is not None:
         raise ValueError(
@@ -118,10 +118,22 @@ def teacher_config(spec: str | nn.Module, args: OPDConfig) -> PretrainedConfig:
     return unwrap_adapter(spec).config
 
 
+def student_config(name_or_path: str, args: OPDConfig) -> PretrainedConfig:
+    """The student's configuration, without its weights. Raises `ValueError` where the name leads nowhere."""
+    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
+    return load_config(name_or_path, "student", "`model` or `--model_name_or_path`", **_hub_kwargs(kwargs))
+
+
 def load_teacher_tokenizer(spec: str | nn.Module, args: OPDConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside the teacher, `None` where there is none."""
-    kwargs = {k: v for k, v in _init_kwargs(args).items() if k in ("revision", "trust_remote_code")}
-    return load_tokenizer(spec if isinstance(spec, str) else get_config_model_id(unwrap_adapter(spec).config), **kwargs)
+    name = spec if isinstance(spec, str) else get_config_model_id(unwrap_adapter(spec).config)
+    return load_tokenizer(name, **_hub_kwargs(_init_kwargs(args)))
+
+
+def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of a model's keyword arguments, those that say where and how to fetch."""
+    names = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+    return {name: value for name, value in kwargs.items() if name in names}
 
 
 def _init_kwargs(args: OPDConfig) -> dict[str, Any]:

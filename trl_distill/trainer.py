@@ -20,10 +20,10 @@ from trl import GRPOConfig
 from . import checks
 from ._compat import Seams, get_config_model_id
 from .config import OPDConfig
-from .heads import DistilledOutput, add_student_forward, unwrap_adapter
+from .heads import DistilledOutput, LMHead, add_student_forward, last_hidden_state, unwrap_adapter
 from .metrics import token_means
 from .signals import HiddenStates, Rollouts
-from .teachers import Teacher, load_teacher_tokenizer, make_teacher, teacher_config
+from .teachers import Teacher, load_teacher_tokenizer, make_teacher, student_config, teacher_config
 
 
 logger = logging.getLogger(__name__)
@@ -117,18 +117,22 @@ class OPDTrainer(Seams):
             args = OPDConfig.from_grpo(args)
         if reward_funcs is not None and not isinstance(reward_funcs, list):
             reward_funcs = [reward_funcs]
-        self.has_rewards = bool(reward_funcs) or _environment_rewards(environment_factory)
+        environment_rewards, environment_factory = _probe_environments(environment_factory)
+        self.has_rewards = bool(reward_funcs) or environment_rewards
         args = args.resolved(self.has_rewards)
 
         #: weight of the teacher's term. TRL's own `self.beta` stays 0: it would ask for a reference model
         self.teacher_beta: float = args.beta
         self.teacher: Teacher | None = None
-        teacher_spec = self._teacher_spec(model, teacher_model, args) if args.beta > 0 else None
-        if teacher_spec is not None and train_dataset is not None and environment_factory is None:
-            checks.check_dataset(train_dataset, args.prompts_per_generation)
+        teacher_spec = None
+        if args.beta > 0:
+            teacher_spec = self._teacher_spec(model, teacher_model, args)
+            if environment_factory is None:  # an environment may own the prompts
+                checks.check_train_dataset(train_dataset, args.prompts_per_generation)
+                checks.check_eval_datasets(eval_dataset)
+            if not self.has_rewards:
+                reward_funcs = [no_reward]
 
-        if not self.has_rewards and args.beta > 0:
-            reward_funcs = [no_reward]
         args.beta = 0.0
         try:
             super().__init__(
@@ -153,7 +157,7 @@ class OPDTrainer(Seams):
             self._add_teacher(teacher_spec)
 
     @staticmethod
-    def _teacher_spec(model: Any, teacher_model: Any, args: OPDConfig) -> str | PreTrainedModel | Teacher:
+    def _teacher_spec(model: Any, teacher_model: Any, args: OPDConfig) -> str | nn.Module | Teacher:
         """Who the teacher is, checked as far as that is possible before anything is loaded."""
         named = args.teacher_model_name_or_path
         if teacher_model is not None and named is not None and teacher_model != named:
@@ -167,21 +171,30 @@ class OPDTrainer(Seams):
                 "`--teacher_model_name_or_path`), or set `beta=0` for plain GRPO. A PEFT student's own base model is "
                 "not taken in its place."
             )
-        if isinstance(model, nn.Module):
-            if spec is model:
-                raise ValueError("`teacher_model` is the student itself: it would be frozen, and the divergence is 0.")
-            checks.check_text_only(unwrap_adapter(model).config, "student")
-        if not isinstance(spec, Teacher):
+        if isinstance(spec, str | nn.Module):
             checks.check_text_only(teacher_config(spec, args), "teacher")
+        elif isinstance(spec, type) or not isinstance(spec, Teacher):
+            raise TypeError(
+                f"`teacher_model` is {spec!r}; give a hub name, a folder, a model, or an object with `score(rollouts)`."
+            )
+        if isinstance(model, str):
+            checks.check_text_only(student_config(model, args), "student")
+        else:
+            checks.check_text_only(unwrap_adapter(model).config, "student")
+            if isinstance(spec, nn.Module) and unwrap_adapter(spec) is unwrap_adapter(model):
+                raise ValueError(
+                    "`teacher_model` is the student itself, or the base model under its adapter: the same weights would "
+                    "be trained and frozen. Load the teacher once more, as a model of its own."
+                )
         return spec
 
-    def _add_teacher(self, spec: str | PreTrainedModel | Teacher) -> None:
+    def _add_teacher(self, spec: str | nn.Module | Teacher) -> None:
         """Check that teacher and student fit, load the teacher, and let the student's forward answer its signal."""
         args: OPDConfig = self.args
         student = unwrap_adapter(self.model)
-        checks.check_text_only(student.config, "student")
         student_size = student.config.get_text_config().vocab_size
-        if not isinstance(spec, Teacher):
+        self._same_vocabulary = True
+        if isinstance(spec, str | nn.Module):
             checks.check_same_tokenizer(
                 self.tokenizer, load_teacher_tokenizer(spec, args), assume_same=args.assume_same_tokenizer
             )
@@ -192,8 +205,11 @@ class OPDTrainer(Seams):
             checks.check_checkpoint_boundary(
                 args.save_steps, args.gradient_accumulation_steps, args.micro_steps_per_generation
             )
+        self._check_head(student, "student")
         self.teacher = make_teacher(spec, args, self.accelerator, student_size)
         self.ref_model = getattr(self.teacher, "model", None)  # where TRL keeps the model that the KL is taken to
+        if self.ref_model is not None:
+            self._check_head(self.ref_model, "teacher")
         add_student_forward(
             student,
             divergence=args.divergence,
@@ -201,10 +217,25 @@ class OPDTrainer(Seams):
             fp32_head=args.cast_lm_head_to_fp32,
         )
 
+    def _check_head(self, model: nn.Module, whose: str) -> None:
+        """Compare our way from hidden states to logits with the model's own on four tokens; not on sharded weights."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return
+        base, training = unwrap_adapter(model), model.training
+        token_ids = torch.arange(4, device=next(base.parameters()).device)[None]
+        with torch.no_grad(), self.accelerator.autocast():
+            model.eval()
+            with last_hidden_state(base.base_model) as caught:
+                expected = model(input_ids=token_ids, use_cache=False).logits
+            model.train(training)
+            head = LMHead(base)
+            checks.check_logits(expected, head.logits(caught[0].to(expected.device)), whose)
+
     def _stay_inside_vocabulary(self, teacher_size: int, student_size: int) -> None:
         """Keep rollouts to ids that the teacher has an opinion on, where its vocabulary is padded less."""
         if teacher_size >= student_size:
             return
+        self._same_vocabulary = False
         remedy = (
             "Pad the teacher instead: `teacher.resize_token_embeddings(...)` to the student's "
             f"{student_size} rows, save it, and use that."
@@ -239,14 +270,20 @@ class OPDTrainer(Seams):
             with self.accelerator.autocast():
                 judged(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask)
             loss = torch.zeros((), device=self.accelerator.device)
-        output = judged.output
-        divergence, mask = output.divergence, rollouts.mask.to(output.divergence.device)
+        output, device = judged.output, self.accelerator.device
+        divergence, mask = output.divergence.to(device), rollouts.mask
         quantities = {f"distill/{self.args.divergence}": divergence}
         if output.log_probs is None:  # else TRL logs the entropy itself
-            quantities["entropy"] = output.entropy
+            quantities[self._entropy_key] = output.entropy.to(device)
         for name, mean in token_means(self.accelerator, mask, **quantities).items():
             self.record(name, mean)
         return loss + self.teacher_beta * self.reduce_per_token(divergence, mask, inputs)
+
+    @property
+    def _entropy_key(self) -> str:
+        """TRL's key, where the divergence's distribution is the one that is sampled from; else one of our own."""
+        same = self._same_vocabulary and self.args.kl_temperature in (None, self.args.temperature)
+        return "entropy" if same else "distill/entropy"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.has_rewards:  # the placeholder's zeros say nothing
@@ -280,9 +317,22 @@ class _JudgedModel:
         return self._output
 
 
-def _environment_rewards(factory: Any) -> bool:
-    """Whether an `environment_factory` (one, or several by name) brings a reward of its own."""
+def _probe_environments(factory: Any) -> tuple[bool, Any]:
+    """
+    Whether an `environment_factory` (one, or several by name) brings a reward of its own, and that factory again.
+
+    An instance that had to be made to find out is handed out at the factory's first call, so that none is made twice.
+    """
     if factory is None:
-        return False
-    factories = factory.values() if isinstance(factory, dict) else [factory]
-    return any(hasattr(f if inspect.isclass(f) else f(), "get_reward") for f in factories)
+        return False, None
+    if isinstance(factory, dict):
+        probed = {name: _probe_environments(single) for name, single in factory.items()}
+        return any(found for found, _ in probed.values()), {name: single for name, (_, single) in probed.items()}
+    if inspect.isclass(factory):
+        return _owns_reward(factory), factory
+    spare = [factory()]
+    return _owns_reward(type(spare[0])), lambda: spare.pop() if spare else factory()
+
+
+def _owns_reward(environment_class: type) -> bool:
+    return any(name == "get_reward" for name, _ in inspect.getmembers(environment_class, inspect.isfunction))

@@ -1,0 +1,69 @@
+"""The demo: its task, the models that are shipped, and what it promises, on a second seed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+MODELS = SCRIPTS / "demo_models"
+
+
+@pytest.fixture(autouse=True)
+def _scripts_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def test_solutions_satisfy_the_verifier():
+    from demo_task import correct, problems, solution
+
+    rows = problems(200, seed=5)
+    assert correct(list(rows["solution"]), list(rows["answer"])) == [1.0] * 200
+    assert solution("2390", "6915") == "0+5+0=05 9+1+0=10 3+9+1=13 2+6+1=09 answer 9305"
+    for wrong in ("answer 9306", "9305", "answer 9305 or so", "", "answer "):
+        assert correct([[{"role": "assistant", "content": wrong}]], ["9305"]) == [0.0]
+
+
+def test_problems_repeat_with_the_seed_alone():
+    from demo_task import problems
+
+    assert problems(20, seed=5)["answer"] == problems(30, seed=5)["answer"][:20]
+    assert problems(20, seed=5)["answer"] != problems(20, seed=6)["answer"]
+
+
+def test_shipped_models_are_small_and_share_the_tokenizer_that_the_script_makes():
+    from make_demo_models import make_tokenizer
+
+    expected = make_tokenizer().get_vocab()
+    for name in ("teacher", "student"):
+        assert AutoTokenizer.from_pretrained(MODELS / name).get_vocab() == expected
+        assert AutoModelForCausalLM.from_pretrained(MODELS / name).num_parameters() < 1_000_000
+    assert sum(file.stat().st_size for file in MODELS.rglob("*") if file.is_file()) < 5_000_000
+
+
+@pytest.mark.slow
+def test_a_second_seed_recovers_most_of_the_gap(tmp_path):
+    run = subprocess.run(
+        [sys.executable, str(SCRIPTS / "demo.py"), "--seed", "1", "--output_dir", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert set(summary) == {
+        *("teacher_accuracy", "student_accuracy_before", "student_accuracy_after"),
+        *("reverse_kl_before", "reverse_kl_after", "seconds"),
+    }
+    gap = summary["teacher_accuracy"] - summary["student_accuracy_before"]
+    assert gap >= 0.2
+    assert summary["student_accuracy_after"] - summary["student_accuracy_before"] >= 0.8 * gap
+    assert summary["reverse_kl_after"] < 0.5 * summary["reverse_kl_before"]
+    assert (tmp_path / "out" / "training.png").stat().st_size > 10_000
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
