@@ -5,12 +5,14 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
+SLOW   := $(VENV)/.installed-slow
+
 .PHONY: help install demo test test-slow lint format clean
 
 help:
 	@echo "make demo       on-policy distillation in miniature, about 4 minutes; results in demo_output/"
 	@echo "make test       lint, type check and the fast tests"
-	@echo "make test-slow  the slow tests: a second demo seed, fresh installations"
+	@echo "make test-slow  the slow tests: two processes (DDP, DeepSpeed ZeRO-3), a second demo seed"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the code"
 
@@ -33,7 +35,12 @@ test: lint
 	@echo "==> Running the fast tests"
 	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(STAMP)
+$(SLOW): $(STAMP)
+	@echo "==> Installing DeepSpeed for the distributed tests (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,deepspeed]"
+	@touch $(SLOW)
+
+test-slow: $(SLOW)
 	@echo "==> Running the slow tests"
 	@$(PYTEST) -m slow $(PYTEST_ARGS)
 

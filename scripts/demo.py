@@ -3,7 +3,7 @@
     make demo        # or: python scripts/demo.py
 
 The task is four-digit addition with written-out steps. The teacher (0.6 M parameters) solves it; the student (0.34 M)
-was made by SFT on 250 of the teacher's answers, and mostly derails. Here it writes answers of its own, and the teacher
+was made by SFT on 200 of the teacher's answers, and mostly derails. Here it writes answers of its own, and the teacher
 judges every token. A table, `summary.json` and `training.png` say how far that brings it.
 
 Left out on purpose: rewards, a search for good settings, and anything that needs a network or a GPU. How the two models
@@ -147,8 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
     parser.add_argument("--models", type=Path, default=MODELS)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--held_out", type=int, default=1000, help="problems for the table")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

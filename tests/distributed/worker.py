@@ -1,13 +1,16 @@
 """One process of a distributed run: trains a tiny student and writes what it saw as JSON.
 
     torchrun --nproc_per_node 2 tests/distributed/worker.py FOLDER PER_DEVICE_BATCH
+    accelerate launch --config_file deepspeed_configs/zero3_cpu.yaml tests/distributed/worker.py FOLDER PER_DEVICE_BATCH
 
-FOLDER holds `student` and `teacher`, saved with their tokenizer; the result goes to `FOLDER/result-RANK.json`.
+FOLDER holds `student` and `teacher`, saved with their tokenizer. The result goes to `FOLDER/result-RANK.json`, the
+trained student to `FOLDER/out`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,22 +30,32 @@ def main(folder: Path, per_device_batch: int) -> None:
     trainer = OPDTrainer(
         model=str(folder / "student"),
         teacher_model=str(folder / "teacher"),
-        args=config(folder / "out", per_device_train_batch_size=per_device_batch, max_steps=3, ddp_backend="gloo"),
+        args=config(
+            folder / "out",
+            per_device_train_batch_size=per_device_batch,
+            max_steps=3,
+            max_grad_norm=1e9,
+            ddp_backend="gloo",
+            use_cpu=os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",  # would switch DeepSpeed off
+        ),
         train_dataset=prompts,
     )
     trainer.train()
-    weights = torch.cat([p.detach().flatten() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()])
+    trainer.save_model(str(folder / "out"))
+    accelerator, teacher = trainer.accelerator, trainer.teacher.model
     result = {
-        "distributed_type": str(trainer.accelerator.distributed_type.value),
-        "processes": trainer.accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
+        "processes": accelerator.num_processes,
+        "zero_stage": accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None,
+        "teacher_parameters_held": sum(getattr(p, "ds_tensor", p).numel() for p in teacher.parameters()),
+        "teacher_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in teacher.parameters()),
         "steps": [
             {key: row[key] for key in ("loss", "grad_norm", "distill/reverse_kl", "entropy")}
             for row in trainer.state.log_history
             if "loss" in row
         ],
-        "weights": weights.double().tolist(),
     }
-    (folder / f"result-{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
+    (folder / f"result-{accelerator.process_index}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
