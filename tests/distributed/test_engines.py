@@ -45,7 +45,9 @@ def assert_same_run(results: list[dict], single: dict) -> None:
 
 
 def saved_weights(folder: Path) -> torch.Tensor:
-    return torch.cat([tensor.flatten() for _, tensor in sorted(load_file(folder / "out" / "model.safetensors").items())])
+    return torch.cat(
+        [tensor.flatten() for _, tensor in sorted(load_file(folder / "out" / "model.safetensors").items())]
+    )
 
 
 def test_ddp_equals_one_process(saved):
@@ -68,7 +70,9 @@ def deepspeed_ops() -> dict[str, str]:
         lock.unlink()  # left behind by a build that was killed; later ones would wait for it in silence
     env = {"TORCH_EXTENSIONS_DIR": str(folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     code = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, check=True, timeout=600, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, check=True, timeout=600, capture_output=True
+    )
     return env
 
 

@@ -48,6 +48,25 @@ def test_shipped_models_are_small_and_share_the_tokenizer_that_the_script_makes(
 
 
 @pytest.mark.slow
+def test_models_can_be_made_again(tmp_path):
+    """The whole way with very few steps: what comes out knows nothing, but loads and has the shipped sizes."""
+    run = subprocess.run(
+        [
+            *(sys.executable, str(SCRIPTS / "make_demo_models.py"), "--output_dir", str(tmp_path)),
+            *("--teacher_steps", "2", "--sft_steps", "2", "--sft_samples", "60"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    for name in ("teacher", "student"):
+        made, shipped = (AutoModelForCausalLM.from_pretrained(folder / name) for folder in (tmp_path, MODELS))
+        assert made.config.to_dict().keys() == shipped.config.to_dict().keys()
+        assert made.num_parameters() == shipped.num_parameters()
+
+
+@pytest.mark.slow
 def test_a_second_seed_recovers_most_of_the_gap(tmp_path):
     run = subprocess.run(
         [sys.executable, str(SCRIPTS / "demo.py"), "--seed", "1", "--output_dir", str(tmp_path / "out")],
