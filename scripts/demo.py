@@ -135,7 +135,9 @@ def draw(watch: Watch, teacher_accuracy: float, path: Path) -> None:
         color=blue,
         ha="right",
     )
-    top.set(ylabel="accuracy on 250 problems", ylim=(0, 1.05), title="The student writes, the teacher judges every token")
+    top.set(
+        ylabel="accuracy on 250 problems", ylim=(0, 1.05), title="The student writes, the teacher judges every token"
+    )
     bottom.plot(*zip(*watch.kl, strict=True), color=orange, linewidth=1.6)
     bottom.set(xlabel="optimizer step (64 answers each)", ylabel="KL(student ‖ teacher)\nnats per token", yscale="log")
     for axis in (top, bottom):

@@ -12,16 +12,22 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer
+from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, create_model_from_path, get_config_model_id
+from trl.trainer.utils import maybe_gather_lm_head_ctx as gathered_head
+
+from .objective import leave_one_out
 
 
 __all__ = [
     "ChunkedDivergenceFunction",
+    "ChunkedLogProbFunction",
     "FusedCausalLMOutput",
     "Seams",
     "create_model_from_path",
+    "gathered_head",
     "get_config_model_id",
     "post_init_without_group_check",
     "prepare_deepspeed",
@@ -78,10 +84,12 @@ class Seams(GRPOTrainer):
     """
     `GRPOTrainer` with public names for the private ones that this package needs.
 
-    A subclass overrides [`~Seams.rollout_loss`] (what is minimised on a micro-batch) and sets `has_rewards`.
+    A subclass overrides [`~Seams.rollout_loss`] (what is minimised on a micro-batch) and sets `has_rewards`, and
+    `leave_one_out` where a row's baseline shall not contain its own reward.
     """
 
     has_rewards: bool = True
+    leave_one_out: bool = False
     args: Any  # a `GRPOConfig`; `Trainer` declares less
     model: Any
     current_gradient_accumulation_steps: int
@@ -103,9 +111,26 @@ class Seams(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: list, completions: list, completion_ids_list: list):
         if self.has_rewards:
-            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            return self._rewards_per_func
         rows = len(prompts) * self.accelerator.num_processes  # TRL expects the rewards of all processes
         return torch.zeros(rows, len(self.reward_funcs), device=self.accelerator.device)
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's rollouts, with advantages over the mean of the others, and each row's reward beside them."""
+        self._rewards_per_func: torch.Tensor | None = None
+        output = super()._generate_and_score_completions(inputs)
+        if self._rewards_per_func is None:
+            return output
+        rewards, local = self._rewards_per_func, len(inputs)  # (all rows, functions)
+        rows = slice(self.accelerator.process_index * local, (self.accelerator.process_index + 1) * local)
+        weights = self.reward_weights.to(rewards.device)
+        output["rewards"] = (rewards * weights).nansum(1)[rows]
+        if self.leave_one_out:
+            group = self.num_generations if self.mode == "train" else self.num_generations_eval
+            everyone = self.accelerator.gather(output["advantages"])
+            output["advantages"] = leave_one_out(everyone, ~rewards.isnan().all(1), group)[rows]
+        return output
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         return ReplayingSampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))

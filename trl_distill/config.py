@@ -18,7 +18,8 @@ from ._compat import post_init_without_group_check
 logger = logging.getLogger(__name__)
 
 DIVERGENCES = ("reverse_kl",)
-KL_ESTIMATORS = ("full",)
+KL_ESTIMATORS = ("full", "topk", "sampled")
+SCHEDULES = ("constant", "linear", "cosine", "step")
 GENERATIONS_WITH_REWARDS = 8  # GRPO's own default
 GENERATIONS_WITHOUT = 1  # nothing is compared within a group, so more prompts beat more samples of one
 
@@ -33,6 +34,15 @@ class OPDConfig(GRPOConfig):
         beta (`float`, *optional*, defaults to `1.0`):
             Weight of the divergence from the teacher, in units of reward per nat. `0.0` is plain GRPO: no teacher is
             loaded.
+        beta_schedule (`str`, *optional*, defaults to `"constant"`):
+            How the weight changes with the global step: `"constant"`, `"linear"` or `"cosine"` from `beta` to
+            `beta_end` over `beta_schedule_steps`, or `"step"`, a jump to `beta_end` at `beta_schedule_steps`.
+        beta_end (`float`, *optional*):
+            Weight at the end of the schedule.
+        beta_schedule_steps (`int`, *optional*):
+            Optimizer steps that the schedule takes. `None` is the whole run.
+        reward_start_step (`int`, *optional*, defaults to `0`):
+            Optimizer step from which rewards have weight (distil first, then reinforce). They are logged all the same.
         teacher_model_name_or_path (`str`, *optional*):
             Teacher for scripts. In Python, pass `teacher_model` to the trainer.
         teacher_model_revision (`str`, *optional*):
@@ -49,7 +59,14 @@ class OPDConfig(GRPOConfig):
         divergence (`str`, *optional*, defaults to `"reverse_kl"`):
             What is minimised at each token: `"reverse_kl"`, KL(student ‖ teacher).
         kl_estimator (`str`, *optional*, defaults to `"full"`):
-            How it is computed: `"full"`, exactly, over the whole vocabulary.
+            How it is computed: `"full"`, exactly, over the whole vocabulary; `"topk"`, exactly over the student's
+            `kl_top_k` most likely ids and by the sampled token for the rest; `"sampled"`, by the sampled token alone.
+            All three have the same expected gradient.
+        kl_top_k (`int`, *optional*, defaults to `64`):
+            Ids in the exact head of `"topk"`.
+        kl_discount (`float`, *optional*, defaults to `0.0`):
+            Discount γ of the KL still to come that a token answers for. 0: each token answers for its own KL. 1: the
+            true gradient of the sequence KL, which is noisy on long completions.
         kl_temperature (`float`, *optional*):
             Softmax temperature of both models in the divergence. `None` is the sampling temperature.
 
@@ -74,6 +91,20 @@ class OPDConfig(GRPOConfig):
             "teacher is loaded."
         },
     )
+    beta_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "How `beta` changes with the step: 'linear' or 'cosine' to `beta_end`, or 'step', a jump to it.",
+            "choices": list(SCHEDULES),
+        },
+    )
+    beta_end: float | None = field(default=None, metadata={"help": "Weight at the end of the schedule."})
+    beta_schedule_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps that the schedule takes. Defaults to the whole run."}
+    )
+    reward_start_step: int = field(
+        default=0, metadata={"help": "Optimizer step from which rewards have weight: distil first, then reinforce."}
+    )
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Teacher: a hub name or a local folder."}
     )
@@ -97,7 +128,19 @@ class OPDConfig(GRPOConfig):
     )
     kl_estimator: str = field(
         default="full",
-        metadata={"help": "Exactly, over the whole vocabulary.", "choices": list(KL_ESTIMATORS)},
+        metadata={
+            "help": "'full': exactly, over the whole vocabulary. 'topk': exactly over the student's `kl_top_k` most "
+            "likely ids, the rest by the sampled token. 'sampled': by the sampled token alone.",
+            "choices": list(KL_ESTIMATORS),
+        },
+    )
+    kl_top_k: int = field(default=64, metadata={"help": "Ids in the exact head of `kl_estimator='topk'`."})
+    kl_discount: float = field(
+        default=0.0,
+        metadata={
+            "help": "Discount of the KL still to come that a token answers for. 0: its own alone. 1: the true gradient "
+            "of the sequence KL, noisy on long completions."
+        },
     )
     kl_temperature: float | None = field(
         default=None,
@@ -126,11 +169,35 @@ class OPDConfig(GRPOConfig):
                 f"`beta` is {self.beta}, but a negative weight would drive the student away from the teacher. Use a "
                 "positive value, or 0 for plain GRPO."
             )
-        for name, allowed in (("divergence", DIVERGENCES), ("kl_estimator", KL_ESTIMATORS)):
+        choices = (("divergence", DIVERGENCES), ("kl_estimator", KL_ESTIMATORS), ("beta_schedule", SCHEDULES))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; this version has {', '.join(allowed)}.")
         if self.kl_temperature is not None and self.kl_temperature <= 0:
             raise ValueError(f"`kl_temperature` is {self.kl_temperature}; it divides the logits, so it must be > 0.")
+        if self.kl_top_k < 0:
+            raise ValueError(f"`kl_top_k` is {self.kl_top_k}; it counts ids. 0 is the sampled token alone.")
+        if not 0 <= self.kl_discount <= 1:
+            raise ValueError(f"`kl_discount` is {self.kl_discount}; a discount lies in [0, 1].")
+        if self.kl_estimator != "full" and self.kl_temperature not in (None, self.temperature):
+            raise ValueError(
+                f"`kl_temperature` is {self.kl_temperature}, but tokens are sampled at `temperature` "
+                f"{self.temperature}, and kl_estimator={self.kl_estimator!r} learns from the sampled token. Leave "
+                "`kl_temperature` out, or use kl_estimator='full'."
+            )
+        if (self.beta_schedule == "constant") != (self.beta_end is None):
+            raise ValueError(
+                f"`beta_schedule` is {self.beta_schedule!r} and `beta_end` is {self.beta_end}: a schedule needs an "
+                "end, and a constant weight has none. Set both or neither."
+            )
+        if self.beta_end is not None and (self.beta_end < 0 or self.beta == 0):
+            raise ValueError(
+                f"`beta` goes from {self.beta} to {self.beta_end}. The end must not be negative, and the start must "
+                "not be 0, which loads no teacher: start from a small value instead."
+            )
+        for name, least in (("beta_schedule_steps", 1), ("reward_start_step", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it counts optimizer steps, from {least}.")
         if self.num_generations is not None and self.num_generations < 1:
             raise ValueError(f"`num_generations` is {self.num_generations}; at least one completion is needed.")
         if self.sync_ref_model and self.beta > 0:

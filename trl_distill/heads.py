@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -21,12 +21,19 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ._compat import ChunkedDivergenceFunction, FusedCausalLMOutput
+from ._compat import ChunkedDivergenceFunction, ChunkedLogProbFunction, FusedCausalLMOutput, gathered_head
 from .signals import HiddenStates, Rollouts
+
+
+if TYPE_CHECKING:
+    from .estimators import Estimator
 
 
 # The value of the kernel's `beta` that selects each divergence
 KERNEL_BETA = {"reverse_kl": 1.0}
+
+# Tiles of what is projected here rather than in TRL's kernel: tokens, ids, and elements of gathered rows of a head
+TOKEN_TILE, VOCAB_TILE, ROW_TILE = 1024, 32768, 2**24
 
 
 @dataclass
@@ -35,13 +42,12 @@ class DistilledOutput(FusedCausalLMOutput):
     Output of a student whose forward was given `rollouts` and a teacher's `signal`.
 
     Attributes:
-        divergence (`torch.Tensor` of shape `(B, C)`): nats per completion token, 0 where `Rollouts.mask` is. Only the
-            student receives a gradient.
-        entropy (`torch.Tensor`): the student's entropy in nats; of shape `(B, C)` and without gradient where no policy
-            term was asked for, else TRL's own, of shape `(B, P + C - 1)`.
+        measured (`dict[str, torch.Tensor]`): what the estimator measured, of shape `(B, C)` or `(B, C, K)`, 0 where
+            `Rollouts.mask` is. Only the student receives a gradient. TRL's own fields are filled where
+            log-probabilities were asked for, and `None` otherwise.
     """
 
-    divergence: torch.Tensor | None = None
+    measured: dict[str, torch.Tensor] | None = None
 
 
 class LMHead:
@@ -108,7 +114,6 @@ def exact_divergence(
     signal: HiddenStates,  # (N, H_t)
     divergence: str = "reverse_kl",
     temperature: float = 1.0,
-    fp32_head: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Divergence between the next-token distributions of student and teacher over the whole shared vocabulary.
@@ -122,7 +127,6 @@ def exact_divergence(
         signal: the teacher's hidden states at the same N positions, and its output layer.
         divergence: a key of `KERNEL_BETA`.
         temperature: softmax temperature of both.
-        fp32_head: project in fp32, outside autocast (TRL's `cast_lm_head_to_fp32`).
 
     Returns:
         `tuple` of two `torch.Tensor` of shape `(N,)`, fp32, in nats: the divergence, with gradient to the student's
@@ -136,29 +140,127 @@ def exact_divergence(
             f"The student's LM head is on {weight.device}, the teacher's on {teacher_weight.device}. Both project the "
             "same tokens, so place them on one device in their `device_map`."
         )
-    student_hidden, teacher_hidden = student_hidden.to(weight.device), teacher_hidden.to(weight.device)
     shared = teacher_head.vocab_size
     if shared < student_head.vocab_size:  # the kernel itself cuts a teacher that is larger
         weight, bias = weight[:shared], None if bias is None else bias[:shared]
-    context: Any = nullcontext()
-    if fp32_head:
-        student_hidden, teacher_hidden = student_hidden.float(), teacher_hidden.float()
-        context = torch.autocast(weight.device.type, enabled=False)
-    with context:
-        return ChunkedDivergenceFunction.apply(
-            student_hidden,
-            weight,
-            bias,
-            teacher_hidden,
-            teacher_weight,
-            teacher_bias,
-            KERNEL_BETA[divergence],
-            temperature,
-            student_head.logit_scale,
-            student_head.softcap,
-            teacher_head.logit_scale,
-            teacher_head.softcap,
+    return ChunkedDivergenceFunction.apply(
+        student_hidden.to(weight.device),
+        weight,
+        bias,
+        teacher_hidden.to(weight.device),
+        teacher_weight,
+        teacher_bias,
+        KERNEL_BETA[divergence],
+        temperature,
+        student_head.logit_scale,
+        student_head.softcap,
+        teacher_head.logit_scale,
+        teacher_head.softcap,
+    )
+
+
+@torch.no_grad()
+def log_probs_of(
+    hidden: torch.Tensor, head: LMHead, ids: torch.Tensor, vocab_size: int, temperature: float
+) -> torch.Tensor:
+    """
+    Log-probability of one id at each position, over the first `vocab_size` ids: `(N,)`, fp32, without gradient.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`).
+        head ([`LMHead`]): the same model's.
+        ids (`torch.Tensor` of shape `(N,)`).
+        vocab_size (`int`): a larger vocabulary is cut to it, and renormalised.
+        temperature (`float`): softmax temperature.
+    """
+    weight, bias = head.parameters()
+    with gathered_head(weight, bias):
+        weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+        return ChunkedLogProbFunction.apply(
+            *(hidden.to(weight.device), weight, bias, ids, temperature, VOCAB_TILE, head.softcap, head.logit_scale, ())
+        )[0]
+
+
+@torch.no_grad()
+def top_ids(hidden: torch.Tensor, head: LMHead, k: int) -> torch.Tensor:
+    """The `k` most likely ids at each position: `(N, H)` to `(N, k)`, in tiles over tokens and vocabulary."""
+    weight, bias = head.parameters()
+    chosen = []
+    with gathered_head(weight, bias):
+        for rows in hidden.to(weight.device).split(TOKEN_TILE):
+            best, ids = rows.new_full((rows.shape[0], k), -torch.inf), rows.new_zeros((rows.shape[0], k)).long()
+            for start in range(0, weight.shape[0], VOCAB_TILE):  # scale, soft cap and temperature keep the order
+                tile = slice(start, start + VOCAB_TILE)
+                logits = nn.functional.linear(rows, weight[tile].to(rows.dtype), None if bias is None else bias[tile])
+                values, places = logits.topk(min(k, logits.shape[1]))
+                best, order = torch.cat([best, values.to(best.dtype)], dim=1).topk(k)
+                ids = torch.cat([ids, places + start], dim=1).gather(1, order)
+            chosen.append(ids)
+    return torch.cat(chosen) if chosen else hidden.new_zeros((0, k)).long()
+
+
+def logits_of(hidden: torch.Tensor, head: LMHead, ids: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    Logits of a few ids at each position, divided by the temperature: `(N, K)`, fp32, with gradient.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`).
+        head ([`LMHead`]): the same model's.
+        ids (`torch.Tensor` of shape `(N, K)`).
+        temperature (`float`): divides the logits.
+    """
+    weight, bias = head.parameters()
+    logits = head.logit_scale * _RowLogits.apply(hidden.to(weight.device), weight, bias, ids)
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits / temperature
+
+
+class _RowLogits(torch.autograd.Function):
+    """`h · W[ids] + b[ids]` for `(N, H)` and `(N, K)`, without ever holding `(N, K, H)`; sums in fp32."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, ids):
+        device = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.save_for_backward(hidden, weight, bias, ids)
+        with gathered_head(weight, bias):
+            logits = hidden.new_empty(ids.shape, dtype=torch.float32)
+            for rows in _row_tiles(ids, hidden.shape[1]):
+                columns = weight[ids[rows]].to(ctx.dtype).float()  # (n, K, H)
+                logits[rows] = torch.einsum("nkh,nh->nk", columns, hidden[rows].to(ctx.dtype).float())
+            return logits if bias is None else logits + bias[ids].float()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        hidden, weight, bias, ids = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        with gathered_head(weight, bias):
+            grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if wants_weight else None
+            for rows in _row_tiles(ids, hidden.shape[1]):
+                if wants_hidden:
+                    grad_hidden[rows] = torch.einsum("nk,nkh->nh", grad[rows], weight[ids[rows]].to(ctx.dtype).float())
+                if grad_weight is not None:
+                    outer = grad[rows][..., None] * hidden[rows].to(ctx.dtype).float()[:, None]  # (n, K, H)
+                    grad_weight.index_add_(0, ids[rows].flatten(), outer.flatten(0, 1))
+            grad_bias = None
+            if wants_bias:
+                grad_bias = torch.zeros_like(bias, dtype=torch.float32).index_add_(0, ids.flatten(), grad.flatten())
+                grad_bias = grad_bias.to(bias.dtype)
+        return (
+            grad_hidden.to(hidden.dtype) if wants_hidden else None,
+            grad_weight.to(weight.dtype) if grad_weight is not None else None,
+            grad_bias,
+            None,
         )
+
+
+def _row_tiles(ids: torch.Tensor, width: int) -> Iterator[slice]:
+    """Slices of rows such that a `(n, K, H)` tensor stays within `ROW_TILE` elements."""
+    size = max(1, ROW_TILE // max(1, ids.shape[1] * width))
+    for start in range(0, ids.shape[0], size):
+        yield slice(start, start + size)
 
 
 def add_teacher_forward(model: nn.Module) -> None:
@@ -182,13 +284,18 @@ def add_teacher_forward(model: nn.Module) -> None:
     base.forward = types.MethodType(forward, base)
 
 
-def add_student_forward(model: nn.Module, divergence: str, temperature: float, fp32_head: bool = False) -> None:
+def add_student_forward(model: nn.Module, estimator: Estimator, fp32_head: bool = False) -> None:
     """
-    Teach a student's forward to answer with the divergence from a teacher's signal, on top of TRL's fused LM head.
+    Teach a student's forward to answer with what an estimator measures against a teacher's signal.
 
     `model(input_ids, attention_mask, rollouts=..., signal=...)` returns a [`DistilledOutput`]. With TRL's
-    `fused_lm_head=True` it also carries what TRL's forward computes, from the same backbone pass; without, no
-    log-probabilities are computed. Called without `rollouts` the model behaves as before.
+    `fused_lm_head=True` (and `labels`) it also carries what TRL's forward computes, from the same backbone pass;
+    without, no log-probabilities are computed. Called without `rollouts` the model behaves as before.
+
+    Args:
+        model: the student, on top of TRL's fused LM head; its forward is extended in place.
+        estimator ([`~trl_distill.estimators.Estimator`]): what is measured.
+        fp32_head (`bool`): project in fp32, outside autocast (TRL's `cast_lm_head_to_fp32`).
     """
     base = unwrap_adapter(model)
     LMHead(base)
@@ -205,20 +312,23 @@ def add_student_forward(model: nn.Module, divergence: str, temperature: float, f
     ) -> Any:
         if rollouts is None or signal is None:
             return fused_forward(self, *args, fused_lm_head=fused_lm_head, **kwargs)
+        mask, log_q = rollouts.mask, None
         if fused_lm_head:
             with last_hidden_state(self.base_model) as caught:
                 fields = dict(fused_forward(self, *args, fused_lm_head=True, **kwargs))
             hidden = caught[0]
+            log_q = fields["log_probs"][:, -mask.shape[1] :][mask]
         else:
             fields = {}
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        mask = rollouts.mask
-        per_token, entropy = exact_divergence(
-            _judged(hidden, mask), LMHead(self), signal, divergence, temperature, fp32_head
-        )
-        fields["divergence"] = _scatter(per_token, mask)
-        fields.setdefault("entropy", _scatter(entropy, mask))
-        return DistilledOutput(**fields)
+        hidden, context = _judged(hidden, mask), nullcontext()
+        if fp32_head:
+            hidden, signal = hidden.float(), HiddenStates(signal.hidden.float(), signal.head)
+            context = torch.autocast(hidden.device.type, enabled=False)
+        sampled = rollouts.input_ids[:, -mask.shape[1] :][mask]
+        with context:
+            measured = estimator.measure(hidden, LMHead(self), signal, sampled, log_q)
+        return DistilledOutput(**fields, measured={name: _scatter(x, mask) for name, x in measured.items()})
 
     base.forward = types.MethodType(forward, base)
 
@@ -245,8 +355,8 @@ def _judged(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`(N,)` back to `(B, C)`, zero elsewhere; stays connected to the graph when N is 0."""
-    mask = mask.to(values.device)
+    """`(N, ...)` back to `(B, C, ...)`, zero elsewhere; stays connected to the graph when N is 0."""
+    mask = mask.to(values.device).view(*mask.shape, *[1] * (values.dim() - 1)).expand(*mask.shape, *values.shape[1:])
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 

@@ -1,9 +1,13 @@
-"""What is logged under `distill/`: means over the judged tokens of all processes, without a gradient."""
+"""What is logged: means over the judged tokens, or the rows, of all processes, without a gradient."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
+
+from .heads import DistilledOutput
 
 
 def token_means(accelerator: Accelerator, mask: torch.Tensor, **per_token: torch.Tensor) -> dict[str, float]:
@@ -12,8 +16,8 @@ def token_means(accelerator: Accelerator, mask: torch.Tensor, **per_token: torch
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
-        mask (`torch.Tensor` of shape `(B, C)`).
-        per_token (`torch.Tensor` of shape `(B, C)`): quantities by name.
+        mask (`torch.Tensor` of shape `(B, C)`, or `(B,)` for rows).
+        per_token (`torch.Tensor` of the mask's shape): quantities by name.
 
     Returns:
         `dict[str, float]`: the means; 0.0 where no token counts at all.
@@ -21,3 +25,38 @@ def token_means(accelerator: Accelerator, mask: torch.Tensor, **per_token: torch
     sums = [(values.detach().float() * mask).sum() for values in per_token.values()]
     totals = accelerator.reduce(torch.stack([mask.sum().float(), *sums]), reduction="sum").tolist()
     return {name: total / max(totals[0], 1.0) for name, total in zip(per_token, totals[1:], strict=True)}
+
+
+@torch.no_grad()
+def forces(
+    output: DistilledOutput, per_token: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any], beta: float
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """
+    What teacher and reward each ask for on one micro-batch.
+
+    Args:
+        output ([`~trl_distill.heads.DistilledOutput`]): of the student.
+        per_token (`torch.Tensor` of shape `(B, C)`): KL in nats.
+        mask (`torch.Tensor` of shape `(B, C)`): judged tokens.
+        inputs (`dict`): the micro-batch, with "rewards" and "advantages" of shape `(B,)` where there are rewards.
+        beta (`float`): weight of the divergence, reward per nat.
+
+    Returns:
+        Quantities of shape `(B, C)`: "entropy", the student's, and "distill/disagreement", 1 where the reward would
+        raise the sampled token's probability and the teacher lower it, or the other way round. And of shape `(B,)`:
+        "distill/sequence_kl", nats per completion, and "objective", reward minus beta times that.
+    """
+    measured, completion = output.measured or {}, slice(-mask.shape[1], None)
+    of_tokens: dict[str, torch.Tensor] = {}
+    if output.log_probs is None:
+        of_tokens["entropy"] = measured["entropy"].to(per_token.device)
+    elif output.entropy is not None:
+        of_tokens["entropy"] = output.entropy[:, completion].to(per_token.device)
+    of_rows = {"distill/sequence_kl": (per_token * mask).sum(1)}
+    if "rewards" in inputs:
+        of_rows["objective"] = inputs["rewards"] - beta * of_rows["distill/sequence_kl"]
+    if "rewards" in inputs and output.log_probs is not None and "log_p" in measured:
+        toward_teacher = (measured["log_p"] - output.log_probs[:, completion]).to(per_token.device)
+        toward_reward = inputs["advantages"].view(len(mask), -1)
+        of_tokens["distill/disagreement"] = (toward_teacher * toward_reward < 0).float()
+    return of_tokens, of_rows

@@ -1,12 +1,157 @@
-"""The mathematics, as pure functions on tensors. Shapes are `(..., V)` or `(B, C)`; nothing here knows a model.
+"""The mathematics, as pure functions on tensors: `(..., V)` logits, `(B, C)` tokens, `(B, C, K)` heads of a top-k.
 
-The trainer computes the same quantities from hidden states, in tiles (`heads.py`); these are the definitions that the
-tests hold it to, and what small models are measured with.
+Nothing here knows a model. q is the student, p the teacher, y the sampled token; k1 = log q(y) − log p(y).
+
+A *term* is a tensor whose value estimates the KL of each token and whose gradient, averaged over samples y ~ q, is that
+of the KL. The two differ for sampled quantities: k1 as a loss has the right value and an expected gradient of zero.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+
+def term(value: torch.Tensor, surrogate: torch.Tensor) -> torch.Tensor:
+    """A tensor with the value of `value` and the gradient of `surrogate`."""
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+def sampled_reverse_kl(log_q: torch.Tensor, log_p: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """
+    One token's estimate of KL(q ‖ p): value k1, gradient ρ k1 ∇log q(y).
+
+    The score-function gradient; its mean over y ~ q is ∇KL(q ‖ p). k1 is detached: it stands as a cost, as a reward
+    would with the opposite sign.
+
+    Args:
+        log_q (`torch.Tensor` of shape `(B, C)`): the student's log-probability of each sampled token.
+        log_p (`torch.Tensor` of shape `(B, C)`): the teacher's.
+        ratio (`torch.Tensor` of shape `(B, C)`): ρ = q(y) / q_rollout(y), which carries the gradient; its value is 1 on
+            fresh rollouts.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C)`: nats.
+    """
+    k1 = (log_q - log_p).detach()
+    return term(k1, ratio * k1)
+
+
+def topk_reverse_kl(
+    head_log_q: torch.Tensor,
+    head_log_p: torch.Tensor,
+    log_q: torch.Tensor,
+    log_p: torch.Tensor,
+    outside: torch.Tensor,
+    ratio: torch.Tensor,
+) -> torch.Tensor:
+    """
+    KL(q ‖ p) with an exact head over a set S of ids, and the score function for the tail.
+
+        value     Σ_{v∈S} q_v k1_v + 1[y ∉ S] k1_y
+        gradient  Σ_{v∈S} ∇q_v k1_v + 1[y ∉ S] ρ k1_y ∇log q(y)
+
+    Unbiased for every S that does not depend on the sampled token y: the student's top-k, or the teacher's. The "+1" of
+    ∇(q log q) is left out of head and tail alike; over both it sums to zero. With S the whole vocabulary this is the
+    exact KL, with S empty [`sampled_reverse_kl`].
+
+    Args:
+        head_log_q (`torch.Tensor` of shape `(B, C, K)`): the student's log-probabilities of the ids in S.
+        head_log_p (`torch.Tensor` of shape `(B, C, K)`): the teacher's.
+        log_q, log_p, ratio (`torch.Tensor` of shape `(B, C)`): as in [`sampled_reverse_kl`].
+        outside (`torch.Tensor` of shape `(B, C)`, bool): whether the sampled token lies outside S.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C)`: nats.
+    """
+    head = (head_log_q.exp() * (head_log_q - head_log_p).detach()).sum(-1)
+    tail = torch.where(outside, sampled_reverse_kl(log_q, log_p, ratio), 0.0)
+    return head + tail
+
+
+def future_kl(per_token: torch.Tensor, mask: torch.Tensor, discount: float) -> torch.Tensor:
+    """
+    What each token still has to answer for: F_t = γ R_{t+1} with R_t = KL_t + γ R_{t+1}, over the judged tokens.
+
+    By a reverse recurrence; tokens that are not judged (tool output, padding) neither add nor discount.
+
+    Args:
+        per_token (`torch.Tensor` of shape `(B, C)`): KL of each token, nats; only its value is used.
+        mask (`torch.Tensor` of shape `(B, C)`): 1 where a token is judged.
+        discount (`float`): γ in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(B, C)`: nats, without gradient.
+    """
+    per_token, judged = per_token.detach(), mask.bool()
+    future, rest = torch.zeros_like(per_token), torch.zeros_like(per_token[:, 0])  # (B, C), (B,)
+    for t in reversed(range(per_token.shape[1])):
+        future[:, t] = discount * rest
+        rest = torch.where(judged[:, t], per_token[:, t] + discount * rest, rest)
+    return future
+
+
+def sequence_term(
+    per_token: torch.Tensor,
+    mask: torch.Tensor,
+    ratio: torch.Tensor,
+    discount: float,
+    baseline: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
+    """
+    A per-token term that also answers for the KL it leads to: KL_t + ρ_t (F_t − b_t) in its gradient.
+
+    With γ = 1 its summed gradient is that of the sequence KL; with γ = 0 it is `per_token` itself, a partial gradient
+    of much lower variance. The value stays that of `per_token`.
+
+    Args:
+        per_token (`torch.Tensor` of shape `(B, C)`): a term, exact or estimated.
+        mask (`torch.Tensor` of shape `(B, C)`): 1 where a token is judged.
+        ratio (`torch.Tensor` of shape `(B, C)`): ρ as in [`sampled_reverse_kl`].
+        discount (`float`): γ in [0, 1].
+        baseline (`torch.Tensor` broadcast to `(B, C)`): anything that the token itself and what follows do not change.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C)`: nats.
+    """
+    if discount == 0.0:
+        return per_token
+    return term(per_token, per_token + ratio * (future_kl(per_token, mask, discount) - baseline))
+
+
+def leave_one_out(advantages: torch.Tensor, valid: torch.Tensor, group: int) -> torch.Tensor:
+    """
+    Turn rewards minus their group's mean into rewards minus the mean of the others: times n / (n − 1).
+
+    The group's mean contains the row itself, which shrinks the reward's gradient by (n − 1) / n and so raises the
+    effective beta (RLOO, arXiv 2402.14740).
+
+    Args:
+        advantages (`torch.Tensor` of shape `(R,)`): rewards minus the mean over each group's valid rewards.
+        valid (`torch.Tensor` of shape `(R,)`, bool): rows that have a reward at all.
+        group (`int`): rows per group; groups are consecutive.
+
+    Returns:
+        `torch.Tensor` of shape `(R,)`; unchanged where a group has one valid reward or none.
+    """
+    n = valid.view(-1, group).sum(1, keepdim=True).expand(-1, group).reshape(-1).to(advantages.dtype)
+    return torch.where(n > 1, advantages * n / (n - 1).clamp(min=1), advantages)
+
+
+def scheduled_beta(schedule: str, start: float, end: float, step: int, steps: int) -> float:
+    """
+    Weight of the divergence at a global step: "constant", "linear" or "cosine" from `start` to `end`, or "step".
+
+    A function of the step alone, so that a resumed run needs no state. "step" holds `start` and jumps to `end` at
+    `steps`; the others arrive there at `steps` and stay.
+    """
+    if schedule == "constant":
+        return start
+    done = min(step / steps, 1.0) if steps > 0 else 1.0
+    if schedule == "step":
+        return end if done >= 1.0 else start
+    return start + (end - start) * (done if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * done)))
 
 
 def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

@@ -17,11 +17,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
-from . import checks
+from . import checks, objective
 from ._compat import Seams, get_config_model_id
 from .config import OPDConfig
+from .estimators import make_estimator
 from .heads import DistilledOutput, LMHead, add_student_forward, last_hidden_state, unwrap_adapter
-from .metrics import token_means
+from .metrics import forces, token_means
 from .signals import HiddenStates, Rollouts
 from .teachers import Teacher, load_teacher_tokenizer, make_teacher, student_config, teacher_config
 
@@ -121,8 +122,10 @@ class OPDTrainer(Seams):
         self.has_rewards = bool(reward_funcs) or environment_rewards
         args = args.resolved(self.has_rewards)
 
-        #: weight of the teacher's term. TRL's own `self.beta` stays 0: it would ask for a reference model
-        self.teacher_beta: float = args.beta
+        # one reward per nat, whatever the size of the group; other scalings and aggregations keep GRPO's baseline
+        self.leave_one_out = (
+            args.beta > 0 and args.scale_rewards == "none" and args.multi_objective_aggregation == "sum_then_normalize"
+        )
         self.teacher: Teacher | None = None
         teacher_spec = None
         if args.beta > 0:
@@ -133,7 +136,7 @@ class OPDTrainer(Seams):
             if not self.has_rewards:
                 reward_funcs = [no_reward]
 
-        args.beta = 0.0
+        beta, args.beta = args.beta, 0.0  # TRL's own `self.beta` stays 0: it would ask for a reference model
         try:
             super().__init__(
                 model=model,
@@ -152,7 +155,7 @@ class OPDTrainer(Seams):
                 environment_factory=environment_factory,
             )
         finally:
-            args.beta = self.teacher_beta
+            args.beta = beta
         if teacher_spec is not None:
             self._add_teacher(teacher_spec)
 
@@ -210,12 +213,11 @@ class OPDTrainer(Seams):
         self.ref_model = getattr(self.teacher, "model", None)  # where TRL keeps the model that the KL is taken to
         if self.ref_model is not None:
             self._check_head(self.ref_model, "teacher")
-        add_student_forward(
-            student,
-            divergence=args.divergence,
-            temperature=args.kl_temperature or args.temperature,
-            fp32_head=args.cast_lm_head_to_fp32,
+        temperature = args.kl_temperature or args.temperature
+        self.estimator = make_estimator(
+            args.kl_estimator, args.divergence, temperature, args.kl_top_k, with_log_p=self.has_rewards
         )
+        add_student_forward(student, self.estimator, fp32_head=args.cast_lm_head_to_fp32)
 
     def _check_head(self, model: nn.Module, whose: str) -> None:
         """Compare our way from hidden states to logits with the model's own on four tokens; not on sharded weights."""
@@ -240,6 +242,11 @@ class OPDTrainer(Seams):
             "Pad the teacher instead: `teacher.resize_token_embeddings(...)` to the student's "
             f"{student_size} rows, save it, and use that."
         )
+        if self.args.kl_estimator != "full":
+            raise ValueError(
+                f"The teacher's vocabulary ({teacher_size}) is smaller than the student's ({student_size}), which only "
+                f"kl_estimator='full' renormalises. {remedy}"
+            )
         if self.use_vllm:
             raise ValueError(
                 f"The teacher's vocabulary ({teacher_size}) is smaller than the student's ({student_size}), and vLLM "
@@ -258,30 +265,98 @@ class OPDTrainer(Seams):
             f"{student_size - teacher_size} ids are left out of the divergence and suppressed in rollouts."
         )
 
+    @property
+    def teacher_beta(self) -> float:
+        """Weight of the teacher's term at the current step."""
+        args = self.args
+        if args.beta_schedule == "constant":
+            return args.beta
+        steps = args.beta_schedule_steps or self.state.max_steps
+        return objective.scheduled_beta(args.beta_schedule, args.beta, args.beta_end, self.state.global_step, steps)
+
     def rollout_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's policy loss plus beta times the divergence from the teacher, from one forward of the student."""
         if self.teacher is None:
             return self.policy_loss(model, inputs)
+        beta, rewarded = self.teacher_beta, self.has_rewards
+        if rewarded and self.state.global_step < self.args.reward_start_step:
+            inputs, rewarded = {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}, False
+        self.record("distill/beta", beta)
+        if beta == 0.0:
+            return self.policy_loss(model, inputs)
         rollouts = Rollouts.from_inputs(inputs)
         judged = _JudgedModel(model, rollouts, self.teacher.score(rollouts))
-        if self.has_rewards or self.has_side_terms:
-            loss = self.policy_loss(judged, inputs)
-        else:  # no policy term: no log-probabilities either
+        if rewarded or self.has_side_terms:
+            policy = self.policy_loss(judged, inputs)
+        else:
+            policy = torch.zeros((), device=self.accelerator.device)
             with self.accelerator.autocast():
-                judged(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask)
-            loss = torch.zeros((), device=self.accelerator.device)
-        output, device = judged.output, self.accelerator.device
-        divergence, mask = output.divergence.to(device), rollouts.mask
-        quantities = {f"distill/{self.args.divergence}": divergence}
-        if output.log_probs is None:  # else TRL logs the entropy itself
-            quantities[self._entropy_key] = output.entropy.to(device)
-        for name, mean in token_means(self.accelerator, mask, **quantities).items():
+                judged(**self._student_inputs(rollouts))
+        per_token = self._kl_term(judged.output, rollouts, inputs)
+        divergence = beta * self.reduce_per_token(per_token, rollouts.mask, inputs)
+        self._log_step(judged.output, per_token, rollouts, inputs, beta)
+        accumulation = self.current_gradient_accumulation_steps if self.mode == "train" else 1
+        losses = {"distill/loss": divergence}
+        if self.has_rewards and not self.has_side_terms:  # with side terms TRL logs it itself
+            losses["policy_loss"] = policy
+        for name, loss in losses.items():
+            self.record(name, self.accelerator.gather(loss.detach()).mean().item() * accumulation)
+        return policy + divergence
+
+    def _student_inputs(self, rollouts: Rollouts) -> dict[str, Any]:
+        """Arguments of the student's forward where there is no policy loss to call it."""
+        inputs: dict[str, Any] = {"input_ids": rollouts.input_ids, "attention_mask": rollouts.attention_mask}
+        if self.estimator.needs_log_probs or self.args.kl_discount > 0:
+            labels = torch.full_like(rollouts.input_ids, -100)
+            completion = slice(-rollouts.mask.shape[1], None)
+            labels[:, completion] = rollouts.input_ids[:, completion].masked_fill(~rollouts.mask, -100)
+            inputs |= {"labels": labels, "fused_lm_head": True}
+        return inputs
+
+    def _kl_term(self, output: DistilledOutput, rollouts: Rollouts, inputs: dict[str, Any]) -> torch.Tensor:
+        """The teacher's term for each completion token, `(B, C)`: value in nats, gradient of the objective."""
+        device, mask = self.accelerator.device, rollouts.mask
+        assert output.measured is not None
+        measured = {name: values.to(device) for name, values in output.measured.items()}
+        log_q = ratio = None
+        if output.log_probs is not None:
+            log_q = output.log_probs[:, -mask.shape[1] :].to(device)
+            rollout_log_q = inputs.get("old_per_token_logps")
+            ratio = torch.exp(log_q - (log_q.detach() if rollout_log_q is None else rollout_log_q))
+            if "importance_sampling_ratio" in inputs:  # from vLLM's sampler to the old policy, truncated by TRL
+                ratio = ratio * inputs["importance_sampling_ratio"]
+            ratio = torch.where(mask, ratio, 0.0)
+        per_token = self.estimator.term(measured, log_q, ratio)
+        if self.args.kl_discount > 0:
+            assert ratio is not None
+            per_token = objective.sequence_term(per_token, mask, ratio, self.args.kl_discount)
+        return per_token
+
+    def _log_step(
+        self,
+        output: DistilledOutput,
+        per_token: torch.Tensor,
+        rollouts: Rollouts,
+        inputs: dict[str, Any],
+        beta: float,
+    ) -> None:
+        """Log the divergence, the entropy where TRL does not, and how teacher and reward stand to each other."""
+        of_tokens, of_rows = forces(output, per_token, rollouts.mask, inputs, beta)
+        of_tokens[f"distill/{self.args.divergence}"] = per_token
+        if "entropy" in of_tokens and not self.has_rewards and not self.has_side_terms:
+            of_tokens[self._entropy_key] = of_tokens.pop("entropy")
+        else:
+            of_tokens.pop("entropy", None)
+        for name, mean in token_means(self.accelerator, rollouts.mask, **of_tokens).items():
             self.record(name, mean)
-        return loss + self.teacher_beta * self.reduce_per_token(divergence, mask, inputs)
+        for name, mean in token_means(self.accelerator, rollouts.mask.new_ones(len(per_token)), **of_rows).items():
+            self.record(name, mean)
 
     @property
     def _entropy_key(self) -> str:
         """TRL's key, where the divergence's distribution is the one that is sampled from; else one of our own."""
+        if self.estimator.needs_log_probs or self.args.kl_discount > 0:  # TRL's forward ran, and gave its own
+            return "entropy"
         same = self._same_vocabulary and self.args.kl_temperature in (None, self.args.temperature)
         return "entropy" if same else "distill/entropy"
 

@@ -1,0 +1,266 @@
+"""The trainer's own loss, enumerated over every completion, against the gradient of the stated objective.
+
+A student over five ids writes up to three tokens, so all completions can be listed. The expected gradient of each
+estimator at each discount is the sum over completions of their probability times the gradient of the real trainer's loss
+on that completion. The oracle differentiates the objective itself, from full logits.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers import EOS, config, gradients, in_training, make_model, make_tokenizer, relative_error
+
+from trl_distill import OPDTrainer
+
+
+V, LENGTH = 5, 3
+PROMPT = [2, 4]
+
+
+def completions() -> list[list[int]]:
+    """Every completion of at most `LENGTH` tokens: it ends with the stop token, or is cut."""
+    found = []
+    for length in range(1, LENGTH + 1):
+        for ids in itertools.product(range(V), repeat=length):
+            if EOS not in ids[:-1] and (ids[-1] == EOS or length == LENGTH):
+                found.append(list(ids))
+    return found
+
+
+COMPLETIONS = completions()
+
+
+def distributions(model, completion: list[int]) -> torch.Tensor:
+    """log-probabilities over all ids at each position of a completion: `(T, V)`."""
+    ids = torch.tensor([PROMPT + completion])
+    return model(input_ids=ids).logits[0, len(PROMPT) - 1 : -1].double().log_softmax(-1)
+
+
+def log_prob(log_q: torch.Tensor, completion: list[int]) -> torch.Tensor:
+    """log-probability of each token of a completion: `(T,)`."""
+    return log_q.gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def kl(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+@pytest.fixture
+def models():
+    pair = tuple(make_model("untied", seed=seed, vocab_size=V, hidden_size=8, head_dim=4) for seed in (1, 2))
+    for model in pair:  # id 0 is an ordinary token here; an embedding does not learn its padding row
+        model.get_input_embeddings().padding_idx = None
+    return pair
+
+
+@pytest.fixture
+def trainer(tmp_path, prompts, models):
+    def build(**changes):
+        student, teacher = models
+        return in_training(
+            OPDTrainer(
+                model=student,
+                teacher_model=teacher,
+                args=config(tmp_path, loss_type="dr_grpo", max_completion_length=LENGTH, **changes),
+                train_dataset=prompts,
+                processing_class=make_tokenizer(["<pad>", "<eos>", "a", "b", "."]),
+            )
+        )
+
+    return build
+
+
+def inputs_of(completion: list[int], **extra) -> dict[str, torch.Tensor]:
+    """One row, padded to `LENGTH` on the right and by one on the left."""
+    padding = [0] * (LENGTH - len(completion))
+    return {
+        "prompt_ids": torch.tensor([[0, *PROMPT]]),
+        "prompt_mask": torch.tensor([[0, 1, 1]]),
+        "completion_ids": torch.tensor([completion + padding]),
+        "completion_mask": torch.tensor([[1] * len(completion) + padding]),
+        "advantages": torch.zeros(1),
+        "num_items_in_batch": torch.tensor(len(completion)),
+        **extra,
+    }
+
+
+def expected_gradient(trainer, behaviour=None, inputs=inputs_of) -> torch.Tensor:
+    """Σ_y probability(y) · ∇loss(y), with completions drawn from `behaviour` (default: the student)."""
+    with torch.no_grad():
+        weights = [log_prob(distributions(behaviour or trainer.model, y), y).sum().exp() for y in COMPLETIONS]
+    assert sum(weights) == pytest.approx(1, abs=1e-6)
+    trainer.model.zero_grad()
+    for y, weight in zip(COMPLETIONS, weights, strict=True):
+        # dr_grpo divides the sum over tokens by the maximal length
+        (trainer.rollout_loss(trainer.model, inputs(y)) * LENGTH * weight.float()).backward()
+    return gradients(trainer.model)
+
+
+def oracle(student, teacher, discount: float, behaviour=None) -> torch.Tensor:
+    """∇KL_t at each prefix plus ∇log q(y_t) times the discounted KL still to come, averaged over completions."""
+    student.zero_grad()
+    for y in COMPLETIONS:
+        log_q = distributions(student, y)
+        with torch.no_grad():
+            log_p = distributions(teacher, y)
+            weight = log_prob(distributions(behaviour or student, y), y).sum().exp()
+        per_token, score = kl(log_q, log_p), log_prob(log_q, y)
+        future = [
+            sum(discount ** (later - t) * per_token[later].detach() for later in range(t + 1, len(y)))
+            for t in range(len(y))
+        ]
+        (weight * (per_token.sum() + sum(s * f for s, f in zip(score, future, strict=True)))).backward()
+    return gradients(student)
+
+
+def sequence_objective(student, teacher) -> torch.Tensor:
+    """E Σ_t KL_t, as one differentiable number."""
+    total = torch.zeros((), dtype=torch.float64)
+    for y in COMPLETIONS:
+        log_q, log_p = distributions(student, y), distributions(teacher, y)
+        total = total + log_prob(log_q, y).sum().exp() * (log_prob(log_q, y) - log_prob(log_p, y)).sum()
+    return total
+
+
+ESTIMATORS = {
+    "full": {"kl_estimator": "full"},
+    "sampled": {"kl_estimator": "sampled"},
+    "top 0": {"kl_estimator": "topk", "kl_top_k": 0},
+    "top 2": {"kl_estimator": "topk", "kl_top_k": 2},
+    "top all": {"kl_estimator": "topk", "kl_top_k": V},
+}
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_expected_gradient_is_that_of_the_objective(trainer, models, estimator, discount):
+    found = expected_gradient(trainer(**estimator, kl_discount=discount))
+    assert relative_error(found, oracle(*models, discount)) < 1e-4
+
+
+def test_at_discount_one_the_oracle_is_the_gradient_of_the_sequence_kl(models):
+    """By autograd of the enumerated objective, and by finite differences of it along a direction."""
+    student, teacher = models
+    found = oracle(student, teacher, 1.0)
+    student.zero_grad()
+    sequence_objective(student, teacher).backward()
+    assert relative_error(found, gradients(student)) < 1e-5
+
+    student, teacher = student.double(), teacher.double()
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(len(found), generator=generator, dtype=torch.float64)
+    values = []
+    for step in (1e-4, -1e-4):
+        with torch.no_grad():
+            start = torch.nn.utils.parameters_to_vector(student.parameters())
+            torch.nn.utils.vector_to_parameters(start + step * direction, student.parameters())
+            values.append(sequence_objective(student, teacher).item())
+            torch.nn.utils.vector_to_parameters(start, student.parameters())
+    assert (values[0] - values[1]) / 2e-4 == pytest.approx((found @ direction).item(), rel=1e-4)
+
+
+def test_the_oracle_can_fail(trainer, models):
+    """Another discount, the other direction of the KL, and k1 as a loss are all told apart."""
+    student, teacher = models
+    found = expected_gradient(trainer(kl_discount=1.0))
+    assert relative_error(found, oracle(student, teacher, 0.0)) > 0.05
+    assert relative_error(found, oracle(student, teacher, 0.9)) > 1e-3
+    student.zero_grad()
+    for y in COMPLETIONS:  # forward KL at each token
+        log_q = distributions(student, y)
+        with torch.no_grad():
+            log_p, weight = distributions(teacher, y), log_prob(log_q, y).sum().exp()
+        (weight * kl(log_p, log_q).sum()).backward()
+    forward = gradients(student)
+    assert relative_error(expected_gradient(trainer()), forward) > 0.05
+    student.zero_grad()
+    for y in COMPLETIONS:  # k1 as a loss: no gradient in expectation
+        log_q = distributions(student, y)
+        with torch.no_grad():
+            weight = log_prob(log_q, y).sum().exp()
+        (weight * log_prob(log_q, y).sum()).backward()
+    assert gradients(student).norm() < 1e-5 * forward.norm()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_stale_rollouts(trainer, models, estimator):
+    """Written by another model: exact parts carry weight 1, score-function parts the token's ratio."""
+    student, teacher = models
+    writer = make_model("untied", seed=5, vocab_size=V, hidden_size=8, head_dim=4)
+
+    def inputs(y):
+        with torch.no_grad():
+            old = log_prob(distributions(writer, y), y).float()
+        return inputs_of(y, old_per_token_logps=torch.nn.functional.pad(old, (0, LENGTH - len(y)))[None])
+
+    found = expected_gradient(trainer(**estimator), behaviour=writer, inputs=inputs)
+    assert relative_error(found, oracle(student, teacher, 0.0, behaviour=writer)) < 1e-4
+
+
+def test_sampler_correction_applies_to_score_functions(trainer):
+    """vLLM's ratio, truncated by TRL, multiplies the sampled token's part and not the exact one."""
+    y = COMPLETIONS[-1]
+    grads = {}
+    for name in ("sampled", "full"):
+        judge = trainer(kl_estimator=name)
+        for weight in (1.0, 0.25):
+            judge.model.zero_grad()
+            ratio = torch.full((1, LENGTH), weight)
+            judge.rollout_loss(judge.model, inputs_of(y, importance_sampling_ratio=ratio)).backward()
+            grads[name, weight] = gradients(judge.model)
+    assert relative_error(grads["sampled", 0.25], 0.25 * grads["sampled", 1.0]) < 1e-5
+    assert relative_error(grads["full", 0.25], grads["full", 1.0]) < 1e-6
+
+
+@pytest.mark.parametrize("beta", [0.2, 1.0])
+@pytest.mark.parametrize("estimator", ["full", "topk", "sampled"])
+def test_reward_and_teacher_together(trainer, models, estimator, beta):
+    """The expected gradient of the whole loss is that of −(E[r] − β KL), with the reward as advantage."""
+    student, teacher = models
+    rewards = {tuple(y): (y[0] == 2) + 0.5 * (len(y) > 1 and y[1] == 3) for y in COMPLETIONS}
+    judge = trainer(kl_estimator=estimator, kl_top_k=2, kl_discount=1.0, beta=beta, num_generations=2)
+    judge.has_rewards = True
+
+    def inputs(y):
+        return inputs_of(y, advantages=torch.tensor([float(rewards[tuple(y)])]))
+
+    found = expected_gradient(judge, inputs=inputs)
+    student.zero_grad()
+    reward = sum(log_prob(distributions(student, y), y).sum().exp() * rewards[tuple(y)] for y in COMPLETIONS)
+    (beta * sequence_objective(student, teacher) - reward).backward()
+    assert relative_error(found, gradients(student)) < 1e-4
+
+
+@pytest.mark.parametrize(("k", "same"), [(V, "full"), (0, "sampled")])
+def test_topk_meets_full_and_sampled_on_every_completion(trainer, k, same):
+    pairs = []
+    for settings in ({"kl_estimator": "topk", "kl_top_k": k}, {"kl_estimator": same}):
+        judge = trainer(**settings)
+        grads = []
+        for y in COMPLETIONS[::7]:
+            judge.model.zero_grad()
+            loss = judge.rollout_loss(judge.model, inputs_of(y))
+            loss.backward()
+            grads.append(torch.cat([gradients(judge.model), loss.detach().double()[None]]))
+        pairs.append(torch.stack(grads))
+    assert relative_error(*pairs) < 1e-5
+
+
+def test_variance_falls_as_the_head_grows(trainer):
+    variance = []
+    for k in (0, 1, 2, 3, V):
+        judge = trainer(kl_estimator="topk", kl_top_k=k)
+        mean = expected_gradient(judge)
+        total = 0.0
+        for y in COMPLETIONS:
+            with torch.no_grad():
+                weight = log_prob(distributions(judge.model, y), y).sum().exp()
+            judge.model.zero_grad()
+            (judge.rollout_loss(judge.model, inputs_of(y)) * LENGTH).backward()
+            total += weight.item() * (gradients(judge.model) - mean).square().sum().item()
+        variance.append(total)
+    assert variance == sorted(variance, reverse=True)
+    assert variance[-1] < 0.5 * variance[0]
