@@ -260,6 +260,13 @@ class OPDConfig(GRPOConfig):
                 "no longer a weight in reward per nat and the optimum is another. Use 'none' to optimise the stated "
                 "objective."
             )
+        ceiling = config.epsilon if config.epsilon_high is None else config.epsilon_high
+        if has_rewards and config.beta > 0 and config.loss_type == "cispo" and ceiling < 1:
+            raise ValueError(
+                f"loss_type='cispo' clips the ratio at `epsilon_high` ({ceiling}), below its value on fresh rollouts, "
+                f"so the reward would weigh {ceiling} times what it says and `beta` would not be reward per nat. Set "
+                "`epsilon_high` to more than 1 (5.0 in the ScaleRL recipe)."
+            )
         if config.num_generations is None:
             config.num_generations = GENERATIONS_WITH_REWARDS if has_rewards else GENERATIONS_WITHOUT
         if not has_rewards and config.beta > 0:
