@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, create_model_from_path, get_config_model_id
-from trl.trainer.utils import maybe_gather_lm_head_ctx as gathered_head
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from .objective import leave_one_out
 
@@ -33,6 +34,11 @@ __all__ = [
     "prepare_deepspeed",
     "prepare_fsdp",
 ]
+
+
+def gathered_head(weight: torch.Tensor, bias: torch.Tensor | None) -> AbstractContextManager[Any]:
+    """Context in which an LM head that ZeRO-3 has sharded is whole; without ZeRO-3 it does nothing."""
+    return maybe_gather_lm_head_ctx(weight, bias)  # type: ignore[arg-type]
 
 
 class _NeverBelow(int):
@@ -90,6 +96,9 @@ class Seams(GRPOTrainer):
 
     has_rewards: bool = True
     leave_one_out: bool = False
+    num_generations: Any
+    num_generations_eval: Any
+    _rewards_per_func: torch.Tensor | None
     args: Any  # a `GRPOConfig`; `Trainer` declares less
     model: Any
     current_gradient_accumulation_steps: int
@@ -118,7 +127,7 @@ class Seams(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's rollouts, with advantages over the mean of the others, and each row's reward beside them."""
-        self._rewards_per_func: torch.Tensor | None = None
+        self._rewards_per_func = None
         output = super()._generate_and_score_completions(inputs)
         if self._rewards_per_func is None:
             return output

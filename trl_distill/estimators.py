@@ -7,6 +7,7 @@ with the formulas of `objective.py`. A new estimator is a class and one line in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -116,7 +117,7 @@ class TopK:
 
 def make_estimator(name: str, divergence: str, temperature: float, k: int, with_log_p: bool = False) -> Estimator:
     """The estimator that `kl_estimator` names; `with_log_p` has "full" measure the sampled token too, for the log."""
-    table = {
+    table: dict[str, Callable[[], Estimator]] = {
         "full": lambda: Full(divergence, temperature, with_log_p),
         "topk": lambda: TopK(k, temperature),
         "sampled": lambda: Sampled(temperature),

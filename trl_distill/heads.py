@@ -232,7 +232,7 @@ class _RowLogits(torch.autograd.Function):
             return logits if bias is None else logits + bias[ids].float()
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
+    def backward(ctx, grad):
         hidden, weight, bias, ids = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         with gathered_head(weight, bias):
@@ -321,7 +321,8 @@ def add_student_forward(model: nn.Module, estimator: Estimator, fp32_head: bool 
         else:
             fields = {}
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        hidden, context = _judged(hidden, mask), nullcontext()
+        hidden = _judged(hidden, mask)
+        context: Any = nullcontext()
         if fp32_head:
             hidden, signal = hidden.float(), HiddenStates(signal.hidden.float(), signal.head)
             context = torch.autocast(hidden.device.type, enabled=False)

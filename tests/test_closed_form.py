@@ -1,0 +1,119 @@
+"""Training ends where the objective says: π ∝ teacher · e^{reward / beta}, over all completions of one prompt.
+
+Takes a few minutes, so most of it is slow. One case runs with the fast tests.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import EOS, config, make_model, make_tokenizer
+
+from trl_distill import OPDTrainer
+
+
+V = 10
+WORDS = ["<pad>", "<eos>", *"abcdefg", "."]
+
+
+def completions(length: int) -> list[tuple[int, ...]]:
+    return [
+        ids
+        for n in range(1, length + 1)
+        for ids in itertools.product(range(V), repeat=n)
+        if EOS not in ids[:-1] and (ids[-1] == EOS or n == length)
+    ]
+
+
+def distribution(model, prompt: list[int], length: int) -> torch.Tensor:
+    """Probability of every completion."""
+    rows = completions(length)
+    found = []
+    with torch.no_grad():
+        for y in rows:
+            logits = model(input_ids=torch.tensor([[*prompt, *y]])).logits[0, len(prompt) - 1 : -1]
+            found.append(logits.log_softmax(-1).gather(1, torch.tensor(y)[:, None]).sum().exp())
+    return torch.stack(found)
+
+
+def train_and_compare(tmp_path, length: int, beta: float, reward, steps: int = 400, **changes) -> tuple[float, float]:
+    """Total variation from the closed form: after training, and of the teacher itself."""
+    tokenizer = make_tokenizer(WORDS)
+    student, teacher = (make_model(seed=seed, vocab_size=V, num_hidden_layers=1) for seed in (1, 2))
+    for model in (student, teacher):
+        model.get_input_embeddings().padding_idx = None
+    prompt = tokenizer("a b").input_ids
+    rows = completions(length)
+    rewards = torch.tensor([reward(y) for y in rows])
+    of_teacher = distribution(teacher, prompt, length)
+    target = of_teacher * (rewards / beta).exp()
+    target /= target.sum()
+
+    def reward_func(completion_ids, **_):
+        return [reward(tuple(ids)) for ids in completion_ids]
+
+    args = config(
+        tmp_path,
+        beta=beta,
+        max_steps=steps,
+        per_device_train_batch_size=256,
+        max_completion_length=length,
+        learning_rate=1e-2,
+        lr_scheduler_type="linear",
+        top_k=0,
+        loss_type="dr_grpo",
+        logging_steps=100,
+        **changes,
+    )
+    trainer = OPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        reward_funcs=reward_func,
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": ["a b"] * 64}),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    student.eval()
+    return tuple(0.5 * (d - target).abs().sum().item() for d in (distribution(student, prompt, length), of_teacher))
+
+
+def first_token(y: tuple[int, ...]) -> float:
+    return 1.0 if y[0] in (3, 4) else 0.0
+
+
+CASES = list(itertools.product([1, 2], [0.2, 0.5, 1.0], ["full", "topk", "sampled"]))
+
+
+@pytest.mark.parametrize(
+    ("length", "beta", "estimator"),
+    [pytest.param(*case, marks=() if case == (1, 0.5, "full") else pytest.mark.slow) for case in CASES],
+)
+def test_training_ends_at_the_closed_form(tmp_path, length, beta, estimator):
+    changes = {"kl_estimator": estimator, "kl_top_k": 3, "kl_discount": 1.0}
+    after, of_teacher = train_and_compare(tmp_path, length, beta, first_token, **changes)
+    assert after < 0.03
+    assert of_teacher > 0.1  # the reward moves the optimum away from the teacher
+
+
+@pytest.mark.slow
+def test_a_late_reward_needs_the_future_kl(tmp_path):
+    """The reward hangs on a second token that the teacher rarely writes: the first must answer for what it leads to."""
+    teacher = make_model(seed=2, vocab_size=V, num_hidden_layers=1)
+    prompt = make_tokenizer(WORDS)("a b").input_ids
+    first = int(teacher(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
+    second = teacher(input_ids=torch.tensor([[*prompt, first]])).logits[0, -1].softmax(-1)
+    rare = int((second - 0.05).abs().argmin())
+    assert 0.02 < second[rare] < 0.1
+
+    def late(y: tuple[int, ...]) -> float:
+        return 1.0 if y == (first, rare) else 0.0
+
+    with_future, _ = train_and_compare(tmp_path, 2, 0.3, late, kl_discount=1.0)
+    without, of_teacher = train_and_compare(tmp_path, 2, 0.3, late, kl_discount=0.0)
+    print(f"total variation from the closed form: {with_future:.3f}, {without:.3f}, teacher {of_teacher:.3f}")
+    assert with_future < 0.03
+    assert without > 0.1
