@@ -9,7 +9,7 @@ import torch
 from helpers import FAMILIES, VOCAB, batch, config, gradients, in_training, make_model, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_distill import OPDTrainer
+from trl_distill import OPDTrainer, heads
 from trl_distill._compat import ChunkedDivergenceFunction
 from trl_distill.objective import reverse_kl
 from trl_distill.signals import Rollouts
@@ -169,6 +169,34 @@ def test_a_deep_copy_computes_with_its_own_weights(tmp_path, tokenizer, prompts,
     assert torch.equal(trainer.teacher.score(rollouts).hidden, original)
 
 
+@pytest.mark.parametrize("family", ["tied", "bias", "softcap", "scale"])
+@pytest.mark.parametrize("tiles", [(1024, 32768, 2**24), (3, 7, 40)], ids=["whole", "small tiles"])
+def test_logits_of_a_few_ids_and_the_likeliest(monkeypatch, family, tiles):
+    """Values and gradients against the model's own logits; the likeliest ids against `torch.topk`."""
+    for name, value in zip(("TOKEN_TILE", "VOCAB_TILE", "ROW_TILE"), tiles, strict=True):
+        monkeypatch.setattr(heads, name, value)
+    model = make_model(family, seed=3)
+    head, ids = heads.LMHead(model), torch.randint(0, VOCAB, (11, 4), generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(11, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    found = heads.logits_of(hidden, head, ids, temperature=0.7)
+    expected = head.logits(hidden).gather(1, ids) / 0.7
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(11, 4, generator=torch.Generator().manual_seed(2))
+    grads = []
+    for values in (found, expected):
+        model.zero_grad()
+        hidden.grad = None
+        (values * weights).sum().backward()
+        grads.append(torch.cat([hidden.grad.flatten().double(), gradients(model)]))
+    assert relative_error(*grads) < 1e-5
+    with torch.no_grad():
+        assert torch.equal(heads.top_ids(hidden, head, 5), head.logits(hidden).topk(5).indices)
+    log_p = heads.log_probs_of(hidden.detach(), head, ids[:, 0], VOCAB - 3, temperature=0.7)
+    naive = (head.logits(hidden)[:, : VOCAB - 3] / 0.7).log_softmax(-1)
+    inside = ids[:, 0] < VOCAB - 3
+    torch.testing.assert_close(log_p[inside], naive.detach()[inside, ids[inside, 0]])
+
+
 def test_sharded_teacher_head_is_gathered(tmp_path, tokenizer, prompts, student, teacher):
     """FSDP2's parameters are DTensors, and stay sharded outside the teacher's forward."""
     import torch.distributed as dist
@@ -204,7 +232,8 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize(
     "rewards", [None, [lambda completions, **_: [1.0] * len(completions)]], ids=["pure", "rewards"]
 )
-def test_no_tensor_of_the_size_of_the_logits(tmp_path, tokenizer, prompts, monkeypatch, rewards):
+@pytest.mark.parametrize("estimator", ["full", "topk", "sampled"])
+def test_no_tensor_of_the_size_of_the_logits(tmp_path, tokenizer, prompts, monkeypatch, rewards, estimator):
     import trl.kernels.chunked_divergence as divergence_kernel
     import trl.kernels.chunked_logprob as logprob_kernel
     import trl.trainer.utils as trl_utils
@@ -213,6 +242,8 @@ def test_no_tensor_of_the_size_of_the_logits(tmp_path, tokenizer, prompts, monke
     monkeypatch.setattr(divergence_kernel, "VOCAB_CHUNK_SIZE", 64)
     monkeypatch.setattr(logprob_kernel, "TOKEN_CHUNK_SIZE", 8)
     monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    for name, value in (("TOKEN_TILE", 8), ("VOCAB_TILE", 64), ("ROW_TILE", 1024)):
+        monkeypatch.setattr(heads, name, value)
     student, teacher = (make_model(seed=seed, vocab_size=2000) for seed in (1, 2))
     inputs = batch(rows=8, prompt=4, completion=24)
     judged = int(inputs["completion_mask"].sum())
@@ -222,7 +253,13 @@ def test_no_tensor_of_the_size_of_the_logits(tmp_path, tokenizer, prompts, monke
         model=student,
         teacher_model=teacher,
         reward_funcs=rewards,
-        args=config(tmp_path, per_device_train_batch_size=8, num_generations=2 if rewards else 1),
+        args=config(
+            tmp_path,
+            per_device_train_batch_size=8,
+            num_generations=2 if rewards else 1,
+            kl_estimator=estimator,
+            kl_top_k=4,
+        ),
         train_dataset=prompts,
         processing_class=tokenizer,
     )

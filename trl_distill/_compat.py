@@ -16,8 +16,13 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, create_model_from_path, get_config_model_id
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+from trl.trainer.utils import (
+    FusedCausalLMOutput,
+    RepeatSampler,
+    create_model_from_path,
+    get_config_model_id,
+    maybe_gather_lm_head_ctx,
+)
 
 from .objective import leave_one_out
 

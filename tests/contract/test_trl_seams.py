@@ -44,6 +44,7 @@ def grpo(tmp_path, tokenizer, prompts):
         ("_compute_loss", ["self", "model", "inputs"]),
         ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         ("_get_train_sampler", ["self", "dataset"]),
+        ("_generate_and_score_completions", ["self", "inputs"]),
         ("log", ["self", "logs", "start_time"]),
     ],
 )
@@ -217,6 +218,20 @@ def test_kernel_loops_over_the_students_vocabulary():
     full = _compat.ChunkedDivergenceFunction.apply(hidden, student, None, hidden, teacher, None, 1.0)[0]
     cut = _compat.ChunkedDivergenceFunction.apply(hidden, student, None, hidden, teacher[:VOCAB], None, 1.0)[0]
     torch.testing.assert_close(full, cut)
+
+
+def test_log_prob_kernel_takes_what_we_pass():
+    hidden, weight, ids = torch.randn(5, 8), torch.randn(VOCAB, 8), torch.arange(5)
+    log_probs, *rest = _compat.ChunkedLogProbFunction.apply(hidden, weight, None, ids, 2.0, 16, 3.0, 0.5, ())
+    logits = 3.0 * torch.tanh(0.5 * hidden @ weight.T / 3.0) / 2.0
+    torch.testing.assert_close(log_probs, logits.log_softmax(-1)[torch.arange(5), ids])
+    assert rest == [None] * 4
+
+
+def test_gathering_a_head_does_nothing_without_zero3():
+    weight = torch.randn(3, 2)
+    with _compat.gathered_head(weight, None):
+        assert weight.shape == (3, 2)
 
 
 def test_create_model_from_path_takes_auto_dtype(saved):
