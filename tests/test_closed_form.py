@@ -82,7 +82,8 @@ def train_and_compare(tmp_path, length: int, beta: float, reward, steps: int = 4
 
 
 def first_token(y: tuple[int, ...]) -> float:
-    return 1.0 if y[0] in (3, 4) else 0.0
+    """Reward 1 for three first tokens to which the teacher gives 8 % together."""
+    return 1.0 if y[0] in (0, 2, 7) else 0.0
 
 
 CASES = list(itertools.product([1, 2], [0.2, 0.5, 1.0], ["full", "topk", "sampled"]))

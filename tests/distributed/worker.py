@@ -1,7 +1,7 @@
 """One process of a distributed run: trains a tiny student and writes what it saw as JSON.
 
-    torchrun --nproc_per_node 2 tests/distributed/worker.py FOLDER PER_DEVICE_BATCH
-    accelerate launch --config_file deepspeed_configs/zero3_cpu.yaml tests/distributed/worker.py FOLDER PER_DEVICE_BATCH
+    torchrun --nproc_per_node 2 tests/distributed/worker.py FOLDER PER_DEVICE_BATCH ESTIMATOR
+    accelerate launch --config_file deepspeed_configs/zero3_cpu.yaml tests/distributed/worker.py ... (the same)
 
 FOLDER holds `student` and `teacher`, saved with their tokenizer. The result goes to `FOLDER/result-RANK.json`, the
 trained student to `FOLDER/out`.
@@ -24,7 +24,7 @@ from helpers import config
 from trl_distill import OPDTrainer
 
 
-def main(folder: Path, per_device_batch: int) -> None:
+def main(folder: Path, per_device_batch: int, estimator: str) -> None:
     torch.set_num_threads(1)
     prompts = Dataset.from_dict({"prompt": [" ".join("abcdefgh"[i % 8 :][: 1 + i % 5]) + " z" for i in range(32)]})
     trainer = OPDTrainer(
@@ -34,6 +34,8 @@ def main(folder: Path, per_device_batch: int) -> None:
             folder / "out",
             per_device_train_batch_size=per_device_batch,
             max_steps=3,
+            kl_estimator=estimator,
+            kl_top_k=4,
             max_grad_norm=1e9,
             ddp_backend="gloo",
             use_cpu=os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",  # would switch DeepSpeed off
@@ -59,4 +61,4 @@ def main(folder: Path, per_device_batch: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
