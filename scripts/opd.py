@@ -8,6 +8,8 @@
 Arguments are TRL's own: those of `ScriptArguments`, `ModelConfig` (`--use_peft`, `--lora_r`, `--dtype` ...) and
 `OPDConfig`, which holds all of `GRPOConfig`; they may also stand in a YAML file given as `--config`. Rewards come by
 import path: `--reward_funcs my_module.my_reward` (importable from here), or a name from `trl.rewards`.
+`--resume_from_checkpoint auto` goes on from the last checkpoint in `--output_dir`, if there is one. Without a GPU add
+`--use_cpu --bf16 false`.
 
 Left out on purpose: data preparation, and any default that differs from `OPDConfig`'s.
 """
@@ -53,7 +55,7 @@ def import_reward(path: str) -> Callable:
         raise ValueError(
             f"The reward function {path!r} could not be imported ({error}). Write `module.function`, importable "
             "from the current directory, or the name of a function in `trl.rewards`."
-        ) from error
+        ) from None
     finally:
         sys.path.pop(0)
 

@@ -6,8 +6,9 @@ import copy
 
 import pytest
 from datasets import Dataset, DatasetDict
-from helpers import VOCAB, WORDS, config, make_model, make_tokenizer
+from helpers import VOCAB, WORDS, batch, config, in_training, make_model, make_tokenizer
 from transformers import LlamaForSequenceClassification, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from trl import GRPOConfig
 
 from trl_distill import OPDTrainer, checks
 
@@ -70,7 +71,7 @@ def test_teacher_is_nothing_of_the_kind(make):
 
 
 def test_teacher_path_that_does_not_exist(make, tmp_path):
-    with pytest.raises(ValueError, match="could not be found"):
+    with pytest.raises(ValueError, match=r"folder .* has no `config.json`"):
         make(teacher_model=str(tmp_path / "nowhere"))
 
 
@@ -211,7 +212,7 @@ def test_adapter_folder_as_teacher(make, saved, teacher):
     from peft import LoraConfig, get_peft_model
 
     get_peft_model(teacher, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(saved / "adapter")
-    with pytest.raises(ValueError, match="is an adapter without its base model"):
+    with pytest.raises(ValueError, match="is an adapter, not a whole model"):
         make(teacher_model=str(saved / "adapter"))
 
 
@@ -235,6 +236,40 @@ def test_evaluation_dataset_without_prompts(make, several):
     dataset = Dataset.from_dict({"question": ["a"] * 8})
     with pytest.raises(ValueError, match="evaluation dataset has no 'prompt' column"):
         make(eval_dataset={"one": dataset} if several else dataset)
+
+
+def test_a_teacher_beside_a_grpo_config_without_beta(make, tmp_path, caplog):
+    grpo = GRPOConfig(output_dir=str(tmp_path), num_generations=2, bf16=False, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="under which it would not be used"):
+        make(args=grpo, reward_funcs=lambda completions, **_: [0.0] * len(completions))
+    make(
+        args=config(tmp_path, beta=0.0, num_generations=2),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+    )
+    assert "the teacher is not loaded" in caplog.text
+
+
+@pytest.mark.parametrize("bad", [None, "", 7, []])
+def test_a_row_without_a_prompt_is_named(make, bad):
+    good = {"prompt": [{"role": "user", "content": "a"}]} if isinstance(bad, list) else {"prompt": "a b"}
+    rows = [{"prompt": 1} if bad == 7 else good] * 9 + [{"prompt": bad}]
+    with pytest.raises(ValueError, match=f"Row {0 if bad == 7 else 9} of the training dataset has the prompt"):
+        make(train_dataset=Dataset.from_list(rows))
+
+
+def test_equal_paths_are_said(make, saved, caplog):
+    make(model=str(saved / "student"), teacher_model=str(saved / "student"))
+    assert "Student and teacher are both" in caplog.text
+
+
+def test_a_teacher_that_scores_something_else(make):
+    class Judge:
+        def score(self, rollouts):
+            return {"hidden": None}
+
+    trainer = in_training(make(teacher_model=Judge()))
+    with pytest.raises(TypeError, match=r"returned a dict; it must return `trl_distill\.HiddenStates`"):
+        trainer.rollout_loss(trainer.model, batch())
 
 
 def test_reward_weights_without_rewards(make, tmp_path):

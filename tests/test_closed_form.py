@@ -28,6 +28,13 @@ def completions(length: int) -> list[tuple[int, ...]]:
     ]
 
 
+def make_pair(spread: float):
+    pair = [make_model(seed=s, vocab_size=V, num_hidden_layers=1, initializer_range=spread) for s in (1, 2)]
+    for model in pair:
+        model.get_input_embeddings().padding_idx = None  # an ordinary token here
+    return pair
+
+
 def distribution(model, prompt: list[int], length: int) -> torch.Tensor:
     """Probability of every completion."""
     rows = completions(length)
@@ -39,12 +46,12 @@ def distribution(model, prompt: list[int], length: int) -> torch.Tensor:
     return torch.stack(found)
 
 
-def train_and_compare(tmp_path, length: int, beta: float, reward, steps: int = 400, **changes) -> tuple[float, float]:
-    """Total variation from the closed form: after training, and of the teacher itself."""
+def train_and_compare(
+    tmp_path, length: int, beta: float, reward, spread: float = 0.3, **changes
+) -> tuple[float, float]:
+    """Total variation from the closed form: after training, and of the teacher itself. `spread` peaks the models."""
     tokenizer = make_tokenizer(WORDS)
-    student, teacher = (make_model(seed=seed, vocab_size=V, num_hidden_layers=1) for seed in (1, 2))
-    for model in (student, teacher):
-        model.get_input_embeddings().padding_idx = None
+    student, teacher = make_pair(spread)
     prompt = tokenizer("a b").input_ids
     rows = completions(length)
     rewards = torch.tensor([reward(y) for y in rows])
@@ -58,7 +65,7 @@ def train_and_compare(tmp_path, length: int, beta: float, reward, steps: int = 4
     args = config(
         tmp_path,
         beta=beta,
-        max_steps=steps,
+        max_steps=400,
         per_device_train_batch_size=256,
         max_completion_length=length,
         learning_rate=1e-2,
@@ -100,21 +107,24 @@ def test_training_ends_at_the_closed_form(tmp_path, length, beta, estimator):
     assert of_teacher > 0.1  # the reward moves the optimum away from the teacher
 
 
+SPREAD = 0.1  # flatter than elsewhere, so that the first token is open
+
+
 @pytest.mark.slow
 def test_a_late_reward_needs_the_future_kl(tmp_path):
     """The reward hangs on a second token that the teacher rarely writes: the first must answer for what it leads to."""
-    teacher = make_model(seed=2, vocab_size=V, num_hidden_layers=1)
+    _, teacher = make_pair(SPREAD)
     prompt = make_tokenizer(WORDS)("a b").input_ids
     first = int(teacher(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
     second = teacher(input_ids=torch.tensor([[*prompt, first]])).logits[0, -1].softmax(-1)
     rare = int((second - 0.05).abs().argmin())
-    assert 0.02 < second[rare] < 0.1
+    assert 0.04 < second[rare] < 0.06
 
     def late(y: tuple[int, ...]) -> float:
         return 1.0 if y == (first, rare) else 0.0
 
-    with_future, _ = train_and_compare(tmp_path, 2, 0.3, late, kl_discount=1.0)
-    without, of_teacher = train_and_compare(tmp_path, 2, 0.3, late, kl_discount=0.0)
+    with_future, _ = train_and_compare(tmp_path, 2, 0.3, late, SPREAD, kl_discount=1.0)
+    without, of_teacher = train_and_compare(tmp_path, 2, 0.3, late, SPREAD, kl_discount=0.0)
     print(f"total variation from the closed form: {with_future:.3f}, {without:.3f}, teacher {of_teacher:.3f}")
     assert with_future < 0.03
     assert without > 0.1

@@ -42,6 +42,7 @@ def test_scale_rewards_is_grpos_without_a_teacher(tmp_path):
         ({"divergence": "total_variation"}, "this version has reverse_kl"),
         ({"kl_estimator": "k3"}, "this version has full"),
         ({"kl_temperature": 0.0}, "must be > 0"),
+        ({"temperature": 0.0}, "For greedy rollouts set `top_k=1`"),
         ({"num_generations": 0}, "at least one completion"),
         ({"num_generations": 3}, "must be divisible by num_generations"),  # TRL's own
         ({"steps_per_generation": 2, "generation_batch_size": 8}, "can not be both configured"),  # TRL's own

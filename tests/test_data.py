@@ -45,6 +45,15 @@ def test_missing_file(tmp_path):
         load_splits(str(tmp_path / "nothing.jsonl"))
 
 
+def test_empty_file_and_folder(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match=r"file .* is empty"):
+        load_splits(str(tmp_path / "empty.jsonl"))
+    with pytest.raises(ValueError, match=r"folder .* is empty"):
+        load_splits(str(tmp_path / "nothing"))
+
+
 def test_broken_file(tmp_path):
     file = tmp_path / "broken.jsonl"
     file.write_text('{"prompt": "a"}\n{"prompt": \n')

@@ -338,24 +338,24 @@ def test_mask_truncated_completions_leaves_them_out(tmp_path, tokenizer, prompts
     assert truncated > 0
 
 
-def test_a_teacher_of_ones_own(tmp_path, tokenizer, prompts, student, teacher):
-    """Anything with `score(rollouts)` can judge."""
-    local = OPDTrainer(
-        model=copy.deepcopy(student),
-        teacher_model=teacher,
-        args=config(tmp_path),
-        train_dataset=prompts,
-        processing_class=tokenizer,
-    )
-
-    class Relay:
-        def score(self, rollouts):
-            return local.teacher.score(rollouts)
-
-    args = {"args": config(tmp_path), "train_dataset": prompts, "processing_class": tokenizer}
-    relayed = in_training(OPDTrainer(model=student, teacher_model=Relay(), **args))
-    in_training(local)
-    assert torch.equal(relayed.rollout_loss(student, batch()), local.rollout_loss(local.model, batch()))
+def test_a_teacher_of_ones_own_as_documented(tmp_path, tokenizer, prompts, student, teacher):
+    """The class in docs/teachers.md judges as the model does that it is made of."""
+    page = (Path(__file__).parents[1] / "docs" / "teachers.md").read_text()
+    namespace = {}
+    exec(page.split("```python\n")[1].split("```")[0], namespace)
+    losses = []
+    for judge in (copy.deepcopy(teacher), namespace["MyTeacher"](teacher)):
+        trainer = in_training(
+            OPDTrainer(
+                model=copy.deepcopy(student),
+                teacher_model=judge,
+                args=config(tmp_path),
+                train_dataset=prompts,
+                processing_class=tokenizer,
+            )
+        )
+        losses.append(trainer.rollout_loss(trainer.model, batch()))
+    assert torch.equal(*losses)
 
 
 def test_reward_and_teacher_add_up(tmp_path, tokenizer, prompts, student, teacher):

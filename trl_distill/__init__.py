@@ -2,8 +2,10 @@
 
 from ._version import __version__
 from .config import OPDConfig
+from .heads import LMHead
+from .signals import HiddenStates, Rollouts
 from .teachers import Teacher
 from .trainer import OPDTrainer
 
 
-__all__ = ["OPDConfig", "OPDTrainer", "Teacher", "__version__"]
+__all__ = ["HiddenStates", "LMHead", "OPDConfig", "OPDTrainer", "Rollouts", "Teacher", "__version__"]

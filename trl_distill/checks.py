@@ -56,14 +56,23 @@ def check_eval_datasets(datasets: Any) -> None:
 def _check_prompts(dataset: Any, purpose: str) -> None:
     if not isinstance(dataset, Dataset | IterableDataset):
         return  # TRL says what it takes
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"The {purpose} dataset is empty. Check the split and the filters that made it.")
     columns = dataset.column_names
     if columns is not None and "prompt" not in columns:
         raise ValueError(
             f"The {purpose} dataset has no 'prompt' column; it has {sorted(columns)}. Rename the column that holds the "
             "prompts: `dataset.rename_column('...', 'prompt')`."
         )
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError(f"The {purpose} dataset is empty. Check the split and the filters that made it.")
+    if isinstance(dataset, Dataset):
+        prompts = enumerate(dataset["prompt"])
+        prompts = enumerate(dataset["prompt"])
+        bad = next((i for i, prompt in prompts if not prompt or not isinstance(prompt, str | list)), None)
+        if bad is not None:
+            raise ValueError(
+                f"Row {bad} of the {purpose} dataset has the prompt {dataset[bad]['prompt']!r}; a prompt is text or a "
+                "list of messages, and not empty. Drop such rows: `dataset.filter(lambda row: row['prompt'])`."
+            )
 
 
 def check_logits(expected: torch.Tensor, computed: torch.Tensor, whose: str) -> None:
@@ -92,12 +101,15 @@ def load_config(name_or_path: str, whose: str, argument: str, **kwargs: Any) -> 
     except (OSError, ValueError) as error:
         if os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):
             raise ValueError(
-                f"The {whose} {name_or_path!r} is an adapter without its base model. Load it as a `PeftModel` and pass "
-                "that, or merge it (`merge_and_unload()`) and save the whole model."
-            ) from error
+                f"The {whose} {name_or_path!r} is an adapter, not a whole model. In Python, pass a `PeftModel`: "
+                f"`AutoPeftModelForCausalLM.from_pretrained({name_or_path!r})`. Or save it merged and use that: "
+                "`model.merge_and_unload().save_pretrained(...)`."
+            ) from None
+        if name_or_path.startswith((".", "/", "~")):
+            raise ValueError(f"The {whose}'s folder {name_or_path!r} has no `config.json`. Check {argument}.") from None
         raise ValueError(
             f"The {whose} {name_or_path!r} could not be found: it is neither a folder with a `config.json` nor a model "
-            f"that the hub gave us. Check {argument}. ({error})"
+            f"found on the hub. Check {argument}. ({error})"
         ) from error
 
 

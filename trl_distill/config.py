@@ -175,6 +175,11 @@ class OPDConfig(GRPOConfig):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; this version has {', '.join(allowed)}.")
         if self.kl_temperature is not None and self.kl_temperature <= 0:
             raise ValueError(f"`kl_temperature` is {self.kl_temperature}; it divides the logits, so it must be > 0.")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"`temperature` is {self.temperature}; it divides the logits, so it must be > 0. For greedy rollouts "
+                "set `top_k=1`."
+            )
         if self.kl_top_k < 0:
             raise ValueError(f"`kl_top_k` is {self.kl_top_k}; it counts ids. 0 is the sampled token alone.")
         if not 0 <= self.kl_discount <= 1:

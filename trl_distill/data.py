@@ -36,21 +36,25 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
         if path.suffix in JSON_SUFFIXES:
             if not path.is_file():
                 raise ValueError(f"The dataset file {name!r} does not exist.")
+            if path.stat().st_size == 0:
+                raise ValueError(f"The dataset file {name!r} is empty.")
             return load_dataset("json", data_files={"train": str(path)}, streaming=streaming)
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             dataset = load_from_disk(name)
             return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
+        if path.is_dir() and not any(path.iterdir()):
+            raise ValueError(f"The dataset folder {name!r} is empty.")
         return load_dataset(name, name=config, streaming=streaming)
     except DatasetGenerationError as error:
         raise ValueError(
             f"The dataset {name!r} could not be read: {error.__cause__ or error}. A `.jsonl` file holds one JSON "
             "object per line, all with the same keys."
-        ) from error
+        ) from None
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"The dataset {name!r} could not be found: it is no local file or folder, and the hub did not give it. "
             f"({error})"
-        ) from error
+        ) from None
 
 
 def take_split(splits: Any, split: str, purpose: str) -> Any:

@@ -115,6 +115,11 @@ class OPDTrainer(Seams):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = OPDConfig(f"{name.split('/')[-1]}-OPD")
         elif not isinstance(args, OPDConfig):
+            if teacher_model is not None and args.beta == 0:
+                raise ValueError(
+                    f"A teacher is given, but `args` is a {type(args).__name__} with `beta=0`, under which it would not be "
+                    "used. Use `OPDConfig` (its `beta` is 1.0), or set `beta`."
+                )
             args = OPDConfig.from_grpo(args)
         if reward_funcs is not None and not isinstance(reward_funcs, list):
             reward_funcs = [reward_funcs]
@@ -128,6 +133,8 @@ class OPDTrainer(Seams):
         )
         self.teacher: Teacher | None = None
         teacher_spec = None
+        if args.beta == 0 and teacher_model is not None:
+            logger.warning("`beta` is 0, so this is plain GRPO: the teacher is not loaded.")
         if args.beta > 0:
             teacher_spec = self._teacher_spec(model, teacher_model, args)
             if environment_factory is None:  # an environment may own the prompts
@@ -168,6 +175,11 @@ class OPDTrainer(Seams):
                 f"Two teachers: `teacher_model` was passed, and `args.teacher_model_name_or_path` is {named!r}. Keep one."
             )
         spec = teacher_model if teacher_model is not None else named
+        if isinstance(spec, str) and spec == model:
+            logger.warning(
+                f"Student and teacher are both {spec!r}. They start out equal, so there is nothing to learn until they "
+                "differ: with a `peft_config`, or a reward. Check the paths if that is not intended."
+            )
         if spec is None:
             raise ValueError(
                 f"There is no teacher, but `beta` is {args.beta}. Pass `teacher_model=...` (or "
@@ -285,7 +297,13 @@ class OPDTrainer(Seams):
         if beta == 0.0:
             return self.policy_loss(model, inputs)
         rollouts = Rollouts.from_inputs(inputs)
-        judged = _JudgedModel(model, rollouts, self.teacher.score(rollouts))
+        signal = self.teacher.score(rollouts)
+        if not isinstance(signal, HiddenStates):
+            raise TypeError(
+                f"The teacher's `score` returned a {type(signal).__name__}; it must return `trl_distill.HiddenStates` (see "
+                "docs/teachers.md)."
+            )
+        judged = _JudgedModel(model, rollouts, signal)
         if rewarded or self.has_side_terms:
             policy = self.policy_loss(judged, inputs)
         else:
