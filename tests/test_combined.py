@@ -165,6 +165,40 @@ def test_schedules(schedule, expected):
     assert scheduled_beta(schedule, 1.0, 0.0, 99, 4) == expected[-1]
 
 
+def test_before_training_a_schedule_is_at_its_start(make, prompts):
+    trainer = make(beta_schedule="linear", beta_end=0.0, per_device_eval_batch_size=4)
+    metrics = trainer.evaluate(eval_dataset=prompts.select(range(4)))
+    assert metrics["eval_distill/beta"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({"kl_estimator": "sampled", "top_p": 0.9}, True),
+        ({"kl_discount": 0.5, "top_k": 20}, True),
+        ({"top_p": 0.9, "top_k": 20}, False),
+        ({"kl_estimator": "sampled"}, False),
+    ],
+)
+def test_truncated_sampling_and_score_functions(tmp_path, caplog, changes, warned):
+    config(tmp_path, **{"top_k": 0, **changes}).resolved(has_rewards=False)
+    assert ("changes the distribution that rollouts are sampled from" in caplog.text) is warned
+
+
+def test_tokens_that_are_not_judged_cannot_overflow(make):
+    """A tool token that the old policy found impossible leaves loss and gradient finite."""
+    trainer = in_training(make(reward_funcs=None, kl_estimator="sampled", kl_discount=1.0))
+    inputs = batch()
+    inputs["tool_mask"] = torch.ones_like(inputs["completion_mask"])
+    inputs["tool_mask"][1, 2] = 0
+    inputs["old_per_token_logps"] = -torch.ones(inputs["completion_mask"].shape)
+    inputs["old_per_token_logps"][1, 2] = -1e4
+    loss = trainer.rollout_loss(trainer.model, inputs)
+    loss.backward()
+    assert loss.isfinite()
+    assert gradients(trainer.model).isfinite().all()
+
+
 def test_the_teacher_rests_while_its_weight_is_zero(make):
     trainer = make(beta_schedule="step", beta_end=0.0, beta_schedule_steps=2, max_steps=4, num_iterations=2)
     calls = []

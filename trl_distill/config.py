@@ -211,6 +211,17 @@ class OPDConfig(GRPOConfig):
                 "its reference model. Set `sync_ref_model=False`."
             )
 
+    def _check_sampling(self) -> None:
+        """Score functions take the rollouts for samples of the student's whole distribution."""
+        cut = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+        found = [name for name, whole in cut.items() if getattr(self, name) not in (whole, None)]
+        if self.beta > 0 and found and (self.kl_estimator != "full" or self.kl_discount > 0):
+            named = ", ".join(f"`{name}={getattr(self, name)}`" for name in found)
+            logger.warning(
+                f"{named} changes the distribution that rollouts are sampled from, which biases the part of the teacher's "
+                "term that is learnt from sampled tokens. Leave it out, or use kl_estimator='full' with kl_discount=0."
+            )
+
     def _check_ignored(self) -> None:
         """Settings of the policy loss, where there is no reward and so no policy loss."""
         if self.reward_weights is not None:
@@ -272,6 +283,7 @@ class OPDConfig(GRPOConfig):
                 f"so the reward would weigh {ceiling} times what it says and `beta` would not be reward per nat. Set "
                 "`epsilon_high` to more than 1 (5.0 in the ScaleRL recipe)."
             )
+        config._check_sampling()
         if config.num_generations is None:
             config.num_generations = GENERATIONS_WITH_REWARDS if has_rewards else GENERATIONS_WITHOUT
         if not has_rewards and config.beta > 0:

@@ -148,7 +148,7 @@ def scheduled_beta(schedule: str, start: float, end: float, step: int, steps: in
     """
     if schedule == "constant":
         return start
-    done = min(step / steps, 1.0) if steps > 0 else 1.0
+    done = min(step / steps, 1.0) if steps > 0 else 0.0  # of unknown length before training starts
     if schedule == "step":
         return end if done >= 1.0 else start
     return start + (end - start) * (done if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * done)))

@@ -340,10 +340,10 @@ class OPDTrainer(Seams):
         if output.log_probs is not None:
             log_q = output.log_probs[:, -mask.shape[1] :].to(device)
             rollout_log_q = inputs.get("old_per_token_logps")
-            ratio = torch.exp(log_q - (log_q.detach() if rollout_log_q is None else rollout_log_q))
+            change = log_q - (log_q.detach() if rollout_log_q is None else rollout_log_q)
+            ratio = torch.where(mask, change, 0.0).exp()  # masked before exp: what is not judged cannot overflow
             if "importance_sampling_ratio" in inputs:  # from vLLM's sampler to the old policy, truncated by TRL
                 ratio = ratio * inputs["importance_sampling_ratio"]
-            ratio = torch.where(mask, ratio, 0.0)
         per_token = self.estimator.term(measured, log_q, ratio)
         if self.args.kl_discount > 0:
             assert ratio is not None
