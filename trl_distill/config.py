@@ -218,8 +218,9 @@ class OPDConfig(GRPOConfig):
         if self.beta > 0 and found and (self.kl_estimator != "full" or self.kl_discount > 0):
             named = ", ".join(f"`{name}={getattr(self, name)}`" for name in found)
             logger.warning(
-                f"{named} changes the distribution that rollouts are sampled from, which biases the part of the teacher's "
-                "term that is learnt from sampled tokens. Leave it out, or use kl_estimator='full' with kl_discount=0."
+                f"{named} changes the distribution that rollouts are sampled from, which biases the part of the "
+                "teacher's term that is learnt from sampled tokens. Leave it out, or use kl_estimator='full' with "
+                "kl_discount=0."
             )
 
     def _check_ignored(self) -> None:

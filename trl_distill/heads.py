@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -23,10 +23,6 @@ from transformers import PreTrainedModel
 
 from ._compat import ChunkedDivergenceFunction, ChunkedLogProbFunction, FusedCausalLMOutput, gathered_head
 from .signals import HiddenStates, Rollouts
-
-
-if TYPE_CHECKING:
-    from .estimators import Estimator
 
 
 # The value of the kernel's `beta` that selects each divergence
@@ -284,7 +280,9 @@ def add_teacher_forward(model: nn.Module) -> None:
     base.forward = types.MethodType(forward, base)
 
 
-def add_student_forward(model: nn.Module, estimator: Estimator, fp32_head: bool = False) -> None:
+def add_student_forward(
+    model: nn.Module, measure: Callable[..., dict[str, torch.Tensor]], fp32_head: bool = False
+) -> None:
     """
     Teach a student's forward to answer with what an estimator measures against a teacher's signal.
 
@@ -294,7 +292,7 @@ def add_student_forward(model: nn.Module, estimator: Estimator, fp32_head: bool 
 
     Args:
         model: the student, on top of TRL's fused LM head; its forward is extended in place.
-        estimator ([`~trl_distill.estimators.Estimator`]): what is measured.
+        measure: an estimator's `measure`, see [`~trl_distill.estimators.Estimator`].
         fp32_head (`bool`): project in fp32, outside autocast (TRL's `cast_lm_head_to_fp32`).
     """
     base = unwrap_adapter(model)
@@ -328,7 +326,7 @@ def add_student_forward(model: nn.Module, estimator: Estimator, fp32_head: bool 
             context = torch.autocast(hidden.device.type, enabled=False)
         sampled = rollouts.input_ids[:, -mask.shape[1] :][mask]
         with context:
-            measured = estimator.measure(hidden, LMHead(self), signal, sampled, log_q)
+            measured = measure(hidden, LMHead(self), signal, sampled, log_q)
         return DistilledOutput(**fields, measured={name: _scatter(x, mask) for name, x in measured.items()})
 
     base.forward = types.MethodType(forward, base)

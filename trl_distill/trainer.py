@@ -229,7 +229,7 @@ class OPDTrainer(Seams):
         self.estimator = make_estimator(
             args.kl_estimator, args.divergence, temperature, args.kl_top_k, with_log_p=self.has_rewards
         )
-        add_student_forward(student, self.estimator, fp32_head=args.cast_lm_head_to_fp32)
+        add_student_forward(student, self.estimator.measure, fp32_head=args.cast_lm_head_to_fp32)
 
     def _check_head(self, model: nn.Module, whose: str) -> None:
         """Compare our way from hidden states to logits with the model's own on four tokens; not on sharded weights."""
