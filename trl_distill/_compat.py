@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -38,12 +39,34 @@ __all__ = [
     "post_init_without_group_check",
     "prepare_deepspeed",
     "prepare_fsdp",
+    "probe_environments",
 ]
 
 
 def gathered_head(weight: torch.Tensor, bias: torch.Tensor | None) -> AbstractContextManager[Any]:
     """Context in which an LM head that ZeRO-3 has sharded is whole; without ZeRO-3 it does nothing."""
     return maybe_gather_lm_head_ctx(weight, bias)  # type: ignore[arg-type]
+
+
+def probe_environments(factory: Any) -> tuple[bool, Any]:
+    """
+    Whether an `environment_factory` (one, or several by name) brings a reward of its own, and that factory again.
+
+    An instance that had to be made to find out is handed out at the factory's first call, so that none is made twice.
+    """
+    if factory is None:
+        return False, None
+    if isinstance(factory, dict):
+        probed = {name: probe_environments(single) for name, single in factory.items()}
+        return any(found for found, _ in probed.values()), {name: single for name, (_, single) in probed.items()}
+    if inspect.isclass(factory):
+        return _owns_reward(factory), factory
+    spare = [factory()]
+    return _owns_reward(type(spare[0])), lambda: spare.pop() if spare else factory()
+
+
+def _owns_reward(environment_class: type) -> bool:
+    return any(name == "get_reward" for name, _ in inspect.getmembers(environment_class, inspect.isfunction))
 
 
 class _NeverBelow(int):

@@ -332,6 +332,31 @@ def add_student_forward(
     base.forward = types.MethodType(forward, base)
 
 
+class JudgedModel:
+    """
+    Calls the student with a teacher's signal added, once, and remembers the output.
+
+    TRL's loss only ever calls its `model`, so this gives it its log-probabilities and us the divergence of the same
+    forward.
+    """
+
+    def __init__(self, model: nn.Module, rollouts: Rollouts, signal: HiddenStates):
+        self._model, self._rollouts, self._signal = model, rollouts, signal
+        self._output: DistilledOutput | None = None
+
+    def __call__(self, **inputs: Any) -> DistilledOutput:
+        if self._output is not None:
+            raise RuntimeError("TRL called the student twice for one micro-batch; the divergence would be ambiguous.")
+        self._output = self._model(**inputs, rollouts=self._rollouts, signal=self._signal)
+        return self._output
+
+    @property
+    def output(self) -> Any:
+        if self._output is None:
+            raise RuntimeError("TRL's policy loss did not call the student, so there is no divergence to add.")
+        return self._output
+
+
 def _unbound_forward(model: nn.Module) -> Callable[..., Any]:
     """`model.forward` as a function of the model, so that a deep copy computes with its own weights."""
     forward = model.forward

@@ -7,7 +7,6 @@ name of TRL in `_compat.py`.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import textwrap
 from typing import Any
@@ -18,10 +17,17 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig
 
 from . import checks, objective
-from ._compat import Seams, get_config_model_id
+from ._compat import Seams, get_config_model_id, probe_environments
 from .config import OPDConfig
 from .estimators import make_estimator
-from .heads import DistilledOutput, LMHead, add_student_forward, last_hidden_state, unwrap_adapter
+from .heads import (
+    DistilledOutput,
+    JudgedModel,
+    LMHead,
+    add_student_forward,
+    last_hidden_state,
+    unwrap_adapter,
+)
 from .metrics import forces, token_means
 from .signals import HiddenStates, Rollouts
 from .teachers import Teacher, load_teacher_tokenizer, make_teacher, student_config, teacher_config
@@ -123,7 +129,7 @@ class OPDTrainer(Seams):
             args = OPDConfig.from_grpo(args)
         if reward_funcs is not None and not isinstance(reward_funcs, list):
             reward_funcs = [reward_funcs]
-        environment_rewards, environment_factory = _probe_environments(environment_factory)
+        environment_rewards, environment_factory = probe_environments(environment_factory)
         self.has_rewards = bool(reward_funcs) or environment_rewards
         args = args.resolved(self.has_rewards)
 
@@ -303,7 +309,7 @@ class OPDTrainer(Seams):
                 f"The teacher's `score` returned a {type(signal).__name__}; it must return `trl_distill.HiddenStates` (see "
                 "docs/teachers.md)."
             )
-        judged = _JudgedModel(model, rollouts, signal)
+        judged = JudgedModel(model, rollouts, signal)
         if rewarded or self.has_side_terms:
             policy = self.policy_loss(judged, inputs)
         else:
@@ -383,49 +389,3 @@ class OPDTrainer(Seams):
             self.forget("reward", "frac_reward_zero_std")
             self.drop_reward_column(no_reward.__name__)
         super().log(logs, start_time)
-
-
-class _JudgedModel:
-    """
-    Calls the student with a teacher's signal added, once, and remembers the output.
-
-    TRL's loss only ever calls its `model`, so this gives it its log-probabilities and us the divergence of the same
-    forward.
-    """
-
-    def __init__(self, model: nn.Module, rollouts: Rollouts, signal: HiddenStates):
-        self._model, self._rollouts, self._signal = model, rollouts, signal
-        self._output: DistilledOutput | None = None
-
-    def __call__(self, **inputs: Any) -> DistilledOutput:
-        if self._output is not None:
-            raise RuntimeError("TRL called the student twice for one micro-batch; the divergence would be ambiguous.")
-        self._output = self._model(**inputs, rollouts=self._rollouts, signal=self._signal)
-        return self._output
-
-    @property
-    def output(self) -> Any:
-        if self._output is None:
-            raise RuntimeError("TRL's policy loss did not call the student, so there is no divergence to add.")
-        return self._output
-
-
-def _probe_environments(factory: Any) -> tuple[bool, Any]:
-    """
-    Whether an `environment_factory` (one, or several by name) brings a reward of its own, and that factory again.
-
-    An instance that had to be made to find out is handed out at the factory's first call, so that none is made twice.
-    """
-    if factory is None:
-        return False, None
-    if isinstance(factory, dict):
-        probed = {name: _probe_environments(single) for name, single in factory.items()}
-        return any(found for found, _ in probed.values()), {name: single for name, (_, single) in probed.items()}
-    if inspect.isclass(factory):
-        return _owns_reward(factory), factory
-    spare = [factory()]
-    return _owns_reward(type(spare[0])), lambda: spare.pop() if spare else factory()
-
-
-def _owns_reward(environment_class: type) -> bool:
-    return any(name == "get_reward" for name, _ in inspect.getmembers(environment_class, inspect.isfunction))
