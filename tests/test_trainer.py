@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
 from trl_distill import OPDConfig, OPDTrainer
-from trl_distill.heads import unwrap_adapter
+from trl_distill.forwards import unwrap_adapter
 
 
 def run(student, teacher, args, prompts, tokenizer, resume=None, **kwargs):

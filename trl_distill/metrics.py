@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from .heads import DistilledOutput
+from .forwards import DistilledOutput
 
 
 def token_means(accelerator: Accelerator, mask: torch.Tensor, **per_token: torch.Tensor) -> dict[str, float]:
@@ -35,7 +35,7 @@ def forces(
     What teacher and reward each ask for on one micro-batch.
 
     Args:
-        output ([`~trl_distill.heads.DistilledOutput`]): of the student.
+        output ([`~trl_distill.forwards.DistilledOutput`]): of the student.
         per_token (`torch.Tensor` of shape `(B, C)`): KL in nats.
         mask (`torch.Tensor` of shape `(B, C)`): judged tokens.
         inputs (`dict`): the micro-batch, with "rewards" and "advantages" of shape `(B,)` where there are rewards.

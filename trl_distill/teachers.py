@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from ._compat import create_model_from_path, get_config_model_id, prepare_deepspeed, prepare_fsdp
 from .checks import load_config, load_tokenizer
 from .config import OPDConfig
-from .heads import add_teacher_forward, unwrap_adapter
+from .forwards import add_teacher_forward, unwrap_adapter
 from .signals import HiddenStates, Rollouts
 
 

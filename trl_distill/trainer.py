@@ -20,14 +20,8 @@ from . import checks, objective
 from ._compat import Seams, get_config_model_id, probe_environments
 from .config import OPDConfig
 from .estimators import make_estimator
-from .heads import (
-    DistilledOutput,
-    JudgedModel,
-    LMHead,
-    add_student_forward,
-    last_hidden_state,
-    unwrap_adapter,
-)
+from .forwards import DistilledOutput, JudgedModel, add_student_forward, last_hidden_state, unwrap_adapter
+from .heads import LMHead
 from .metrics import forces, token_means
 from .signals import HiddenStates, Rollouts
 from .teachers import Teacher, load_teacher_tokenizer, make_teacher, student_config, teacher_config
