@@ -138,7 +138,11 @@ def test_advantages_in_rollouts(make, changes, rescaled):
     if rescaled:
         expected = [1 - 3 / 2, 0.0, 3 - 1 / 2, 0 - 4 / 2, 2 - 8 / 3, 2 - 8 / 3, 5 - 5 / 3, 1 - 9 / 3]
         torch.testing.assert_close(found, torch.tensor(expected))
-    elif trainer.args.scale_rewards == "none":
+    elif trainer.args.scale_rewards == "group":
+        first, second = torch.tensor([1.0, 3.0, 0.0]), torch.tensor([2.0, 2.0, 5.0, 1.0])
+        scaled = [(group - group.mean()) / (group.std() + 1e-4) for group in (first, second)]
+        torch.testing.assert_close(found, torch.cat([scaled[0][:1], torch.zeros(1), scaled[0][1:], scaled[1]]))
+    else:
         expected = [1 - 4 / 3, 0.0, 3 - 4 / 3, 0 - 4 / 3, 2 - 2.5, 2 - 2.5, 5 - 2.5, 1 - 2.5]
         torch.testing.assert_close(found, torch.tensor(expected))
     assert not found.requires_grad
@@ -163,6 +167,48 @@ def test_one_generation_in_evaluation_is_not_rescaled(make, prompts):
 def test_schedules(schedule, expected):
     assert [scheduled_beta(schedule, 1.0, 0.0, step, 4) for step in range(5)] == pytest.approx(expected)
     assert scheduled_beta(schedule, 1.0, 0.0, 99, 4) == expected[-1]
+
+
+def test_rows_without_a_reward_have_no_objective(make):
+    values = [1.0, None, 3.0, 0.0]
+    trainer = make(reward_funcs=lambda completions, **_: values, num_generations=4, max_steps=1)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["reward"] == pytest.approx(4 / 3)
+    assert row["objective"] == pytest.approx(4 / 3 - row["distill/sequence_kl"], abs=0.6 * row["distill/sequence_kl"])
+    assert row["objective"] > 1.0 - 2 * row["distill/sequence_kl"]
+
+
+@pytest.mark.parametrize("estimator", ["topk", "sampled"])
+def test_estimates_in_bf16(tmp_path, tokenizer, prompts, estimator):
+    """Under autocast the head's probabilities still add up to at most 1, and the value is near the exact one."""
+    pair = [make_model("untied", seed=seed, initializer_range=1.0) for seed in (1, 2)]
+    values = {}
+    for name in ("full", estimator):
+        args = config(tmp_path, bf16=True, kl_estimator=name, kl_top_k=29)
+        trainer = in_training(
+            OPDTrainer(
+                model=copy.deepcopy(pair[0]),
+                teacher_model=copy.deepcopy(pair[1]),
+                args=args,
+                train_dataset=prompts,
+                processing_class=tokenizer,
+            )
+        )
+        measured = {}
+        measure = trainer.estimator.term
+        trainer.estimator.term = lambda m, *rest, measured=measured, measure=measure: (
+            measured.update(m),
+            measure(m, *rest),
+        )[1]
+        values[name] = trainer.rollout_loss(trainer.model, batch()).item()
+        if name == "topk":
+            mass = measured["head_log_q"].exp().sum(-1)[batch()["completion_mask"].bool()]
+            assert mass.max() < 1.01
+            assert mass.min() > 0.99
+    assert values["full"] > 0.1
+    if estimator == "topk":  # the head is the whole vocabulary
+        assert values["topk"] == pytest.approx(values["full"], rel=0.02)
 
 
 def test_before_training_a_schedule_is_at_its_start(make, prompts):
@@ -233,6 +279,9 @@ def test_rewards_wait_for_their_step(make):
         trainer.train()
         states[name].append(parameters(trainer.model))
         rewards[name] = logged(trainer, "reward")
+        assert len(logged(trainer, "entropy")) == 3
+        if name == "waiting":
+            assert all(0 < share < 1 for share in logged(trainer, "distill/disagreement"))
     for step in range(3):
         torch.testing.assert_close(states["waiting"][step], states["alone"][step])
     assert relative_error(states["waiting"][3], states["alone"][3]) > 1e-4
@@ -293,6 +342,9 @@ def test_buffered_rollouts_are_not_changed(make):
         ({"beta": 0.0, "beta_schedule": "linear", "beta_end": 1.0}, "the start must not be 0"),
         ({"beta_schedule": "linear", "beta_end": -1.0}, "must not be negative"),
         ({"reward_start_step": -1}, "counts optimizer steps"),
+        ({"beta_schedule": "step", "beta_end": 0.0}, "say when"),
+        ({"beta_schedule_steps": 3}, "Set both or neither"),
+        ({"beta": 0.0, "reward_start_step": 5}, "nothing would be learnt before it"),
         ({"beta_schedule": "sudden"}, "this version has constant, linear"),
     ],
 )
@@ -302,7 +354,7 @@ def test_refused(tmp_path, changes, message):
 
 
 def test_estimates_need_the_whole_vocabulary(tmp_path, tokenizer, prompts, teacher):
-    with pytest.raises(ValueError, match="only kl_estimator='full' renormalises"):
+    with pytest.raises(ValueError, match="only kl_estimator='full' with kl_discount=0 renormalises"):
         OPDTrainer(
             model=make_model(seed=1, vocab_size=40),
             teacher_model=teacher,

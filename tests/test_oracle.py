@@ -100,14 +100,15 @@ def expected_gradient(trainer, behaviour=None, inputs=inputs_of) -> torch.Tensor
 
 
 def oracle(student, teacher, discount: float, behaviour=None) -> torch.Tensor:
-    """∇KL_t at each prefix plus ∇log q(y_t) times the discounted KL still to come, averaged over completions."""
+    """∇KL_t at each prefix plus ρ ∇log q(y_t) times the discounted KL still to come, averaged over completions."""
     student.zero_grad()
     for y in COMPLETIONS:
         log_q = distributions(student, y)
         with torch.no_grad():
             log_p = distributions(teacher, y)
             weight = log_prob(distributions(behaviour or student, y), y).sum().exp()
-        per_token, score = kl(log_q, log_p), log_prob(log_q, y)
+            written = log_prob(distributions(behaviour or student, y), y)
+        per_token, score = kl(log_q, log_p), (log_prob(log_q, y) - written).exp()  # ρ, whose gradient is ρ ∇log q
         future = [
             sum(discount ** (later - t) * per_token[later].detach() for later in range(t + 1, len(y)))
             for t in range(len(y))
@@ -185,34 +186,91 @@ def test_the_oracle_can_fail(trainer, models):
     assert gradients(student).norm() < 1e-5 * forward.norm()
 
 
+@pytest.mark.parametrize("correction", [None, "token", "sequence"])
+@pytest.mark.parametrize("discount", [0.0, 1.0])
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
-def test_stale_rollouts(trainer, models, estimator):
-    """Written by another model: exact parts carry weight 1, score-function parts the token's ratio."""
+def test_stale_rollouts(trainer, models, estimator, discount, correction):
+    """
+    Written by another model: exact parts carry weight 1, score-function parts the token's ratio.
+
+    The ratio may come in two parts, from the old policy and from vLLM's sampler to it, by token or for the sequence.
+    """
     student, teacher = models
     writer = make_model("untied", seed=5, vocab_size=V, hidden_size=8, head_dim=4)
 
     def inputs(y):
+        padding = (0, LENGTH - len(y))
         with torch.no_grad():
             old = log_prob(distributions(writer, y), y).float()
-        return inputs_of(y, old_per_token_logps=torch.nn.functional.pad(old, (0, LENGTH - len(y)))[None])
+            between = 0.5 * old - 0.1  # log-probabilities of a policy between writer and student
+        extra = {"old_per_token_logps": old}
+        if correction == "token":
+            extra = {"old_per_token_logps": between, "importance_sampling_ratio": (between - old).exp()}
+        extra = {name: torch.nn.functional.pad(values, padding)[None] for name, values in extra.items()}
+        if correction == "sequence":
+            extra["importance_sampling_ratio"] = torch.ones(1, 1)
+        return inputs_of(y, **extra)
 
-    found = expected_gradient(trainer(**estimator), behaviour=writer, inputs=inputs)
-    assert relative_error(found, oracle(student, teacher, 0.0, behaviour=writer)) < 1e-4
+    found = expected_gradient(trainer(**estimator, kl_discount=discount), behaviour=writer, inputs=inputs)
+    assert relative_error(found, oracle(student, teacher, discount, behaviour=writer)) < 1e-4
 
 
-def test_sampler_correction_applies_to_score_functions(trainer):
-    """vLLM's ratio, truncated by TRL, multiplies the sampled token's part and not the exact one."""
+@pytest.mark.parametrize("shape", [(1, LENGTH), (1, 1)], ids=["token", "sequence"])
+def test_sampler_correction_applies_to_score_functions(trainer, shape):
+    """vLLM's ratio, truncated by TRL, multiplies the sampled token's gradient and not the exact one's."""
     y = COMPLETIONS[-1]
-    grads = {}
+    grads, losses = {}, {}
     for name in ("sampled", "full"):
         judge = trainer(kl_estimator=name)
         for weight in (1.0, 0.25):
             judge.model.zero_grad()
-            ratio = torch.full((1, LENGTH), weight)
-            judge.rollout_loss(judge.model, inputs_of(y, importance_sampling_ratio=ratio)).backward()
-            grads[name, weight] = gradients(judge.model)
+            loss = judge.rollout_loss(judge.model, inputs_of(y, importance_sampling_ratio=torch.full(shape, weight)))
+            loss.backward()
+            grads[name, weight], losses[name, weight] = gradients(judge.model), loss.item()
     assert relative_error(grads["sampled", 0.25], 0.25 * grads["sampled", 1.0]) < 1e-5
     assert relative_error(grads["full", 0.25], grads["full", 1.0]) < 1e-6
+    of_value = 0.25 if shape[1] > 1 else 1.0  # a factor of the whole sequence does not weigh each token's KL
+    assert losses["sampled", 0.25] == pytest.approx(of_value * losses["sampled", 1.0], rel=1e-5)
+
+
+def test_tool_tokens_are_skipped_by_the_discount(trainer):
+    """A token that is not judged, between two that are, adds nothing and discounts nothing."""
+    y = next(y for y in COMPLETIONS if len(y) == 3)
+    judge = trainer(kl_discount=0.5)
+    judge.rollout_loss(judge.model, inputs_of(y, tool_mask=torch.tensor([[1, 0, 1]]))).backward()
+    found = gradients(judge.model) * LENGTH
+    student, teacher = judge.model, judge.teacher.model
+    student.zero_grad()
+    log_q = distributions(student, y)
+    with torch.no_grad():
+        log_p = distributions(teacher, y)
+    per_token, score = kl(log_q, log_p), log_prob(log_q, y)
+    (per_token[0] + per_token[2] + 0.5 * score[0] * per_token[2].detach()).backward()
+    assert relative_error(found, gradients(student)) < 1e-4
+
+
+@pytest.mark.parametrize("estimator", ["topk", "sampled"])
+def test_temperature(trainer, models, estimator):
+    """Sampling and divergence at temperature 2, as the objective of the heated models."""
+    student, teacher = models
+    found = expected_gradient_heated(trainer(kl_estimator=estimator, kl_top_k=2, temperature=2.0), student)
+    student.zero_grad()
+    for y in COMPLETIONS:
+        log_q = (2.0**-1 * distributions(student, y)).log_softmax(-1)
+        with torch.no_grad():
+            log_p = (2.0**-1 * distributions(teacher, y)).log_softmax(-1)
+            weight = log_prob(log_q, y).sum().exp()
+        (weight * kl(log_q, log_p).sum()).backward()
+    assert relative_error(found, gradients(student)) < 1e-4
+
+
+def expected_gradient_heated(trainer, student) -> torch.Tensor:
+    with torch.no_grad():
+        weights = [log_prob((0.5 * distributions(student, y)).log_softmax(-1), y).sum().exp() for y in COMPLETIONS]
+    trainer.model.zero_grad()
+    for y, weight in zip(COMPLETIONS, weights, strict=True):
+        (trainer.rollout_loss(trainer.model, inputs_of(y)) * LENGTH * weight.float()).backward()
+    return gradients(trainer.model)
 
 
 @pytest.mark.parametrize("beta", [0.2, 1.0])

@@ -162,11 +162,12 @@ class Seams(GRPOTrainer):
         rewards, local = self._rewards_per_func, len(inputs)  # (all rows, functions)
         rows = slice(self.accelerator.process_index * local, (self.accelerator.process_index + 1) * local)
         weights = self.reward_weights.to(rewards.device)
-        output["rewards"] = (rewards * weights).nansum(1)[rows]
+        unscored = rewards.isnan().all(1)
+        output["rewards"] = (rewards * weights).nansum(1).masked_fill(unscored, torch.nan)[rows]
         if self.leave_one_out:
             group = self.num_generations if self.mode == "train" else self.num_generations_eval
             everyone = self.accelerator.gather(output["advantages"])
-            output["advantages"] = leave_one_out(everyone, ~rewards.isnan().all(1), group)[rows]
+            output["advantages"] = leave_one_out(everyone, ~unscored, group)[rows]
         return output
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:

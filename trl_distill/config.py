@@ -200,6 +200,15 @@ class OPDConfig(GRPOConfig):
                 f"`beta` goes from {self.beta} to {self.beta_end}. The end must not be negative, and the start must "
                 "not be 0, which loads no teacher: start from a small value instead."
             )
+        if self.beta_schedule == "step" and self.beta_schedule_steps is None:
+            raise ValueError("`beta_schedule='step'` jumps at `beta_schedule_steps`; say when.")
+        if self.beta_schedule == "constant" and self.beta_schedule_steps is not None:
+            raise ValueError("`beta_schedule_steps` is given, but `beta_schedule` is 'constant'. Set both or neither.")
+        if self.beta == 0 and self.reward_start_step > 0:
+            raise ValueError(
+                f"`reward_start_step` is {self.reward_start_step}, but `beta` is 0: nothing would be learnt before it. "
+                "Give a teacher weight, or start with the reward."
+            )
         for name, least in (("beta_schedule_steps", 1), ("reward_start_step", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it counts optimizer steps, from {least}.")
@@ -213,8 +222,8 @@ class OPDConfig(GRPOConfig):
 
     def _check_sampling(self) -> None:
         """Score functions take the rollouts for samples of the student's whole distribution."""
-        cut = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-        found = [name for name, whole in cut.items() if getattr(self, name) not in (whole, None)]
+        whole = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,)}
+        found = [name for name, values in whole.items() if getattr(self, name) not in (*values, None)]
         if self.beta > 0 and found and (self.kl_estimator != "full" or self.kl_discount > 0):
             named = ", ".join(f"`{name}={getattr(self, name)}`" for name in found)
             logger.warning(
@@ -227,7 +236,12 @@ class OPDConfig(GRPOConfig):
         """Settings of the policy loss, where there is no reward and so no policy loss."""
         if self.reward_weights is not None:
             raise ValueError("`reward_weights` are given, but no `reward_funcs`. Give both or neither.")
-        ignored = {"delta": None, "off_policy_mask_threshold": None, "top_entropy_quantile": 1.0}
+        ignored = {
+            "delta": None,
+            "off_policy_mask_threshold": None,
+            "top_entropy_quantile": 1.0,
+            "reward_start_step": 0,
+        }
         for name, default in ignored.items():
             if getattr(self, name) != default:
                 logger.warning(f"`{name}` shapes the policy loss, and without rewards there is none: it has no effect.")
@@ -276,6 +290,12 @@ class OPDConfig(GRPOConfig):
                 f"`scale_rewards={config.scale_rewards!r}` divides rewards by their standard deviation, so `beta` is "
                 "no longer a weight in reward per nat and the optimum is another. Use 'none' to optimise the stated "
                 "objective."
+            )
+        if has_rewards and config.beta > 0 and config.multi_objective_aggregation != "sum_then_normalize":
+            logger.warning(
+                f"`multi_objective_aggregation={config.multi_objective_aggregation!r}` divides rewards by their "
+                "standard deviations, so `beta` is no longer a weight in reward per nat. Use 'sum_then_normalize' to "
+                "optimise the stated objective."
             )
         ceiling = config.epsilon if config.epsilon_high is None else config.epsilon_high
         if has_rewards and config.beta > 0 and config.loss_type == "cispo" and ceiling < 1:

@@ -41,7 +41,13 @@ class Estimator(Protocol):
         """Per judged token, tensors of shape `(N,)` or `(N, K)`."""
         ...
 
-    def term(self, measured: Measured, log_q: torch.Tensor | None, ratio: torch.Tensor | None) -> torch.Tensor:
+    def term(
+        self,
+        measured: Measured,
+        log_q: torch.Tensor | None,
+        ratio: torch.Tensor | None,
+        weight: torch.Tensor | None,
+    ) -> torch.Tensor:
         """A term (see `objective.py`), `(B, C)`, from what was measured, now of shape `(B, C)` or `(B, C, K)`."""
         ...
 
@@ -51,23 +57,23 @@ class Full:
 
     needs_log_probs = False
 
-    def __init__(self, divergence: str, temperature: float, with_log_p: bool = False):
-        self.divergence, self.temperature, self.with_log_p = divergence, temperature, with_log_p
+    def __init__(self, divergence: str, temperature: float, log_p_temperature: float | None = None):
+        self.divergence, self.temperature, self.log_p_temperature = divergence, temperature, log_p_temperature
 
     def measure(self, hidden, head, signal, sampled, log_q) -> Measured:
         divergence, entropy = exact_divergence(hidden, head, signal, self.divergence, self.temperature)
         measured = {"divergence": divergence, "entropy": entropy}
-        if self.with_log_p:  # for the log alone: whether reward and teacher agree on the sampled token
+        if self.log_p_temperature is not None:  # for the log alone: do reward and teacher agree on the token?
             shared = min(head.vocab_size, signal.head.vocab_size)
-            measured["log_p"] = log_probs_of(signal.hidden, signal.head, sampled, shared, self.temperature)
+            measured["log_p"] = log_probs_of(signal.hidden, signal.head, sampled, shared, self.log_p_temperature)
         return measured
 
-    def term(self, measured, log_q, ratio) -> torch.Tensor:
+    def term(self, measured, log_q, ratio, weight) -> torch.Tensor:
         return measured["divergence"]
 
 
 class Sampled:
-    """The sampled token's log-ratio as a cost: the cheapest, unbiased, and noisy."""
+    """The sampled token's log-ratio as a cost: unbiased, and noisy."""
 
     needs_log_probs = True
 
@@ -78,8 +84,8 @@ class Sampled:
         log_p = log_probs_of(signal.hidden, signal.head, sampled, head.vocab_size, self.temperature)
         return {"log_p": log_p}
 
-    def term(self, measured, log_q, ratio) -> torch.Tensor:
-        return objective.sampled_reverse_kl(log_q, measured["log_p"], ratio)
+    def term(self, measured, log_q, ratio, weight) -> torch.Tensor:
+        return objective.sampled_reverse_kl(log_q, measured["log_p"], ratio, weight)
 
 
 class TopK:
@@ -110,15 +116,24 @@ class TopK:
             "outside": ~(ids == sampled[:, None]).any(-1),
         }
 
-    def term(self, measured, log_q, ratio) -> torch.Tensor:
+    def term(self, measured, log_q, ratio, weight) -> torch.Tensor:
         m = measured
-        return objective.topk_reverse_kl(m["head_log_q"], m["head_log_p"], log_q, m["log_p"], m["outside"], ratio)
+        return objective.topk_reverse_kl(
+            m["head_log_q"], m["head_log_p"], log_q, m["log_p"], m["outside"], ratio, weight
+        )
 
 
-def make_estimator(name: str, divergence: str, temperature: float, k: int, with_log_p: bool = False) -> Estimator:
-    """The estimator that `kl_estimator` names; `with_log_p` has "full" measure the sampled token too, for the log."""
+def make_estimator(
+    name: str, divergence: str, temperature: float, k: int, log_p_temperature: float | None = None
+) -> Estimator:
+    """
+    The estimator that `kl_estimator` names.
+
+    With `log_p_temperature`, "full" measures the sampled token too, at that temperature: one more projection of the
+    teacher, for the log.
+    """
     table: dict[str, Callable[[], Estimator]] = {
-        "full": lambda: Full(divergence, temperature, with_log_p),
+        "full": lambda: Full(divergence, temperature, log_p_temperature),
         "topk": lambda: TopK(k, temperature),
         "sampled": lambda: Sampled(temperature),
     }

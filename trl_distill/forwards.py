@@ -89,12 +89,13 @@ def add_student_forward(
     ) -> Any:
         if rollouts is None or signal is None:
             return fused_forward(self, *args, fused_lm_head=fused_lm_head, **kwargs)
-        mask, log_q = rollouts.mask, None
+        device = self.get_output_embeddings().weight.device  # of a model that is split across devices, the last
+        mask, log_q = rollouts.mask.to(device), None
         if fused_lm_head:
             with last_hidden_state(self.base_model) as caught:
                 fields = dict(fused_forward(self, *args, fused_lm_head=True, **kwargs))
             hidden = caught[0]
-            log_q = fields["log_probs"][:, -mask.shape[1] :][mask]
+            log_q = fields["log_probs"][:, -mask.shape[1] :].to(device)[mask]
         else:
             fields = {}
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
@@ -103,7 +104,7 @@ def add_student_forward(
         if fp32_head:
             hidden, signal = hidden.float(), HiddenStates(signal.hidden.float(), signal.head)
             context = torch.autocast(hidden.device.type, enabled=False)
-        sampled = rollouts.input_ids[:, -mask.shape[1] :][mask]
+        sampled = rollouts.input_ids[:, -mask.shape[1] :].to(device)[mask]
         with context:
             measured = measure(hidden, LMHead(self), signal, sampled, log_q)
         return DistilledOutput(**fields, measured={name: _scatter(x, mask) for name, x in measured.items()})

@@ -153,7 +153,8 @@ def log_probs_of(
     with gathered_head(weight, bias):
         weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
         return ChunkedLogProbFunction.apply(
-            *(hidden.to(weight.device), weight, bias, ids, temperature, VOCAB_TILE, head.softcap, head.logit_scale, ())
+            *(hidden.to(weight.device), weight, bias, ids.to(weight.device), temperature, VOCAB_TILE),
+            *(head.softcap, head.logit_scale, ()),
         )[0]
 
 
@@ -186,7 +187,7 @@ def logits_of(hidden: torch.Tensor, head: LMHead, ids: torch.Tensor, temperature
         temperature (`float`): divides the logits.
     """
     weight, bias = head.parameters()
-    logits = head.logit_scale * _RowLogits.apply(hidden.to(weight.device), weight, bias, ids)
+    logits = head.logit_scale * _RowLogits.apply(hidden.to(weight.device), weight, bias, ids.to(weight.device))
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     return logits / temperature
@@ -205,7 +206,8 @@ class _RowLogits(torch.autograd.Function):
             for rows in _row_tiles(ids, hidden.shape[1]):
                 columns = weight[ids[rows]].to(ctx.dtype).float()  # (n, K, H)
                 logits[rows] = torch.einsum("nkh,nh->nk", columns, hidden[rows].to(ctx.dtype).float())
-            return logits if bias is None else logits + bias[ids].float()
+            logits = logits.to(ctx.dtype)  # rounded as TRL's kernel rounds, whose log Z they are compared with
+            return (logits if bias is None else logits + bias[ids].to(ctx.dtype)).float()
 
     @staticmethod
     def backward(ctx, grad):

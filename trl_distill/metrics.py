@@ -44,7 +44,7 @@ def forces(
     Returns:
         Quantities of shape `(B, C)`: "entropy", the student's, and "distill/disagreement", 1 where the reward would
         raise the sampled token's probability and the teacher lower it, or the other way round. And of shape `(B,)`:
-        "distill/sequence_kl", nats per completion, and "objective", reward minus beta times that.
+        "distill/sequence_kl", nats per completion, and "objective", reward minus beta times that; NaN without a reward.
     """
     measured, completion = output.measured or {}, slice(-mask.shape[1], None)
     of_tokens: dict[str, torch.Tensor] = {}
@@ -56,7 +56,7 @@ def forces(
     if "rewards" in inputs:
         of_rows["objective"] = inputs["rewards"] - beta * of_rows["distill/sequence_kl"]
     if "rewards" in inputs and output.log_probs is not None and "log_p" in measured:
-        toward_teacher = (measured["log_p"] - output.log_probs[:, completion]).to(per_token.device)
+        toward_teacher = measured["log_p"].to(per_token.device) - output.log_probs[:, completion].to(per_token.device)
         toward_reward = inputs["advantages"].view(len(mask), -1)
         of_tokens["distill/disagreement"] = (toward_teacher * toward_reward < 0).float()
     return of_tokens, of_rows

@@ -18,24 +18,28 @@ def term(value: torch.Tensor, surrogate: torch.Tensor) -> torch.Tensor:
     return value.detach() + (surrogate - surrogate.detach())
 
 
-def sampled_reverse_kl(log_q: torch.Tensor, log_p: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+def sampled_reverse_kl(
+    log_q: torch.Tensor, log_p: torch.Tensor, ratio: torch.Tensor, weight: torch.Tensor | None = None
+) -> torch.Tensor:
     """
-    One token's estimate of KL(q ‖ p): value k1, gradient ρ k1 ∇log q(y).
+    One token's estimate of KL(q ‖ p): value ρ k1, gradient ρ k1 ∇log q(y).
 
-    The score-function gradient; its mean over y ~ q is ∇KL(q ‖ p). k1 is detached: it stands as a cost, as a reward
-    would with the opposite sign.
+    The score-function gradient; its mean over the rollout's y is ∇KL(q ‖ p), and the mean of the value KL(q ‖ p). k1 is
+    detached: it stands as a cost, as a reward would with the opposite sign.
 
     Args:
         log_q (`torch.Tensor` of shape `(B, C)`): the student's log-probability of each sampled token.
         log_p (`torch.Tensor` of shape `(B, C)`): the teacher's.
         ratio (`torch.Tensor` of shape `(B, C)`): ρ = q(y) / q_rollout(y), which carries the gradient; its value is 1 on
             fresh rollouts.
+        weight (`torch.Tensor` of shape `(B, C)`, *optional*): ρ of this token alone, for the value, where `ratio` holds
+            a factor of the whole sequence. Defaults to the value of `ratio`.
 
     Returns:
         `torch.Tensor` of shape `(B, C)`: nats.
     """
     k1 = (log_q - log_p).detach()
-    return term(k1, ratio * k1)
+    return term((ratio if weight is None else weight) * k1, ratio * k1)
 
 
 def topk_reverse_kl(
@@ -45,11 +49,12 @@ def topk_reverse_kl(
     log_p: torch.Tensor,
     outside: torch.Tensor,
     ratio: torch.Tensor,
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     KL(q ‖ p) with an exact head over a set S of ids, and the score function for the tail.
 
-        value     Σ_{v∈S} q_v k1_v + 1[y ∉ S] k1_y
+        value     Σ_{v∈S} q_v k1_v + 1[y ∉ S] ρ k1_y
         gradient  Σ_{v∈S} ∇q_v k1_v + 1[y ∉ S] ρ k1_y ∇log q(y)
 
     Unbiased for every S that does not depend on the sampled token y: the student's top-k, or the teacher's. The "+1" of
@@ -59,14 +64,14 @@ def topk_reverse_kl(
     Args:
         head_log_q (`torch.Tensor` of shape `(B, C, K)`): the student's log-probabilities of the ids in S.
         head_log_p (`torch.Tensor` of shape `(B, C, K)`): the teacher's.
-        log_q, log_p, ratio (`torch.Tensor` of shape `(B, C)`): as in [`sampled_reverse_kl`].
+        log_q, log_p, ratio, weight (`torch.Tensor` of shape `(B, C)`): as in [`sampled_reverse_kl`].
         outside (`torch.Tensor` of shape `(B, C)`, bool): whether the sampled token lies outside S.
 
     Returns:
         `torch.Tensor` of shape `(B, C)`: nats.
     """
     head = (head_log_q.exp() * (head_log_q - head_log_p).detach()).sum(-1)
-    tail = torch.where(outside, sampled_reverse_kl(log_q, log_p, ratio), 0.0)
+    tail = torch.where(outside, sampled_reverse_kl(log_q, log_p, ratio, weight), 0.0)
     return head + tail
 
 
@@ -92,15 +97,9 @@ def future_kl(per_token: torch.Tensor, mask: torch.Tensor, discount: float) -> t
     return future
 
 
-def sequence_term(
-    per_token: torch.Tensor,
-    mask: torch.Tensor,
-    ratio: torch.Tensor,
-    discount: float,
-    baseline: torch.Tensor | float = 0.0,
-) -> torch.Tensor:
+def sequence_term(per_token: torch.Tensor, mask: torch.Tensor, ratio: torch.Tensor, discount: float) -> torch.Tensor:
     """
-    A per-token term that also answers for the KL it leads to: KL_t + ρ_t (F_t − b_t) in its gradient.
+    A per-token term that also answers for the KL it leads to: KL_t + ρ_t F_t in its gradient.
 
     With γ = 1 its summed gradient is that of the sequence KL; with γ = 0 it is `per_token` itself, a partial gradient
     of much lower variance. The value stays that of `per_token`.
@@ -110,14 +109,13 @@ def sequence_term(
         mask (`torch.Tensor` of shape `(B, C)`): 1 where a token is judged.
         ratio (`torch.Tensor` of shape `(B, C)`): ρ as in [`sampled_reverse_kl`].
         discount (`float`): γ in [0, 1].
-        baseline (`torch.Tensor` broadcast to `(B, C)`): anything that the token itself and what follows do not change.
 
     Returns:
         `torch.Tensor` of shape `(B, C)`: nats.
     """
     if discount == 0.0:
         return per_token
-    return term(per_token, per_token + ratio * (future_kl(per_token, mask, discount) - baseline))
+    return term(per_token, per_token + ratio * future_kl(per_token, mask, discount))
 
 
 def leave_one_out(advantages: torch.Tensor, valid: torch.Tensor, group: int) -> torch.Tensor:

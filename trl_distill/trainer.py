@@ -227,7 +227,11 @@ class OPDTrainer(Seams):
             self._check_head(self.ref_model, "teacher")
         temperature = args.kl_temperature or args.temperature
         self.estimator = make_estimator(
-            args.kl_estimator, args.divergence, temperature, args.kl_top_k, with_log_p=self.has_rewards
+            args.kl_estimator,
+            args.divergence,
+            temperature,
+            args.kl_top_k,
+            log_p_temperature=args.temperature if self.has_rewards else None,
         )
         add_student_forward(student, self.estimator.measure, fp32_head=args.cast_lm_head_to_fp32)
 
@@ -254,10 +258,10 @@ class OPDTrainer(Seams):
             "Pad the teacher instead: `teacher.resize_token_embeddings(...)` to the student's "
             f"{student_size} rows, save it, and use that."
         )
-        if self.args.kl_estimator != "full":
+        if self.args.kl_estimator != "full" or self.args.kl_discount > 0:
             raise ValueError(
                 f"The teacher's vocabulary ({teacher_size}) is smaller than the student's ({student_size}), which only "
-                f"kl_estimator='full' renormalises. {remedy}"
+                f"kl_estimator='full' with kl_discount=0 renormalises. {remedy}"
             )
         if self.use_vllm:
             raise ValueError(
@@ -290,12 +294,12 @@ class OPDTrainer(Seams):
         """TRL's policy loss plus beta times the divergence from the teacher, from one forward of the student."""
         if self.teacher is None:
             return self.policy_loss(model, inputs)
-        beta, rewarded = self.teacher_beta, self.has_rewards
+        beta, rewarded, for_policy = self.teacher_beta, self.has_rewards, inputs
         if rewarded and self.state.global_step < self.args.reward_start_step:
-            inputs, rewarded = {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}, False
+            rewarded, for_policy = False, {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
         self.record("distill/beta", beta)
         if beta == 0.0:
-            return self.policy_loss(model, inputs)
+            return self.policy_loss(model, for_policy)
         rollouts = Rollouts.from_inputs(inputs)
         signal = self.teacher.score(rollouts)
         if not isinstance(signal, HiddenStates):
@@ -305,14 +309,14 @@ class OPDTrainer(Seams):
             )
         judged = JudgedModel(model, rollouts, signal)
         if rewarded or self.has_side_terms:
-            policy = self.policy_loss(judged, inputs)
+            policy = self.policy_loss(judged, for_policy)
         else:
             policy = torch.zeros((), device=self.accelerator.device)
             with self.accelerator.autocast():
                 judged(**self._student_inputs(rollouts))
         per_token = self._kl_term(judged.output, rollouts, inputs)
         divergence = beta * self.reduce_per_token(per_token, rollouts.mask, inputs)
-        self._log_step(judged.output, per_token, rollouts, inputs, beta)
+        self._log_step(judged.output, per_token, rollouts, inputs, beta, rewarded or self.has_side_terms)
         accumulation = self.current_gradient_accumulation_steps if self.mode == "train" else 1
         losses = {"distill/loss": divergence}
         if self.has_rewards and not self.has_side_terms:  # with side terms TRL logs it itself
@@ -336,15 +340,18 @@ class OPDTrainer(Seams):
         device, mask = self.accelerator.device, rollouts.mask
         assert output.measured is not None
         measured = {name: values.to(device) for name, values in output.measured.items()}
-        log_q = ratio = None
+        log_q = ratio = weight = None
         if output.log_probs is not None:
             log_q = output.log_probs[:, -mask.shape[1] :].to(device)
             rollout_log_q = inputs.get("old_per_token_logps")
             change = log_q - (log_q.detach() if rollout_log_q is None else rollout_log_q)
             ratio = torch.where(mask, change, 0.0).exp()  # masked before exp: what is not judged cannot overflow
+            weight = ratio.detach()
             if "importance_sampling_ratio" in inputs:  # from vLLM's sampler to the old policy, truncated by TRL
-                ratio = ratio * inputs["importance_sampling_ratio"]
-        per_token = self.estimator.term(measured, log_q, ratio)
+                correction = inputs["importance_sampling_ratio"]  # (B, C), or (B, 1) for the sequence as a whole
+                ratio = ratio * correction
+                weight = weight * correction if correction.shape[1] == mask.shape[1] else weight
+        per_token = self.estimator.term(measured, log_q, ratio, weight)
         if self.args.kl_discount > 0:
             assert ratio is not None
             per_token = objective.sequence_term(per_token, mask, ratio, self.args.kl_discount)
@@ -357,24 +364,23 @@ class OPDTrainer(Seams):
         rollouts: Rollouts,
         inputs: dict[str, Any],
         beta: float,
+        policy_called: bool,
     ) -> None:
         """Log the divergence, the entropy where TRL does not, and how teacher and reward stand to each other."""
         of_tokens, of_rows = forces(output, per_token, rollouts.mask, inputs, beta)
         of_tokens[f"distill/{self.args.divergence}"] = per_token
-        if "entropy" in of_tokens and not self.has_rewards and not self.has_side_terms:
-            of_tokens[self._entropy_key] = of_tokens.pop("entropy")
-        else:
-            of_tokens.pop("entropy", None)
+        entropy = of_tokens.pop("entropy", None)
+        if entropy is not None and not policy_called:
+            of_tokens[self._entropy_key if output.log_probs is None else "entropy"] = entropy
         for name, mean in token_means(self.accelerator, rollouts.mask, **of_tokens).items():
             self.record(name, mean)
-        for name, mean in token_means(self.accelerator, rollouts.mask.new_ones(len(per_token)), **of_rows).items():
-            self.record(name, mean)
+        for name, values in of_rows.items():
+            rows = ~values.isnan()  # rows that no reward function could score have no objective
+            self.record(name, token_means(self.accelerator, rows, **{name: values.nan_to_num()})[name])
 
     @property
     def _entropy_key(self) -> str:
         """TRL's key, where the divergence's distribution is the one that is sampled from; else one of our own."""
-        if self.estimator.needs_log_probs or self.args.kl_discount > 0:  # TRL's forward ran, and gave its own
-            return "entropy"
         same = self._same_vocabulary and self.args.kl_temperature in (None, self.args.temperature)
         return "entropy" if same else "distill/entropy"
 
