@@ -171,44 +171,37 @@ def test_schedules(schedule, expected):
 
 def test_rows_without_a_reward_have_no_objective(make):
     values = [1.0, None, 3.0, 0.0]
-    trainer = make(reward_funcs=lambda completions, **_: values, num_generations=4, max_steps=1)
+    trainer = make(reward_funcs=lambda completions, **_: values, num_generations=4, max_steps=1, beta=1e-6)
     trainer.train()
     row = trainer.state.log_history[0]
     assert row["reward"] == pytest.approx(4 / 3)
-    assert row["objective"] == pytest.approx(4 / 3 - row["distill/sequence_kl"], abs=0.6 * row["distill/sequence_kl"])
-    assert row["objective"] > 1.0 - 2 * row["distill/sequence_kl"]
+    assert row["objective"] == pytest.approx(4 / 3, abs=1e-3)  # 1.0 if the row counted as a reward of zero
 
 
 @pytest.mark.parametrize("estimator", ["topk", "sampled"])
 def test_estimates_in_bf16(tmp_path, tokenizer, prompts, estimator):
-    """Under autocast the head's probabilities still add up to at most 1, and the value is near the exact one."""
+    """Under autocast a head's probabilities add up to 1 at most, and the value is near that in fp32."""
     pair = [make_model("untied", seed=seed, initializer_range=1.0) for seed in (1, 2)]
-    values = {}
-    for name in ("full", estimator):
-        args = config(tmp_path, bf16=True, kl_estimator=name, kl_top_k=29)
+    values, measured = {}, {}
+    for in_bf16 in (False, True):
         trainer = in_training(
             OPDTrainer(
                 model=copy.deepcopy(pair[0]),
                 teacher_model=copy.deepcopy(pair[1]),
-                args=args,
+                args=config(tmp_path, bf16=in_bf16, kl_estimator=estimator, kl_top_k=29),
                 train_dataset=prompts,
                 processing_class=tokenizer,
             )
         )
-        measured = {}
-        measure = trainer.estimator.term
-        trainer.estimator.term = lambda m, *rest, measured=measured, measure=measure: (
-            measured.update(m),
-            measure(m, *rest),
-        )[1]
-        values[name] = trainer.rollout_loss(trainer.model, batch()).item()
-        if name == "topk":
-            mass = measured["head_log_q"].exp().sum(-1)[batch()["completion_mask"].bool()]
-            assert mass.max() < 1.01
-            assert mass.min() > 0.99
-    assert values["full"] > 0.1
+        term = trainer.estimator.term
+        trainer.estimator.term = lambda m, *rest, term=term: (measured.update(m), term(m, *rest))[1]
+        values[in_bf16] = trainer.rollout_loss(trainer.model, batch()).item()
+    assert abs(values[False]) > 0.1
+    assert values[True] == pytest.approx(values[False], rel=0.05)
     if estimator == "topk":  # the head is the whole vocabulary
-        assert values["topk"] == pytest.approx(values["full"], rel=0.02)
+        mass = measured["head_log_q"].exp().sum(-1)[batch()["completion_mask"].bool()]
+        assert mass.max() < 1.01
+        assert mass.min() > 0.99
 
 
 def test_before_training_a_schedule_is_at_its_start(make, prompts):
@@ -268,6 +261,7 @@ def test_a_schedule_needs_no_state_to_resume(make, tmp_path):
 def test_rewards_wait_for_their_step(make):
     """Before it the update is that of the teacher alone; rewards are logged all the same."""
     settings = {"max_steps": 3, "num_generations": 2, "top_k": 0, "optim": "sgd", "learning_rate": 0.1}
+    settings |= {"kl_estimator": "topk", "kl_top_k": 4}
     states, rewards = {}, {}
     for name, changes in (("waiting", {"reward_start_step": 2}), ("alone", {"reward_funcs": None})):
         trainer, states[name] = make(**changes, **settings), []  # made here: construction sets the seed
@@ -281,7 +275,9 @@ def test_rewards_wait_for_their_step(make):
         rewards[name] = logged(trainer, "reward")
         assert len(logged(trainer, "entropy")) == 3
         if name == "waiting":
-            assert all(0 < share < 1 for share in logged(trainer, "distill/disagreement"))
+            disagreement = logged(trainer, "distill/disagreement")
+            assert len(disagreement) == 3
+            assert max(disagreement) > 0  # taken from the rewards, although they have no weight yet
     for step in range(3):
         torch.testing.assert_close(states["waiting"][step], states["alone"][step])
     assert relative_error(states["waiting"][3], states["alone"][3]) > 1e-4
@@ -304,7 +300,6 @@ def test_pure_distillation_by_estimate(make, estimator):
     trainer = make(
         reward_funcs=None, kl_estimator=estimator, kl_top_k=4, max_steps=60, top_k=0, max_completion_length=4
     )
-    trainer.args.per_device_train_batch_size = 4
     trainer.train()
     kl = logged(trainer, "distill/reverse_kl")
     assert sum(kl[-15:]) < 0.8 * sum(kl[:15])

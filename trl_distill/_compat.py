@@ -29,6 +29,7 @@ from .objective import leave_one_out
 
 
 __all__ = [
+    "DICT_FIELDS",
     "ChunkedDivergenceFunction",
     "ChunkedLogProbFunction",
     "FusedCausalLMOutput",
@@ -41,6 +42,10 @@ __all__ = [
     "prepare_fsdp",
     "probe_environments",
 ]
+
+
+# Fields of `GRPOConfig` that the command line gives as JSON; a subclass extends the list under the same private name
+DICT_FIELDS: list[str] = GRPOConfig._VALID_DICT_FIELDS
 
 
 def gathered_head(weight: torch.Tensor, bias: torch.Tensor | None) -> AbstractContextManager[Any]:

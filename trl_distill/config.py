@@ -12,7 +12,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ._compat import post_init_without_group_check
+from ._compat import DICT_FIELDS, post_init_without_group_check
 
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class OPDConfig(GRPOConfig):
         ValueError: a value, or a combination, that cannot mean anything; the message says what to write instead.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*DICT_FIELDS, "teacher_model_init_kwargs"]  # the name that TRL reads
 
     beta: float = field(
         default=1.0,

@@ -102,6 +102,12 @@ def test_trl_still_demands_two_generations_and_runs_its_other_checks(tmp_path):
         config(tmp_path, vllm_importance_sampling_clip_min=4.0)
 
 
+def test_fields_given_as_json_are_listed_under_the_name_that_we_extend(tmp_path):
+    assert "model_init_kwargs" in _compat.DICT_FIELDS
+    args = config(tmp_path, model_init_kwargs='{"a": 1}', teacher_model_init_kwargs='{"b": 2}')
+    assert (args.model_init_kwargs, args.teacher_model_init_kwargs) == ({"a": 1}, {"b": 2})
+
+
 def test_no_reference_is_made_while_beta_is_zero(tmp_path, tokenizer, prompts, monkeypatch):
     from peft import LoraConfig, get_peft_model
 
