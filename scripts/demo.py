@@ -45,6 +45,24 @@ console = Console()
 
 
 @torch.no_grad()
+def sample(model: Any, tokenizer: Any, prompts: list[Any]) -> tuple[torch.Tensor, ...]:
+    """One answer per prompt at temperature 1: ids and attention mask `(B, P + C)`, completions and mask `(B, C)`."""
+    inputs = tokenizer.apply_chat_template(
+        prompts,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
+    ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=MAX_COMPLETION_LENGTH)
+    completions = ids[:, inputs["input_ids"].shape[1] :]
+    ended = (completions == tokenizer.eos_token_id).cumsum(-1)
+    mask = (ended == 0) | ((ended == 1) & (completions == tokenizer.eos_token_id))  # up to the first stop token
+    return ids, torch.cat([inputs["attention_mask"], mask.long()], dim=1), completions, mask
+
+
+@torch.no_grad()
 def measure(
     model: Any, teacher: Any, tokenizer: Any, rows: Dataset, seed: int, batch_size: int = 250
 ) -> dict[str, float]:
@@ -56,19 +74,7 @@ def measure(
     right, kl, tokens = 0.0, 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        inputs = tokenizer.apply_chat_template(
-            batch["prompt"],
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        )
-        ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=MAX_COMPLETION_LENGTH)
-        completions = ids[:, inputs["input_ids"].shape[1] :]
-        ended = (completions == tokenizer.eos_token_id).cumsum(-1)
-        mask = (ended == 0) | ((ended == 1) & (completions == tokenizer.eos_token_id))  # up to the first stop token
-        attention_mask = torch.cat([inputs["attention_mask"], mask.long()], dim=1)
+        ids, attention_mask, completions, mask = sample(model, tokenizer, batch["prompt"])
         logits = [m(input_ids=ids, attention_mask=attention_mask).logits for m in (model, teacher)]
         per_token = reverse_kl(*logits)[:, -completions.shape[1] - 1 : -1]  # small vocabulary: full logits are fine
         kl += (per_token * mask).sum().item()

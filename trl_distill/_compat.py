@@ -171,8 +171,12 @@ class Seams(GRPOTrainer):
         output["rewards"] = (rewards * weights).nansum(1).masked_fill(unscored, torch.nan)[rows]
         if self.leave_one_out:
             group = self.num_generations if self.mode == "train" else self.num_generations_eval
-            everyone = self.accelerator.gather(output["advantages"])
-            output["advantages"] = leave_one_out(everyone, ~unscored, group)[rows]
+            everyone = leave_one_out(self.accelerator.gather(output["advantages"]), ~unscored, group)
+            output["advantages"] = everyone[rows]
+            logged = self._logs["advantages"]  # a deque that TRL has just extended: the table shows what is trained on
+            for _ in range(min(len(everyone), len(logged))):
+                logged.pop()
+            logged.extend(everyone.tolist())
         return output
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:

@@ -63,7 +63,7 @@ class Full:
     def measure(self, hidden, head, signal, sampled, log_q) -> Measured:
         divergence, entropy = exact_divergence(hidden, head, signal, self.divergence, self.temperature)
         measured = {"divergence": divergence, "entropy": entropy}
-        if self.log_p_temperature is not None:  # for the log alone: do reward and teacher agree on the token?
+        if self.log_p_temperature is not None and log_q is not None:  # for the log: do reward and teacher agree?
             shared = min(head.vocab_size, signal.head.vocab_size)
             measured["log_p"] = log_probs_of(signal.hidden, signal.head, sampled, shared, self.log_p_temperature)
         return measured

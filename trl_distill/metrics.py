@@ -10,21 +10,25 @@ from accelerate import Accelerator
 from .forwards import DistilledOutput
 
 
-def token_means(accelerator: Accelerator, mask: torch.Tensor, **per_token: torch.Tensor) -> dict[str, float]:
+def means(accelerator: Accelerator, quantities: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
     """
-    Mean of each quantity over the tokens that `mask` marks, on all processes together: one reduction, one sync.
+    Mean of each quantity over what its mask marks, on all processes together: one reduction, one sync.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
-        mask (`torch.Tensor` of shape `(B, C)`, or `(B,)` for rows).
-        per_token (`torch.Tensor` of the mask's shape): quantities by name.
+        quantities (`dict`): by name, values and a mask of the same shape: `(B, C)` for tokens, `(B,)` for rows. Values
+            outside the mask may be anything, NaN included.
 
     Returns:
-        `dict[str, float]`: the means; 0.0 where no token counts at all.
+        `dict[str, float]`: the means; 0.0 where nothing counts at all.
     """
-    sums = [(values.detach().float() * mask).sum() for values in per_token.values()]
-    totals = accelerator.reduce(torch.stack([mask.sum().float(), *sums]), reduction="sum").tolist()
-    return {name: total / max(totals[0], 1.0) for name, total in zip(per_token, totals[1:], strict=True)}
+    sums = [
+        part
+        for values, mask in quantities.values()
+        for part in (values.detach().float().masked_fill(~mask.bool(), 0.0).sum(), mask.float().sum())
+    ]
+    totals = accelerator.reduce(torch.stack(sums), reduction="sum").view(-1, 2).tolist()
+    return {name: total / max(count, 1.0) for name, (total, count) in zip(quantities, totals, strict=True)}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
 
 
 def term(value: torch.Tensor, surrogate: torch.Tensor) -> torch.Tensor:
@@ -79,7 +80,8 @@ def future_kl(per_token: torch.Tensor, mask: torch.Tensor, discount: float) -> t
     """
     What each token still has to answer for: F_t = γ R_{t+1} with R_t = KL_t + γ R_{t+1}, over the judged tokens.
 
-    By a reverse recurrence; tokens that are not judged (tool output, padding) neither add nor discount.
+    Tokens that are not judged (tool output, padding) neither add nor discount. A reverse scan: the recurrence is
+    composed with itself over 1, 2, 4, ... steps, so that a completion of C tokens takes log₂ C operations.
 
     Args:
         per_token (`torch.Tensor` of shape `(B, C)`): KL of each token, nats; only its value is used.
@@ -87,14 +89,19 @@ def future_kl(per_token: torch.Tensor, mask: torch.Tensor, discount: float) -> t
         discount (`float`): γ in [0, 1].
 
     Returns:
-        `torch.Tensor` of shape `(B, C)`: nats, without gradient.
+        `torch.Tensor` of shape `(B, C)`: nats, without gradient; 0 where a token is not judged.
     """
-    per_token, judged = per_token.detach(), mask.bool()
-    future, rest = torch.zeros_like(per_token), torch.zeros_like(per_token[:, 0])  # (B, C), (B,)
-    for t in reversed(range(per_token.shape[1])):
-        future[:, t] = discount * rest
-        rest = torch.where(judged[:, t], per_token[:, t] + discount * rest, rest)
-    return future
+    judged = mask.bool()
+    returns = torch.where(judged, per_token.detach(), 0.0)  # R_t over the next `span` tokens
+    factors = torch.where(judged, discount, torch.ones_like(returns))  # what R beyond those is multiplied by
+    span = 1
+    while span < returns.shape[1]:
+        beyond = nn.functional.pad(returns[:, span:], (0, span))
+        returns = returns + factors * beyond
+        factors = factors * nn.functional.pad(factors[:, span:], (0, span), value=1.0)
+        span *= 2
+    following = nn.functional.pad(returns[:, 1:], (0, 1))
+    return torch.where(judged, discount * following, 0.0)
 
 
 def sequence_term(per_token: torch.Tensor, mask: torch.Tensor, ratio: torch.Tensor, discount: float) -> torch.Tensor:

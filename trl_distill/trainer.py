@@ -22,7 +22,7 @@ from .config import OPDConfig
 from .estimators import make_estimator
 from .forwards import DistilledOutput, JudgedModel, add_student_forward, last_hidden_state, unwrap_adapter
 from .heads import LMHead
-from .metrics import forces, token_means
+from .metrics import forces, means
 from .signals import HiddenStates, Rollouts
 from .teachers import Teacher, load_teacher_tokenizer, make_teacher, student_config, teacher_config
 
@@ -316,13 +316,10 @@ class OPDTrainer(Seams):
                 judged(**self._student_inputs(rollouts))
         per_token = self._kl_term(judged.output, rollouts, inputs)
         divergence = beta * self.reduce_per_token(per_token, rollouts.mask, inputs)
-        self._log_step(judged.output, per_token, rollouts, inputs, beta, rewarded or self.has_side_terms)
-        accumulation = self.current_gradient_accumulation_steps if self.mode == "train" else 1
         losses = {"distill/loss": divergence}
         if self.has_rewards and not self.has_side_terms:  # with side terms TRL logs it itself
             losses["policy_loss"] = policy
-        for name, loss in losses.items():
-            self.record(name, self.accelerator.gather(loss.detach()).mean().item() * accumulation)
+        self._log_step(judged.output, per_token, losses, rollouts, inputs, rewarded or self.has_side_terms)
         return policy + divergence
 
     def _student_inputs(self, rollouts: Rollouts) -> dict[str, Any]:
@@ -361,22 +358,24 @@ class OPDTrainer(Seams):
         self,
         output: DistilledOutput,
         per_token: torch.Tensor,
+        losses: dict[str, torch.Tensor],
         rollouts: Rollouts,
         inputs: dict[str, Any],
-        beta: float,
         policy_called: bool,
     ) -> None:
         """Log the divergence, the entropy where TRL does not, and how teacher and reward stand to each other."""
-        of_tokens, of_rows = forces(output, per_token, rollouts.mask, inputs, beta)
+        of_tokens, of_rows = forces(output, per_token, rollouts.mask, inputs, self.teacher_beta)
         of_tokens[f"distill/{self.args.divergence}"] = per_token
         entropy = of_tokens.pop("entropy", None)
         if entropy is not None and not policy_called:
             of_tokens[self._entropy_key if output.log_probs is None else "entropy"] = entropy
-        for name, mean in token_means(self.accelerator, rollouts.mask, **of_tokens).items():
+        accumulation = self.current_gradient_accumulation_steps if self.mode == "train" else 1
+        quantities = {name: (values, rollouts.mask) for name, values in of_tokens.items()}
+        # rows that no reward function could score have no objective
+        quantities |= {name: (values, ~values.isnan()) for name, values in of_rows.items()}
+        quantities |= {name: (loss * accumulation, torch.ones_like(loss)) for name, loss in losses.items()}
+        for name, mean in means(self.accelerator, quantities).items():
             self.record(name, mean)
-        for name, values in of_rows.items():
-            rows = ~values.isnan()  # rows that no reward function could score have no objective
-            self.record(name, token_means(self.accelerator, rows, **{name: values.nan_to_num()})[name])
 
     @property
     def _entropy_key(self) -> str:

@@ -21,10 +21,10 @@ HERE = Path(__file__).parent
 ZERO3 = HERE.parents[1] / "deepspeed_configs" / "zero3_cpu.yaml"
 
 
-def launch(folder: Path, launcher: list[str], processes: int, estimator: str = "full", **env: str) -> list[dict]:
+def launch(folder: Path, launcher: list[str], processes: int, *options: str, **env: str) -> list[dict]:
     """What each process saw of a run on global batches of 8."""
     run = subprocess.run(
-        [sys.executable, "-m", *launcher, str(HERE / "worker.py"), str(folder), str(8 // processes), estimator],
+        [sys.executable, "-m", *launcher, str(HERE / "worker.py"), str(folder), str(8 // processes), *options],
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         text=True,
@@ -51,12 +51,15 @@ def saved_weights(folder: Path) -> torch.Tensor:
     )
 
 
-def test_ddp_equals_one_process(saved):
-    (single,) = launch(saved, torchrun(1), 1)
+@pytest.mark.parametrize("options", [("full",), ("full", "rewards")], ids="-".join)
+def test_ddp_equals_one_process(saved, options):
+    (single,) = launch(saved, torchrun(1), 1, *options)
     expected = saved_weights(saved)
-    both = launch(saved, torchrun(2), 2)
+    both = launch(saved, torchrun(2), 2, *options)
     assert [(r["distributed_type"], r["processes"]) for r in both] == [("MULTI_CPU", 2)] * 2
     assert_same_run(both, single)
+    if "rewards" in options:
+        assert all(row["reward_std"] > 0 for row in single["steps"])
     torch.testing.assert_close(saved_weights(saved), expected, rtol=1e-4, atol=1e-6)
 
 

@@ -1,6 +1,6 @@
 """One process of a distributed run: trains a tiny student and writes what it saw as JSON.
 
-    torchrun --nproc_per_node 2 tests/distributed/worker.py FOLDER PER_DEVICE_BATCH ESTIMATOR
+    torchrun --nproc_per_node 2 tests/distributed/worker.py FOLDER PER_DEVICE_BATCH ESTIMATOR [rewards]
     accelerate launch --config_file deepspeed_configs/zero3_cpu.yaml tests/distributed/worker.py ... (the same)
 
 FOLDER holds `student` and `teacher`, saved with their tokenizer. The result goes to `FOLDER/result-RANK.json`, the
@@ -24,23 +24,48 @@ from helpers import config
 from trl_distill import OPDTrainer
 
 
-def main(folder: Path, per_device_batch: int, estimator: str) -> None:
+LOGGED = ("loss", "grad_norm", "distill/reverse_kl", "entropy", "reward", "reward_std", "objective", "policy_loss")
+
+
+GROUP = 8  # with two processes it lies on both
+
+
+def letters(completions, **_) -> list[float]:
+    return [text.count("a") + 0.1 * len(text) for text in completions]
+
+
+def written_out(prompts, trainer) -> dict[str, list]:
+    """Rollouts that hang on the row's place in the global batch alone: the same for any number of processes."""
+    tokenizer, first = trainer.processing_class, trainer.accelerator.process_index * len(prompts)
+    places = [(first + i) % GROUP for i in range(len(prompts))]
+    texts = [" ".join("abcaefgh"[place:]) for place in places]
+    return {
+        "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
+        "completion_ids": [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts],
+        "logprobs": None,
+    }
+
+
+def main(folder: Path, per_device_batch: int, estimator: str, rewards: bool) -> None:
     torch.set_num_threads(1)
     prompts = Dataset.from_dict({"prompt": [" ".join("abcdefgh"[i % 8 :][: 1 + i % 5]) + " z" for i in range(32)]})
     trainer = OPDTrainer(
         model=str(folder / "student"),
         teacher_model=str(folder / "teacher"),
+        reward_funcs=[letters] if rewards else None,
         args=config(
             folder / "out",
             per_device_train_batch_size=per_device_batch,
             max_steps=3,
             kl_estimator=estimator,
             kl_top_k=4,
+            num_generations=GROUP if rewards else 1,
             max_grad_norm=1e9,
             ddp_backend="gloo",
             use_cpu=os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",  # would switch DeepSpeed off
         ),
         train_dataset=prompts,
+        rollout_func=written_out if rewards else None,
     )
     trainer.train()
     trainer.save_model(str(folder / "out"))
@@ -52,13 +77,11 @@ def main(folder: Path, per_device_batch: int, estimator: str) -> None:
         "teacher_parameters_held": sum(getattr(p, "ds_tensor", p).numel() for p in teacher.parameters()),
         "teacher_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in teacher.parameters()),
         "steps": [
-            {key: row[key] for key in ("loss", "grad_norm", "distill/reverse_kl", "entropy")}
-            for row in trainer.state.log_history
-            if "loss" in row
+            {key: row[key] for key in LOGGED if key in row} for row in trainer.state.log_history if "loss" in row
         ],
     }
     (folder / f"result-{accelerator.process_index}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], rewards="rewards" in sys.argv[4:])
