@@ -6,8 +6,9 @@ The task is four-digit addition with written-out steps. The teacher (0.6 M param
 was made by SFT on 200 of the teacher's answers, and mostly derails. Here it writes answers of its own, and the teacher
 judges every token. A table, `summary.json` and `training.png` say how far that brings it.
 
-Left out on purpose: rewards, a search for good settings, and anything that needs a network or a GPU. How the two models
-were made: `scripts/make_demo_models.py`.
+With `--rewards` it compares the teacher alone with a reward alone and with both (`demo_rewards.py`). Left out on purpose:
+a search for good settings, and anything that needs a network or a GPU. How the two models were made:
+`scripts/make_demo_models.py`.
 """
 
 from __future__ import annotations
@@ -89,9 +90,9 @@ def measure(
 class Watch(TrainerCallback):
     """Moves the progress bar, and measures accuracy now and then on problems that are not used for the final table."""
 
-    def __init__(self, progress: Progress, total: int, every: int, measure_now: Any):
+    def __init__(self, progress: Progress, label: str, total: int, every: int, measure_now: Any):
         self.progress, self.every, self.measure_now = progress, every, measure_now
-        self.task = progress.add_task("distilling", total=total, kl=float("nan"), accuracy=float("nan"))
+        self.task = progress.add_task(label, total=total, kl=float("nan"), accuracy=float("nan"))
         self.kl: list[tuple[int, float]] = []
         self.accuracy: list[tuple[int, float]] = []
 
@@ -153,49 +154,17 @@ def draw(watch: Watch, teacher_accuracy: float, path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
-    parser.add_argument("--models", type=Path, default=MODELS)
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument("--held_out", type=int, default=1000, help="problems for the table")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    logging.getLogger("trl_distill").setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()  # of loading; ours follows
-    start = time.perf_counter()
-
-    tokenizer = AutoTokenizer.from_pretrained(options.models / "student")
-    student = AutoModelForCausalLM.from_pretrained(options.models / "student")
-    teacher = AutoModelForCausalLM.from_pretrained(options.models / "teacher")
-    for model in (student, teacher):  # `measure` calls these directly; without it generation would read defaults
+def load(models: Path) -> tuple[Any, Any, Any]:
+    """Student, teacher and their tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "student")
+    pair = [AutoModelForCausalLM.from_pretrained(models / name) for name in ("student", "teacher")]
+    for model in pair:  # `measure` calls these directly; without it generation would read defaults
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    held_out, glance = problems(options.held_out, seed=10_000 + options.seed), problems(250, seed=20_000 + options.seed)
+    return *pair, tokenizer
 
-    def measured(model: Any, rows: Dataset) -> dict[str, float]:
-        return measure(model, teacher, tokenizer, rows, options.seed)
 
-    console.print(f"Measuring teacher and student on {options.held_out} held-out problems ...")
-    of_teacher, before = measured(teacher, held_out), measured(student, held_out)
-
-    args = OPDConfig(
-        output_dir=str(options.output_dir / "checkpoints"),
-        max_steps=options.steps,
-        per_device_train_batch_size=64,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=5,  # at this rate the student first gets worse; gentler starts end lower in the same time
-        max_completion_length=MAX_COMPLETION_LENGTH,
-        logging_steps=1,
-        save_strategy="no",
-        seed=options.seed,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
-    )
+def train(options: argparse.Namespace, label: str, student: Any, watch_with: Any, **changes: Any) -> tuple[Any, Watch]:
+    """Train the student with a progress bar: the demo's settings, with `changes`, `reward_funcs` among them."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -204,18 +173,67 @@ def main() -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    reward_funcs = changes.pop("reward_funcs", None)
+    settings = {
+        "output_dir": str(options.output_dir / "checkpoints"),
+        "max_steps": options.steps,
+        "per_device_train_batch_size": 64,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 5,  # at this rate the student first gets worse; gentler starts end lower in the same time
+        "max_completion_length": MAX_COMPLETION_LENGTH,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": options.seed,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    args = OPDConfig(**{**settings, **changes})
     with Progress(*columns, console=console) as progress:
-        watch = Watch(progress, options.steps, every=25, measure_now=lambda: measured(student, glance))
+        watch = Watch(progress, label, args.max_steps, every=25, measure_now=watch_with)
         trainer = OPDTrainer(
             model=student,
-            teacher_model=str(options.models / "teacher"),
+            teacher_model=str(options.models / "teacher") if args.beta > 0 else None,
+            reward_funcs=reward_funcs,
             args=args,
-            train_dataset=problems(64 * options.steps, seed=30_000 + options.seed),
-            processing_class=tokenizer,
+            train_dataset=problems(64 * args.max_steps, seed=30_000 + args.seed),
+            processing_class=AutoTokenizer.from_pretrained(options.models / "student"),
             callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    return trainer, watch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
+    parser.add_argument("--models", type=Path, default=MODELS)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--held_out", type=int, default=1000, help="problems for the table")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rewards", action="store_true", help="compare reward, teacher and both: see demo_rewards.py")
+    options = parser.parse_args()
+    logging.getLogger("trl_distill").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # of loading; ours follows
+    if options.rewards:
+        from demo_rewards import compare
+
+        return compare(options)
+    start = time.perf_counter()
+    student, teacher, tokenizer = load(options.models)
+    held_out, glance = problems(options.held_out, seed=10_000 + options.seed), problems(250, seed=20_000 + options.seed)
+
+    def measured(model: Any, rows: Dataset) -> dict[str, float]:
+        return measure(model, teacher, tokenizer, rows, options.seed)
+
+    console.print(f"Measuring teacher and student on {options.held_out} held-out problems ...")
+    of_teacher, before = measured(teacher, held_out), measured(student, held_out)
+    trainer, watch = train(options, "distilling", student, lambda: measured(student, glance))
     trainer.save_model(str(options.output_dir / "student"))
     after = measured(student, held_out)
 

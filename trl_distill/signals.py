@@ -54,3 +54,29 @@ class HiddenStates:
 
     hidden: torch.Tensor
     head: Any
+
+
+@dataclass
+class TokenLogProbs:
+    """
+    What a teacher behind a server gives: log-probabilities of the sampled tokens, and of its own likeliest ids.
+
+    At temperature 1, over the teacher's whole vocabulary. N as in [`HiddenStates`], in the same order.
+
+    Attributes:
+        log_p (`torch.Tensor` of shape `(N,)`, fp32): of each judged token, nats.
+        top_ids (`torch.Tensor` of shape `(N, K)`, int64): the teacher's K likeliest ids; K may be 0.
+        top_log_p (`torch.Tensor` of shape `(N, K)`, fp32): theirs, nats.
+    """
+
+    log_p: torch.Tensor
+    top_ids: torch.Tensor
+    top_log_p: torch.Tensor
+
+
+class TeacherUnavailable(RuntimeError):
+    """The teacher did not answer within its time-outs and retries."""
+
+
+class TeacherAnswerError(RuntimeError):
+    """The teacher answered something that cannot be taken as its judgement of the tokens that it was asked about."""
