@@ -6,8 +6,8 @@ The task is four-digit addition with written-out steps. The teacher (0.6 M param
 was made by SFT on 200 of the teacher's answers, and mostly derails. Here it writes answers of its own, and the teacher
 judges every token. A table, `summary.json` and `training.png` say how far that brings it.
 
-With `--rewards` it compares the teacher alone with a reward alone and with both (`demo_rewards.py`). Left out on purpose:
-a search for good settings, and anything that needs a network or a GPU. How the two models were made:
+With `--rewards` it compares the teacher alone with a reward alone and with both (`demo_rewards.py`). Left out on
+purpose: a search for good settings, and anything that needs a network or a GPU. How the two models were made:
 `scripts/make_demo_models.py`.
 """
 
@@ -157,10 +157,10 @@ def draw(watch: Watch, teacher_accuracy: float, path: Path) -> None:
 def load(models: Path) -> tuple[Any, Any, Any]:
     """Student, teacher and their tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(models / "student")
-    pair = [AutoModelForCausalLM.from_pretrained(models / name) for name in ("student", "teacher")]
-    for model in pair:  # `measure` calls these directly; without it generation would read defaults
+    student, teacher = (AutoModelForCausalLM.from_pretrained(models / name) for name in ("student", "teacher"))
+    for model in (student, teacher):  # `measure` calls these directly; without it generation would read defaults
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return *pair, tokenizer
+    return student, teacher, tokenizer
 
 
 def train(options: argparse.Namespace, label: str, student: Any, watch_with: Any, **changes: Any) -> tuple[Any, Watch]:

@@ -24,19 +24,19 @@ from demo_task import correct, problems
 from rich.table import Table
 
 
-STEPS = 400
+STEPS = 500
 SEEDS = (0, 1, 2)
-SWITCH = 250  # step at which "distil, then RL" turns from the teacher to the reward
+SWITCH = 300  # step at which "distil, then RL" turns from the teacher to the reward
 RECIPES: dict[str, dict[str, Any]] = {
     "reward only": {"reward_funcs": [correct], "beta": 0.0, "learning_rate": 5e-5, "num_generations": 8},
     "teacher only": {"num_generations": 2},
-    "both": {"reward_funcs": [correct], "beta": 0.05, "num_generations": 2},
+    "both": {"reward_funcs": [correct], "beta": 0.1, "num_generations": 2},
     "distil, then RL": {
         "reward_funcs": [correct],
         "reward_start_step": SWITCH,
         "beta_schedule": "step",
         "beta_schedule_steps": SWITCH,
-        "beta_end": 0.02,
+        "beta_end": 0.01,
         "num_generations": 2,
     },
 }
@@ -119,7 +119,7 @@ def compare(options: argparse.Namespace) -> None:
     table = Table(title=f"{options.held_out} held-out problems per seed, one sampled answer each; {STEPS} steps")
     for column in ("", "accuracy", "by seed", "KL to the teacher, nats per token"):
         table.add_column(column, justify="left" if not column else "right")
-    rows = {name: (values, None) for name, values in known.items()}
+    rows: dict[str, tuple[list[float], list[float] | None]] = {name: (values, None) for name, values in known.items()}
     rows |= {name: ([r["accuracy"] for r in runs], [r["reverse_kl"] for r in runs]) for name, runs in results.items()}
     for name, (values, kl) in rows.items():
         by_seed = " ".join(f"{value:.1%}" for value in values)

@@ -171,12 +171,12 @@ def test_smaller_teacher_vocabulary_with_vllm(make, tmp_path, monkeypatch):
         trainer._stay_inside_vocabulary(VOCAB, VOCAB + 1)
 
 
-def test_checkpoint_boundary(caplog):
-    checks.check_checkpoint_boundary(save_steps=4, accumulation=2, generate_every=8)
-    checks.check_checkpoint_boundary(save_steps=0.5, accumulation=1, generate_every=8)
-    assert not caplog.text
-    checks.check_checkpoint_boundary(save_steps=5, accumulation=2, generate_every=8)
-    assert "lasts 4 optimizer steps" in caplog.text
+def test_checkpoint_boundary():
+    assert checks.checkpoint_boundary(save_steps=4, accumulation=2, generate_every=8).level == "ok"
+    assert checks.checkpoint_boundary(save_steps=0.5, accumulation=1, generate_every=8).level == "ok"
+    found = checks.checkpoint_boundary(save_steps=5, accumulation=2, generate_every=8)
+    assert found.level == "warning"
+    assert "lasts 4 optimizer steps" in found.found
 
 
 def test_the_student_is_not_touched_by_a_refusal(make, student):
@@ -257,9 +257,18 @@ def test_a_row_without_a_prompt_is_named(make, bad):
         make(train_dataset=Dataset.from_list(rows))
 
 
-def test_equal_paths_are_said(make, saved, caplog):
-    make(model=str(saved / "student"), teacher_model=str(saved / "student"))
-    assert "Student and teacher are both" in caplog.text
+def test_teacher_with_the_students_weights(make, saved, tmp_path, prompts, caplog):
+    same = {"model": str(saved / "student"), "teacher_model": str(saved / "student")}
+    with pytest.raises(ValueError, match=r"give the same probabilities.*there is nothing to learn"):
+        make(**same)
+    make(**same, args=config(tmp_path, assume_different_teacher=True))
+    assert "Going on: `assume_different_teacher=True`" in caplog.text
+    make(**same, train_dataset=prompts.add_column("teacher_prompt", ["a hint"] * len(prompts)))
+    assert "Going on: it has prompts of its own" in caplog.text
+    make(
+        **same, args=config(tmp_path, num_generations=2), reward_funcs=lambda completions, **_: [0.0] * len(completions)
+    )
+    assert "Going on: there is a reward" in caplog.text
 
 
 def test_a_teacher_that_scores_something_else(make):

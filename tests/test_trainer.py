@@ -117,7 +117,7 @@ def test_one_load_besides_the_student_and_no_reference(tmp_path, saved, prompts,
     assert loaded == ["student", "teacher"]
     assert trainer.ref_model is trainer.teacher.model
     assert trainer.beta == 0  # TRL's own KL stays off
-    assert trainer.args.beta == trainer.teacher_beta == 1.0
+    assert trainer.args.beta == trainer.beta_at(0) == 1.0
 
 
 def test_teacher_is_frozen_in_eval_mode_and_unchanged(tmp_path, tokenizer, prompts, student, teacher):

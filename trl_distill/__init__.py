@@ -3,9 +3,25 @@
 from ._version import __version__
 from .config import OPDConfig
 from .heads import LMHead
-from .signals import HiddenStates, Rollouts
+from .self_teachers import AdapterOff, MovingAverage
+from .served import ServedTeacher
+from .signals import HiddenStates, Rollouts, TeacherAnswerError, TeacherUnavailable, TokenLogProbs
 from .teachers import Teacher
 from .trainer import OPDTrainer
 
 
-__all__ = ["HiddenStates", "LMHead", "OPDConfig", "OPDTrainer", "Rollouts", "Teacher", "__version__"]
+__all__ = [
+    "AdapterOff",
+    "HiddenStates",
+    "LMHead",
+    "MovingAverage",
+    "OPDConfig",
+    "OPDTrainer",
+    "Rollouts",
+    "ServedTeacher",
+    "Teacher",
+    "TeacherAnswerError",
+    "TeacherUnavailable",
+    "TokenLogProbs",
+    "__version__",
+]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -123,7 +124,8 @@ class Seams(GRPOTrainer):
     """
     `GRPOTrainer` with public names for the private ones that this package needs.
 
-    A subclass overrides [`~Seams.rollout_loss`] (what is minimised on a micro-batch) and sets `has_rewards`, and
+    A subclass overrides [`~Seams.rollout_loss`] (what is minimised on a micro-batch) and
+    [`~Seams.rollouts_written`] (what else travels with the rollouts), and sets `has_rewards`, and
     `leave_one_out` where a row's baseline shall not contain its own reward.
     """
 
@@ -162,9 +164,23 @@ class Seams(GRPOTrainer):
         """TRL's rollouts, with advantages over the mean of the others, and each row's reward beside them."""
         self._rewards_per_func = None
         output = super()._generate_and_score_completions(inputs)
-        if self._rewards_per_func is None:
-            return output
-        rewards, local = self._rewards_per_func, len(inputs)  # (all rows, functions)
+        if self._rewards_per_func is not None:
+            self._add_rewards(output, len(inputs))
+        self.rollouts_written(inputs, output)
+        return output
+
+    def rollouts_written(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+        """
+        Called with each generation batch before it is shuffled and split.
+
+        Args:
+            rows (`list` of `dict`): examples of the dataset, one per rollout of this process.
+            batch (`dict`): TRL's tensors of this process. What is added to it, one row per rollout, travels along.
+        """
+
+    def _add_rewards(self, output: dict[str, Any], local: int) -> None:
+        rewards = self._rewards_per_func  # (all rows, functions)
+        assert rewards is not None
         rows = slice(self.accelerator.process_index * local, (self.accelerator.process_index + 1) * local)
         weights = self.reward_weights.to(rewards.device)
         unscored = rewards.isnan().all(1)
@@ -177,10 +193,14 @@ class Seams(GRPOTrainer):
             for _ in range(min(len(everyone), len(logged))):
                 logged.pop()
             logged.extend(everyone.tolist())
-        return output
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         return ReplayingSampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
+
+    def save_now(self) -> str:
+        """Write a checkpoint of the current step, whatever the save strategy, and say where it lies."""
+        self._save_checkpoint(self.model_wrapped, trial=None)
+        return os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
 
     # -- attributes --------------------------------------------------------------------------------------------------
 
@@ -192,6 +212,15 @@ class Seams(GRPOTrainer):
     @property
     def tokenizer(self) -> Any:
         return self._tokenizer
+
+    @property
+    def has_environments(self) -> bool:
+        """Whether environments own or extend the prompts, so that none can be rendered before an episode begins."""
+        return self.environment_factories is not None
+
+    def token_ids_of(self, prompts: list[Any]) -> list[list[int]]:
+        """Prompts, text or messages, as TRL renders and tokenises them for generation."""
+        return self._tokenize_prompts(prompts)[0]
 
     @property
     def has_side_terms(self) -> bool:

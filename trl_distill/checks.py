@@ -1,13 +1,15 @@
 """What is checked before the first step: everything here would otherwise fail late, or train on a wrong number.
 
-Functions of configurations, tokenizers and datasets that return nothing and raise with what to change. Training is left
-to the trainer.
+Functions of configurations, tokenizers, datasets and numbers. Those that a run cannot get past raise at once; the
+others return a [`Finding`], and `preflight.py` decides what becomes of them. Training is left to the trainer.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,27 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Finding:
+    """
+    What one check found.
+
+    Attributes:
+        check (`str`): what was looked at, two or three words.
+        level (`str`): "ok", "warning" (the run may go on) or "error" (it may not).
+        found (`str`): what was found and what it means.
+        advice (`str`): what to change; empty where all is well.
+    """
+
+    check: str
+    level: str
+    found: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.found} {self.advice}".strip()
 
 
 def check_text_only(config: PretrainedConfig, whose: str) -> None:
@@ -53,6 +76,53 @@ def check_eval_datasets(datasets: Any) -> None:
         _check_prompts(dataset, "evaluation")
 
 
+def check_teacher_columns(dataset: Any, names: list[str]) -> None:
+    """With several teachers, every row must say who judges it; and a `teacher_prompt` must be a prompt."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is None or not isinstance(dataset, Dataset | IterableDataset):
+        return
+    if len(names) > 1 and "teacher" not in columns:
+        raise ValueError(
+            f"There are several teachers ({', '.join(names)}), but the training dataset has no `teacher` column that "
+            "says who judges a row: a name, or weights by name."
+        )
+    if not isinstance(dataset, Dataset):
+        return
+    if len(names) > 1:
+        for i, value in enumerate(dataset["teacher"]):
+            weights_of(value, names, f"Row {i} of the training dataset")
+    if "teacher_prompt" in columns:
+        prompts = enumerate(dataset["teacher_prompt"])
+        bad = next((i for i, p in prompts if p is not None and (not p or not isinstance(p, str | list))), None)
+        if bad is not None:
+            raise ValueError(
+                f"Row {bad} of the training dataset has the teacher prompt {dataset[bad]['teacher_prompt']!r}; it is "
+                "text or a list of messages, or `None` where the teacher sees the student's prompt."
+            )
+
+
+def weights_of(value: Any, names: list[str], where: str) -> list[float]:
+    """
+    Weights by teacher of one row's `teacher`: a name, or weights by name.
+
+    Args:
+        value: what the row has in its `teacher` column.
+        names (`list[str]`): of the teachers.
+        where (`str`): begins the message of an error.
+    """
+    known = ", ".join(repr(name) for name in names)
+    given = {value: 1.0} if isinstance(value, str) else value
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} has the `teacher` {value!r}. Name one of {known}, or give weights by name.")
+    given = {name: weight for name, weight in given.items() if weight is not None}  # what Arrow fills structs with
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise ValueError(f"{where} names the teacher {unknown[0]!r}, which is not known. Known are: {known}.")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in given.values()) or sum(given.values()) <= 0:
+        raise ValueError(f"{where} has the teachers {given}; weights must not be negative, nor all of them 0.")
+    return [float(given.get(name, 0.0)) for name in names]
+
+
 def _check_prompts(dataset: Any, purpose: str) -> None:
     if not isinstance(dataset, Dataset | IterableDataset):
         return  # TRL says what it takes
@@ -65,7 +135,6 @@ def _check_prompts(dataset: Any, purpose: str) -> None:
             "prompts: `dataset.rename_column('...', 'prompt')`."
         )
     if isinstance(dataset, Dataset):
-        prompts = enumerate(dataset["prompt"])
         prompts = enumerate(dataset["prompt"])
         bad = next((i for i, prompt in prompts if not prompt or not isinstance(prompt, str | list)), None)
         if bad is not None:
@@ -123,57 +192,176 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase 
         return None
 
 
-def check_same_tokenizer(
+def same_tokenizer(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, assume_same: bool = False
-) -> None:
+) -> Finding:
     """
     The divergence compares probabilities id by id, so an id must be the same token for both.
 
     Args:
         student: the student's tokenizer.
-        teacher: the teacher's, or `None` where it is not known; then there is a warning.
-        assume_same (`bool`): warn instead of raising.
-
-    Raises:
-        ValueError: with the first ids that differ.
+        teacher: the teacher's, or `None` where it is not known.
+        assume_same (`bool`): a difference is no error.
     """
     if teacher is None:
-        logger.warning(
+        return Finding(
+            "tokenizer",
+            "warning",
             "The teacher came without a tokenizer, so it was not checked that its token ids mean what they mean to the "
-            "student. Load the teacher from a folder or hub name that holds its tokenizer to have this checked."
+            "student.",
+            "Load the teacher from a folder or hub name that holds its tokenizer to have this checked.",
         )
-        return
     of_student = {index: token for token, index in student.get_vocab().items()}
     of_teacher = {index: token for token, index in teacher.get_vocab().items()}
     differing = [i for i in sorted(of_student.keys() | of_teacher.keys()) if of_student.get(i) != of_teacher.get(i)]
-    if not differing:
-        return
-    shown = "; ".join(f"{i}: {of_student.get(i)!r} against {of_teacher.get(i)!r}" for i in differing[:5])
-    message = (
-        f"The tokenizers of student and teacher differ in {len(differing)} of {len(of_student)} ids. The first, "
-        f"student against teacher: {shown}."
-    )
-    if not assume_same:
-        raise ValueError(
-            f"{message} The divergence compares probabilities id by id, so it would compare different tokens. Use a "
-            "teacher with the student's tokenizer, or set `assume_same_tokenizer=True` if these ids do not matter."
+    if differing:
+        shown = "; ".join(f"{i}: {of_student.get(i)!r} against {of_teacher.get(i)!r}" for i in differing[:5])
+        found = (
+            f"The tokenizers of student and teacher differ in {len(differing)} of {len(of_student)} ids. The first, "
+            f"student against teacher: {shown}."
         )
-    logger.warning(f"{message} Going on, as `assume_same_tokenizer=True` asks.")
+        if assume_same:
+            return Finding("tokenizer", "warning", found, "Going on, as `assume_same_tokenizer=True` asks.")
+        advice = (
+            "The divergence compares probabilities id by id, so it would compare different tokens. Use a teacher with "
+            "the student's tokenizer, or set `assume_same_tokenizer=True` if these ids do not matter."
+        )
+        return Finding("tokenizer", "error", found, advice)
+    special = [
+        f"{name} {getattr(student, name)!r} against {getattr(teacher, name)!r}"
+        for name in ("bos_token", "pad_token", "unk_token")
+        if getattr(student, name) != getattr(teacher, name)
+    ]
+    if special:
+        return Finding(
+            "tokenizer",
+            "warning",
+            f"Same ids, other special tokens, student against teacher: {', '.join(special)}.",
+            "The teacher reads what the student's tokenizer writes: make sure that it was trained to.",
+        )
+    return Finding("tokenizer", "ok", f"The same {len(of_student)} ids and special tokens.")
 
 
-def check_teacher_vocabulary(student_tokenizer: PreTrainedTokenizerBase, teacher_size: int, assume_same: bool) -> None:
-    """Every id that the tokenizer can produce must have a row in the teacher's embedding."""
-    needed = max(student_tokenizer.get_vocab().values()) + 1
+def vocabulary(
+    tokenizer: PreTrainedTokenizerBase, student_size: int, teacher_size: int, assume_same: bool = False
+) -> Finding:
+    """Every id that the tokenizer can produce must have a row in the teacher's embedding; padding may differ."""
+    needed = max(tokenizer.get_vocab().values()) + 1
     if needed > teacher_size and not assume_same:
-        raise ValueError(
-            f"The tokenizer produces ids up to {needed - 1}, but the teacher's vocabulary ends at {teacher_size - 1}. "
-            "Use a teacher for this tokenizer, or set `assume_same_tokenizer=True` if those ids never occur in prompts."
+        return Finding(
+            "vocabulary",
+            "error",
+            f"The tokenizer produces ids up to {needed - 1}, but the teacher's vocabulary ends at {teacher_size - 1}.",
+            "Use a teacher for this tokenizer, or set `assume_same_tokenizer=True` if those ids never occur.",
         )
+    if student_size == teacher_size:
+        return Finding("vocabulary", "ok", f"{student_size} rows each.")
+    return Finding(
+        "vocabulary",
+        "ok",
+        f"{student_size} rows against the teacher's {teacher_size}, {needed} ids in use; the shared rows count.",
+    )
 
 
-def check_checkpoint_boundary(save_steps: float, accumulation: int, generate_every: int) -> None:
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, student: set[int], teacher: set[int], merge: bool) -> Finding:
+    """Whether student and teacher end a turn with the same ids."""
+    if student == teacher:
+        return Finding("stop tokens", "ok", f"Both end with {_named(tokenizer, student)}.")
+    found = f"The student ends with {_named(tokenizer, student)}, the teacher with {_named(tokenizer, teacher)}."
+    if merge:
+        return Finding("stop tokens", "ok", f"{found} They are compared as one class.")
+    return Finding(
+        "stop tokens",
+        "warning",
+        f"{found} The teacher charges the student for every stop, and completions will grow.",
+        "Leave `merge_stop_tokens` on, or give both the same stop tokens.",
+    )
+
+
+def _named(tokenizer: PreTrainedTokenizerBase, ids: set[int]) -> str:
+    return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in sorted(ids)) or "nothing"
+
+
+PROBE_CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 2 + 2?"},
+]
+
+
+def chat_templates(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None) -> Finding:
+    """Whether both render a conversation alike: the teacher reads prompts in the student's template."""
+    if teacher is None or getattr(teacher, "chat_template", None) is None:
+        return Finding("chat template", "ok", "The teacher brings none of its own; it reads the student's.")
+
+    def rendered(tokenizer: Any) -> str:
+        for messages in (PROBE_CONVERSATION, PROBE_CONVERSATION[1:]):  # some templates take no system message
+            try:
+                return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except Exception:  # templates are programs, and raise what they like
+                continue
+        return ""
+
+    of_student, of_teacher = rendered(student), rendered(teacher)
+    if of_student == of_teacher:
+        return Finding("chat template", "ok", "Both render a conversation alike.")
+    return Finding(
+        "chat template",
+        "warning",
+        f"The teacher reads prompts in the student's chat template, which is not its own: {of_student!r} against "
+        f"{of_teacher!r}.",
+        "Distil in the format that the teacher was trained on: give the student its template "
+        "(`chat_template_path`), thinking mode included (`chat_template_kwargs`).",
+    )
+
+
+def context_length(longest_prompt: int, completion: int, context: int | None, whose: str) -> Finding:
+    """Whether the longest prompt and completion, in tokens, fit into a model's positions."""
+    check = f"context, {whose}"
+    if context is None or longest_prompt + completion <= context:
+        limit = "no limit known" if context is None else f"{context} positions"
+        return Finding(check, "ok", f"Prompts of up to {longest_prompt} tokens and {completion} more; {limit}.")
+    return Finding(
+        check,
+        "error",
+        f"The longest prompt has {longest_prompt} tokens and completions up to {completion}, but the {whose} has "
+        f"{context} positions.",
+        f"Lower `max_completion_length` to {max(context - longest_prompt, 0)}, or drop the longest prompts.",
+    )
+
+
+def teacher_differs(kl: float | None, explained: str, override: bool) -> Finding:
     """
-    Warn where a checkpoint falls inside a generation batch.
+    Whether there is anything to learn: KL(student ‖ teacher) on tokens of a few prompts.
+
+    Args:
+        kl (`float`, *optional*): nats per token; `None` where it cannot be measured before training.
+        explained (`str`): why the two may start out equal, e.g. "prompts of its own"; empty where nothing does.
+        override (`bool`): `assume_different_teacher`.
+    """
+    if kl is None:
+        return Finding("teacher differs", "ok", "Not measured: weights are sharded, or the teacher is served.")
+    if kl > SAME_MODEL_KL:
+        return Finding("teacher differs", "ok", f"KL(student ‖ teacher) is {kl:.3g} nats per token of the prompts.")
+    found = f"Student and teacher give the same probabilities (KL {kl:.1g} nats per token of the prompts)."
+    if explained or override:
+        return Finding(
+            "teacher differs", "warning", f"{found} Going on: {explained or '`assume_different_teacher=True`'}."
+        )
+    return Finding(
+        "teacher differs",
+        "error",
+        f"{found} The teacher's weights are those of the student, so there is nothing to learn.",
+        "Check the two paths. If it is intended, give the teacher prompts of its own (a `teacher_prompt` column) or a "
+        "reward, or set `assume_different_teacher=True`.",
+    )
+
+
+SAME_MODEL_KL = 1e-6  # nats per token; fp32 rounding is below it, and any training step above
+
+
+def checkpoint_boundary(save_steps: float, accumulation: int, generate_every: int) -> Finding:
+    """
+    Whether a checkpoint falls inside a generation batch.
 
     Resuming from such a checkpoint generates anew in the middle, so the run is not the uninterrupted one.
 
@@ -182,10 +370,26 @@ def check_checkpoint_boundary(save_steps: float, accumulation: int, generate_eve
         accumulation (`int`): micro-steps per optimizer step.
         generate_every (`int`): micro-steps per generation batch, all iterations over it included.
     """
-    if save_steps >= 1 and int(save_steps) * accumulation % generate_every != 0:
-        optimizer_steps = generate_every / accumulation
-        logger.warning(
-            f"`save_steps={int(save_steps)}` does not fall on the end of a generation batch, which lasts "
-            f"{optimizer_steps:g} optimizer steps. A run resumed from there generates anew in the middle of one and "
-            "will not repeat the uninterrupted run exactly. Choose a multiple to avoid it."
-        )
+    if save_steps < 1 or int(save_steps) * accumulation % generate_every == 0:
+        return Finding("checkpoints", "ok", "They fall on the end of a generation batch.")
+    return Finding(
+        "checkpoints",
+        "warning",
+        f"`save_steps={int(save_steps)}` does not fall on the end of a generation batch, which lasts "
+        f"{generate_every / accumulation:g} optimizer steps. A run resumed from there generates anew in the middle of "
+        "one and will not repeat the uninterrupted run exactly.",
+        "Choose a multiple to avoid it.",
+    )
+
+
+def sampling(biased: list[str]) -> Finding:
+    """Score functions take the rollouts for samples of the student's whole distribution; `biased` says what is not."""
+    if not biased:
+        return Finding("sampling", "ok", "Rollouts are samples of the student, as far as the estimator asks.")
+    return Finding(
+        "sampling",
+        "warning",
+        f"{', '.join(biased)} changes the distribution that rollouts are sampled from, which biases the part of the "
+        "teacher's term that is learnt from sampled tokens.",
+        "Leave it out, or use kl_estimator='full' with kl_discount=0.",
+    )

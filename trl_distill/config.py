@@ -17,7 +17,7 @@ from ._compat import DICT_FIELDS, post_init_without_group_check
 
 logger = logging.getLogger(__name__)
 
-DIVERGENCES = ("reverse_kl",)
+DIVERGENCES = ("reverse_kl", "forward_kl")
 KL_ESTIMATORS = ("full", "topk", "sampled")
 SCHEDULES = ("constant", "linear", "cosine", "step")
 GENERATIONS_WITH_REWARDS = 8  # GRPO's own default
@@ -50,6 +50,23 @@ class OPDConfig(GRPOConfig):
         teacher_model_init_kwargs (`dict` or `str`, *optional*):
             Keyword arguments for the teacher's `from_pretrained`. Its dtype is the checkpoint's own unless `dtype` is
             given here.
+        teacher_models (`dict` or `str`, *optional*):
+            Several teachers for scripts, `{"math": "path", "code": "path"}`; the dataset's `teacher` column says who
+            judges a row. In Python, pass them as `teacher_model`.
+        teacher_server_urls (`list[str]`, *optional*):
+            Servers of the teacher that `teacher_model_name_or_path` names, with vLLM's OpenAI-compatible protocol. It
+            is not loaded then.
+        teacher_offload (`bool`, *optional*, defaults to `False`):
+            Park the teacher in CPU memory. It visits the accelerator once per generation batch.
+        teacher_ema (`float`, *optional*):
+            The teacher is the student's exponential moving average with this decay. Takes the place of
+            `teacher_model`.
+        teacher_batch_size (`int`, *optional*):
+            Rows per forward of the teacher. `None` is `per_device_train_batch_size`.
+        merge_stop_tokens (`bool`, *optional*, defaults to `True`):
+            Where student and teacher end a turn with different ids, compare the probability of stopping as a whole.
+        assume_different_teacher (`bool`, *optional*, defaults to `False`):
+            Go on although the teacher has the student's weights, and nothing can be learnt from it at first.
         assume_same_tokenizer (`bool`, *optional*, defaults to `False`):
             Go on although the tokenizers of student and teacher differ. The divergence compares probabilities id by
             id, so this is right only where the ids that matter mean the same to both.
@@ -57,7 +74,8 @@ class OPDConfig(GRPOConfig):
     > Parameters that control the divergence
 
         divergence (`str`, *optional*, defaults to `"reverse_kl"`):
-            What is minimised at each token: `"reverse_kl"`, KL(student ‖ teacher).
+            What is minimised at each token: `"reverse_kl"`, KL(student ‖ teacher), or `"forward_kl"`,
+            KL(teacher ‖ student).
         kl_estimator (`str`, *optional*, defaults to `"full"`):
             How it is computed: `"full"`, exactly, over the whole vocabulary; `"topk"`, exactly over the student's
             `kl_top_k` most likely ids and by the sampled token for the rest; `"sampled"`, by the sampled token alone.
@@ -82,7 +100,7 @@ class OPDConfig(GRPOConfig):
         ValueError: a value, or a combination, that cannot mean anything; the message says what to write instead.
     """
 
-    _VALID_DICT_FIELDS = [*DICT_FIELDS, "teacher_model_init_kwargs"]  # the name that TRL reads
+    _VALID_DICT_FIELDS = [*DICT_FIELDS, "teacher_model_init_kwargs", "teacher_models"]  # the name that TRL reads
 
     beta: float = field(
         default=1.0,
@@ -118,13 +136,47 @@ class OPDConfig(GRPOConfig):
             "unless `dtype` is given here."
         },
     )
+    teacher_models: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Several teachers by name, as JSON; the dataset's `teacher` column says who judges a row."},
+    )
+    teacher_server_urls: list[str] | None = field(
+        default=None,
+        metadata={"help": "vLLM servers of the teacher that `teacher_model_name_or_path` names; it is not loaded."},
+    )
+    teacher_offload: bool = field(
+        default=False,
+        metadata={"help": "Park the teacher in CPU memory; it visits the accelerator once per generation batch."},
+    )
+    teacher_ema: float | None = field(
+        default=None,
+        metadata={"help": "The teacher is the student's exponential moving average with this decay, e.g. 0.99."},
+    )
+    teacher_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows per forward of the teacher. Defaults to `per_device_train_batch_size`."},
+    )
+    merge_stop_tokens: bool = field(
+        default=True,
+        metadata={
+            "help": "Where student and teacher end a turn with different ids, compare the probability of stopping as a "
+            "whole."
+        },
+    )
+    assume_different_teacher: bool = field(
+        default=False,
+        metadata={"help": "Go on although the teacher has the student's weights."},
+    )
     assume_same_tokenizer: bool = field(
         default=False,
         metadata={"help": "Go on although the tokenizers of student and teacher differ, for those who know better."},
     )
     divergence: str = field(
         default="reverse_kl",
-        metadata={"help": "What is minimised at each token: KL(student || teacher).", "choices": list(DIVERGENCES)},
+        metadata={
+            "help": "What is minimised at each token: KL(student || teacher), or forward.",
+            "choices": list(DIVERGENCES),
+        },
     )
     kl_estimator: str = field(
         default="full",
@@ -184,6 +236,11 @@ class OPDConfig(GRPOConfig):
             raise ValueError(f"`kl_top_k` is {self.kl_top_k}; it counts ids. 0 is the sampled token alone.")
         if not 0 <= self.kl_discount <= 1:
             raise ValueError(f"`kl_discount` is {self.kl_discount}; a discount lies in [0, 1].")
+        if self.kl_estimator == "sampled" and self.divergence != "reverse_kl":
+            raise ValueError(
+                f"kl_estimator='sampled' estimates the reverse KL alone; divergence={self.divergence!r} is an average "
+                "over the teacher's tokens, of which none was sampled. Use kl_estimator='full' or 'topk'."
+            )
         if self.kl_estimator != "full" and self.kl_temperature not in (None, self.temperature):
             raise ValueError(
                 f"`kl_temperature` is {self.kl_temperature}, but tokens are sampled at `temperature` "
@@ -212,6 +269,11 @@ class OPDConfig(GRPOConfig):
         for name, least in (("beta_schedule_steps", 1), ("reward_start_step", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it counts optimizer steps, from {least}.")
+        if self.teacher_batch_size is not None and self.teacher_batch_size < 1:
+            raise ValueError(f"`teacher_batch_size` is {self.teacher_batch_size}; it counts rows, from 1.")
+        if self.teacher_ema is not None and not 0 < self.teacher_ema < 1:
+            raise ValueError(f"`teacher_ema` is {self.teacher_ema}; it is a decay, in (0, 1), such as 0.99.")
+        self._check_one_teacher()
         if self.num_generations is not None and self.num_generations < 1:
             raise ValueError(f"`num_generations` is {self.num_generations}; at least one completion is needed.")
         if self.sync_ref_model and self.beta > 0:
@@ -220,17 +282,33 @@ class OPDConfig(GRPOConfig):
                 "its reference model. Set `sync_ref_model=False`."
             )
 
-    def _check_sampling(self) -> None:
-        """Score functions take the rollouts for samples of the student's whole distribution."""
-        whole = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,)}
-        found = [name for name, values in whole.items() if getattr(self, name) not in (*values, None)]
-        if self.beta > 0 and found and (self.kl_estimator != "full" or self.kl_discount > 0):
-            named = ", ".join(f"`{name}={getattr(self, name)}`" for name in found)
-            logger.warning(
-                f"{named} changes the distribution that rollouts are sampled from, which biases the part of the "
-                "teacher's term that is learnt from sampled tokens. Leave it out, or use kl_estimator='full' with "
-                "kl_discount=0."
+    def _check_one_teacher(self) -> None:
+        """The ways to name a teacher exclude each other."""
+        named = [
+            name
+            for name in ("teacher_model_name_or_path", "teacher_models", "teacher_ema")
+            if getattr(self, name) is not None
+        ]
+        if len(named) > 1:
+            raise ValueError(f"Both `{named[0]}` and `{named[1]}` say who the teacher is. Keep one.")
+        if self.teacher_server_urls and self.teacher_model_name_or_path is None:
+            raise ValueError(
+                "`teacher_server_urls` are given, but not which model they serve. Name it with "
+                "`teacher_model_name_or_path`, as `/v1/models` of the server lists it."
             )
+        if self.teacher_offload and (self.teacher_server_urls or self.teacher_ema is not None):
+            raise ValueError(
+                "`teacher_offload=True` parks a teacher that is loaded here, and this one is not. Leave it out."
+            )
+
+    @property
+    def biased_sampling(self) -> list[str]:
+        """Settings under which rollouts are no samples of the student, where the estimator takes them for that."""
+        whole = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,)}
+        if self.kl_estimator == "full" and self.kl_discount == 0:
+            return []
+        found = [name for name, values in whole.items() if getattr(self, name) not in (*values, None)]
+        return [f"`{name}={getattr(self, name)}`" for name in found]
 
     def _check_ignored(self) -> None:
         """Settings of the policy loss, where there is no reward and so no policy loss."""
@@ -304,7 +382,6 @@ class OPDConfig(GRPOConfig):
                 f"so the reward would weigh {ceiling} times what it says and `beta` would not be reward per nat. Set "
                 "`epsilon_high` to more than 1 (5.0 in the ScaleRL recipe)."
             )
-        config._check_sampling()
         if config.num_generations is None:
             config.num_generations = GENERATIONS_WITH_REWARDS if has_rewards else GENERATIONS_WITHOUT
         if not has_rewards and config.beta > 0:

@@ -8,13 +8,13 @@ with the formulas of `objective.py`. A new estimator is a class and one line in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from . import objective
 from .heads import LMHead, exact_divergence, log_probs_of, logits_of, top_ids
-from .signals import HiddenStates
+from .signals import HiddenStates, Signal, TokenLogProbs
 
 
 Measured = dict[str, torch.Tensor]
@@ -26,15 +26,17 @@ class Estimator(Protocol):
 
     Attributes:
         needs_log_probs (`bool`): whether the student's log-probability of the sampled token is needed, with gradient.
+        takes (`tuple` of types): the signals that it can work with.
     """
 
     needs_log_probs: bool
+    takes: tuple[type, ...]
 
     def measure(
         self,
         hidden: torch.Tensor,  # (N, H_s)
         head: LMHead,
-        signal: HiddenStates,  # (N, H_t)
+        signal: Any,  # one of `takes`, for the same N tokens
         sampled: torch.Tensor,  # (N,) ids
         log_q: torch.Tensor | None,  # (N,) the student's log-probability of `sampled`, at the sampling temperature
     ) -> Measured:
@@ -56,15 +58,23 @@ class Full:
     """The exact divergence over the whole vocabulary: no noise of its own, and right on any prefix."""
 
     needs_log_probs = False
+    takes: tuple[type, ...] = (HiddenStates,)
 
-    def __init__(self, divergence: str, temperature: float, log_p_temperature: float | None = None):
-        self.divergence, self.temperature, self.log_p_temperature = divergence, temperature, log_p_temperature
+    def __init__(self, divergence: str, temperature: float, stops: list[int], log_p_temperature: float | None = None):
+        self.divergence, self.temperature, self.stops = divergence, temperature, stops
+        self.log_p_temperature = log_p_temperature
 
     def measure(self, hidden, head, signal, sampled, log_q) -> Measured:
         divergence, entropy = exact_divergence(hidden, head, signal, self.divergence, self.temperature)
+        shared = min(head.vocab_size, signal.head.vocab_size)
+        if self.stops:
+            of_student = _log_probs_of_few(hidden, head, self.stops, shared, self.temperature)
+            with torch.no_grad():
+                of_teacher = _log_probs_of_few(signal.hidden, signal.head, self.stops, shared, self.temperature)
+            pair = (of_student, of_teacher.to(of_student.device))
+            divergence = objective.as_one_class(divergence, *(pair if self.divergence == "reverse_kl" else pair[::-1]))
         measured = {"divergence": divergence, "entropy": entropy}
         if self.log_p_temperature is not None and log_q is not None:  # for the log: do reward and teacher agree?
-            shared = min(head.vocab_size, signal.head.vocab_size)
             measured["log_p"] = log_probs_of(signal.hidden, signal.head, sampled, shared, self.log_p_temperature)
         return measured
 
@@ -76,65 +86,151 @@ class Sampled:
     """The sampled token's log-ratio as a cost: unbiased, and noisy."""
 
     needs_log_probs = True
+    takes: tuple[type, ...] = (HiddenStates, TokenLogProbs)
 
-    def __init__(self, temperature: float):
-        self.temperature = temperature
-
-    def measure(self, hidden, head, signal, sampled, log_q) -> Measured:
-        log_p = log_probs_of(signal.hidden, signal.head, sampled, head.vocab_size, self.temperature)
-        return {"log_p": log_p}
-
-    def term(self, measured, log_q, ratio, weight) -> torch.Tensor:
-        return objective.sampled_reverse_kl(log_q, measured["log_p"], ratio, weight)
-
-
-class TopK:
-    """The student's K most likely ids exactly, the rest by the sampled token: unbiased for every K."""
-
-    needs_log_probs = True
-
-    def __init__(self, k: int, temperature: float):
-        self.k, self.temperature = k, temperature
+    def __init__(self, temperature: float, stops: list[int]):
+        self.temperature, self.stops = temperature, stops
 
     def measure(self, hidden, head, signal, sampled, log_q) -> Measured:
-        k = min(self.k, head.vocab_size)
-        log_p = log_probs_of(signal.hidden, signal.head, sampled, head.vocab_size, self.temperature)
-        if k == 0:
-            empty = hidden.new_zeros((hidden.shape[0], 0), dtype=torch.float32)
-            outside = torch.ones_like(sampled, dtype=torch.bool)
-            return {"log_p": log_p, "head_log_q": empty, "head_log_p": empty, "outside": outside}
-        ids = top_ids(hidden, head, k)  # (N, K)
-        columns = torch.cat([ids, sampled[:, None]], dim=1)
-        of_student = logits_of(hidden, head, columns, self.temperature)
-        with torch.no_grad():
-            of_teacher = logits_of(signal.hidden, signal.head, columns, self.temperature)
-        # log p(v) = z_v − log Z, and log Z = z_y − log p(y): the normalisers come with the sampled token's
+        log_p = _log_p(signal, sampled, head.vocab_size, self.temperature)
+        if not self.stops:
+            return {"log_p": log_p}
+        of_student, of_teacher = _columns(hidden, head, signal, [self.stops], sampled, log_q, log_p, self.temperature)
+        stopped = _is_in(sampled, self.stops)
         return {
-            "log_p": log_p,
-            "head_log_q": of_student[:, :-1] - (of_student[:, -1] - log_q)[:, None],
-            "head_log_p": of_teacher[:, :-1] - (of_teacher[:, -1] - log_p)[:, None],
-            "outside": ~(ids == sampled[:, None]).any(-1),
+            "log_p": torch.where(stopped, of_teacher.logsumexp(-1), log_p),
+            "log_q": torch.where(stopped, of_student.logsumexp(-1), log_q).detach(),
         }
 
     def term(self, measured, log_q, ratio, weight) -> torch.Tensor:
+        return objective.sampled_reverse_kl(measured.get("log_q", log_q), measured["log_p"], ratio, weight)
+
+
+class TopK:
+    """
+    The K most likely ids exactly, the rest by the sampled token: unbiased for every K.
+
+    The ids are the student's where the teacher's head is at hand, and the teacher's where it names its own. The forward
+    KL takes the rest as one class instead, a lower bound.
+    """
+
+    needs_log_probs = True
+    takes: tuple[type, ...] = (HiddenStates, TokenLogProbs)
+
+    def __init__(self, k: int, divergence: str, temperature: float, stops: list[int]):
+        self.k, self.divergence, self.temperature, self.stops = k, divergence, temperature, stops
+
+    def measure(self, hidden, head, signal, sampled, log_q) -> Measured:
+        log_p = _log_p(signal, sampled, head.vocab_size, self.temperature)
+        if isinstance(signal, TokenLogProbs):
+            ids = signal.top_ids[:, : self.k]
+        else:
+            ids = top_ids(hidden, head, min(self.k, head.vocab_size))  # (N, K)
+        chosen: list[Any] = [ids, self.stops] if self.stops else [ids]
+        of_student, of_teacher = _columns(hidden, head, signal, chosen, sampled, log_q, log_p, self.temperature)
+        outside = ~(ids == sampled[:, None]).any(-1)
+        if self.stops:  # out of the head, and back into it as one class
+            k, doubles = ids.shape[1], _is_in(ids, self.stops)
+            of_student, of_teacher = (
+                torch.cat([x[:, :k].masked_fill(doubles, _NEVER), x[:, k:].logsumexp(-1, keepdim=True)], dim=1)
+                for x in (of_student, of_teacher)
+            )
+            outside &= ~_is_in(sampled, self.stops)
+        return {"log_p": log_p, "head_log_q": of_student, "head_log_p": of_teacher, "outside": outside}
+
+    def term(self, measured, log_q, ratio, weight) -> torch.Tensor:
         m = measured
+        if self.divergence == "forward_kl":
+            return objective.topk_forward_kl(m["head_log_q"], m["head_log_p"])
         return objective.topk_reverse_kl(
             m["head_log_q"], m["head_log_p"], log_q, m["log_p"], m["outside"], ratio, weight
         )
 
 
+_NEVER = -1e4  # a log-probability whose exponential is 0; the same for both models, so that it adds nothing
+
+
+def _is_in(ids: torch.Tensor, few: list[int]) -> torch.Tensor:
+    return torch.isin(ids, torch.tensor(few, device=ids.device))
+
+
+def _log_p(signal: Signal, sampled: torch.Tensor, vocab_size: int, temperature: float) -> torch.Tensor:
+    """The teacher's log-probability of each sampled token, `(N,)`."""
+    if isinstance(signal, TokenLogProbs):
+        return signal.log_p
+    return log_probs_of(signal.hidden, signal.head, sampled, vocab_size, temperature)
+
+
+def _columns(
+    hidden: torch.Tensor,
+    head: LMHead,
+    signal: Signal,
+    chosen: list[Any],
+    sampled: torch.Tensor,
+    log_q: torch.Tensor,
+    log_p: torch.Tensor,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Log-probabilities of a few ids, `(N, K)` of student and teacher; `chosen` are ids `(N, k)` or the same for all.
+
+    log p(v) = z_v − log Z, and log Z = z_y − log p(y): the normalisers come with the sampled token's.
+    """
+    rows = [x if isinstance(x, torch.Tensor) else torch.tensor(x).expand(len(sampled), -1) for x in chosen]
+    ids = torch.cat([*(x.to(sampled.device) for x in rows), sampled[:, None]], dim=1)
+    of_student = logits_of(hidden, head, ids, temperature)
+    of_student = of_student[:, :-1] - (of_student[:, -1] - log_q)[:, None]
+    if isinstance(signal, TokenLogProbs):
+        return of_student, signal.top_log_p[:, : of_student.shape[1]]
+    with torch.no_grad():
+        of_teacher = logits_of(signal.hidden, signal.head, ids, temperature)
+        return of_student, of_teacher[:, :-1] - (of_teacher[:, -1] - log_p)[:, None]
+
+
+def _log_probs_of_few(
+    hidden: torch.Tensor, head: LMHead, ids: list[int], vocab_size: int, temperature: float
+) -> torch.Tensor:
+    """Log-probabilities of the same few ids at each position, `(N, |ids|)`, by one projection for the normaliser."""
+    columns = torch.tensor(ids, device=hidden.device).expand(len(hidden), -1)
+    logits = logits_of(hidden, head, columns, temperature)
+    first = log_probs_of(hidden, head, columns[:, 0], vocab_size, temperature)
+    return logits - (logits[:, 0] - first)[:, None]
+
+
 def make_estimator(
-    name: str, divergence: str, temperature: float, k: int, log_p_temperature: float | None = None
+    name: str,
+    divergence: str,
+    temperature: float,
+    k: int,
+    stops: list[int] | None = None,
+    log_p_temperature: float | None = None,
 ) -> Estimator:
     """
     The estimator that `kl_estimator` names.
 
-    With `log_p_temperature`, "full" measures the sampled token too, at that temperature: one more projection of the
-    teacher, for the log.
+    Ids in `stops` count as one. With `log_p_temperature`, "full" measures the sampled token too, at that temperature,
+    where the student's log-probabilities are at hand: one more projection of the teacher, for the log.
     """
+    stops = stops or []
     table: dict[str, Callable[[], Estimator]] = {
-        "full": lambda: Full(divergence, temperature, log_p_temperature),
-        "topk": lambda: TopK(k, temperature),
-        "sampled": lambda: Sampled(temperature),
+        "full": lambda: Full(divergence, temperature, stops, log_p_temperature),
+        "topk": lambda: TopK(k, divergence, temperature, stops),
+        "sampled": lambda: Sampled(temperature, stops),
     }
     return table[name]()
+
+
+def check_signals(name: str, estimator: Estimator, teachers: dict[str, Any], temperature: float) -> None:
+    """Every teacher must give a signal that the estimator takes, at its temperature; raises `ValueError` otherwise."""
+    for who, teacher in teachers.items():
+        gives, fixed = getattr(teacher, "gives", HiddenStates), getattr(teacher, "temperature", None)
+        if not issubclass(gives, estimator.takes):
+            raise ValueError(
+                f"kl_estimator={name!r} needs hidden states and an LM head, which the teacher {who!r} "
+                f"({type(teacher).__name__}) does not give. Use kl_estimator='topk' or 'sampled'."
+            )
+        if fixed is not None and fixed != temperature:
+            raise ValueError(
+                f"The teacher {who!r} ({type(teacher).__name__}) judges at temperature {fixed:g} only, but the "
+                f"divergence is taken at {temperature:g}. Set `temperature` to {fixed:g}, or use a local teacher."
+            )

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ._compat import FusedCausalLMOutput
 from .heads import LMHead
-from .signals import HiddenStates, Rollouts
+from .signals import HiddenStates, Judgement, Rollouts
 
 
 @dataclass
@@ -30,12 +30,12 @@ class DistilledOutput(FusedCausalLMOutput):
     Output of a student whose forward was given `rollouts` and a teacher's `signal`.
 
     Attributes:
-        measured (`dict[str, torch.Tensor]`): what the estimator measured, of shape `(B, C)` or `(B, C, K)`, 0 where
-            `Rollouts.mask` is. Only the student receives a gradient. TRL's own fields are filled where
-            log-probabilities were asked for, and `None` otherwise.
+        measured (`list` of `dict[str, torch.Tensor]`): what the estimator measured against each judgement, of shape
+            `(B, C)` or `(B, C, K)`, 0 where `Judgement.mask` is. Only the student receives a gradient. TRL's own
+            fields are filled where log-probabilities were asked for, and `None` otherwise.
     """
 
-    measured: dict[str, torch.Tensor] | None = None
+    measured: list[dict[str, torch.Tensor]] | None = None
 
 
 def add_teacher_forward(model: nn.Module) -> None:
@@ -63,11 +63,12 @@ def add_student_forward(
     model: nn.Module, measure: Callable[..., dict[str, torch.Tensor]], fp32_head: bool = False
 ) -> None:
     """
-    Teach a student's forward to answer with what an estimator measures against a teacher's signal.
+    Teach a student's forward to answer with what an estimator measures against the judgements of teachers.
 
-    `model(input_ids, attention_mask, rollouts=..., signal=...)` returns a [`DistilledOutput`]. With TRL's
+    `model(input_ids, attention_mask, rollouts=..., judgements=[...])` returns a [`DistilledOutput`]. With TRL's
     `fused_lm_head=True` (and `labels`) it also carries what TRL's forward computes, from the same backbone pass;
-    without, no log-probabilities are computed. Called without `rollouts` the model behaves as before.
+    without, no log-probabilities are computed. With `rollouts` alone it answers as a teacher would, with
+    [`HiddenStates`]; without, the model behaves as before.
 
     Args:
         model: the student, on top of TRL's fused LM head; its forward is extended in place.
@@ -83,51 +84,55 @@ def add_student_forward(
         self: PreTrainedModel,
         *args: Any,
         rollouts: Rollouts | None = None,
-        signal: HiddenStates | None = None,
+        judgements: list[Judgement] | None = None,
         fused_lm_head: bool = False,
         **kwargs: Any,
     ) -> Any:
-        if rollouts is None or signal is None:
+        if rollouts is None:
             return fused_forward(self, *args, fused_lm_head=fused_lm_head, **kwargs)
+        if judgements is None:
+            output = self.base_model(*args, use_cache=False, **kwargs)
+            return HiddenStates(_judged(output.last_hidden_state, rollouts.mask), LMHead(self))
         device = self.get_output_embeddings().weight.device  # of a model that is split across devices, the last
-        mask, log_q = rollouts.mask.to(device), None
+        length, log_q = rollouts.mask.shape[1], None
         if fused_lm_head:
             with last_hidden_state(self.base_model) as caught:
                 fields = dict(fused_forward(self, *args, fused_lm_head=True, **kwargs))
-            hidden = caught[0]
-            log_q = fields["log_probs"][:, -mask.shape[1] :].to(device)[mask]
+            hidden, log_q = caught[0], fields["log_probs"][:, -length:].to(device)
         else:
             fields = {}
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        hidden = _judged(hidden, mask)
-        context: Any = nullcontext()
-        if fp32_head:
-            hidden, signal = hidden.float(), HiddenStates(signal.hidden.float(), signal.head)
-            context = torch.autocast(hidden.device.type, enabled=False)
-        sampled = rollouts.input_ids[:, -mask.shape[1] :].to(device)[mask]
-        with context:
-            measured = measure(hidden, LMHead(self), signal, sampled, log_q)
-        return DistilledOutput(**fields, measured={name: _scatter(x, mask) for name, x in measured.items()})
+        sampled = rollouts.input_ids[:, -length:].to(device)
+        context: Any = torch.autocast(hidden.device.type, enabled=False) if fp32_head else nullcontext()
+        measured = []
+        for judgement in judgements:
+            mask, signal, states = judgement.mask.to(device), judgement.signal, _judged(hidden, judgement.mask)
+            if fp32_head:
+                states, signal = states.float(), signal.float()
+            with context:
+                found = measure(states, LMHead(self), signal, sampled[mask], None if log_q is None else log_q[mask])
+            measured.append({name: _scatter(values, mask) for name, values in found.items()})
+        return DistilledOutput(**fields, measured=measured)
 
     base.forward = types.MethodType(forward, base)
 
 
 class JudgedModel:
     """
-    Calls the student with a teacher's signal added, once, and remembers the output.
+    Calls the student with what teachers said added, once, and remembers the output.
 
     TRL's loss only ever calls its `model`, so this gives it its log-probabilities and us the divergence of the same
     forward.
     """
 
-    def __init__(self, model: nn.Module, rollouts: Rollouts, signal: HiddenStates):
-        self._model, self._rollouts, self._signal = model, rollouts, signal
+    def __init__(self, model: nn.Module, rollouts: Rollouts, judgements: list[Judgement]):
+        self._model, self._rollouts, self._judgements = model, rollouts, judgements
         self._output: DistilledOutput | None = None
 
     def __call__(self, **inputs: Any) -> DistilledOutput:
         if self._output is not None:
             raise RuntimeError("TRL called the student twice for one micro-batch; the divergence would be ambiguous.")
-        self._output = self._model(**inputs, rollouts=self._rollouts, signal=self._signal)
+        self._output = self._model(**inputs, rollouts=self._rollouts, judgements=self._judgements)
         return self._output
 
     @property

@@ -20,7 +20,7 @@ from .signals import HiddenStates
 
 
 # The value of the kernel's `beta` that selects each divergence
-KERNEL_BETA = {"reverse_kl": 1.0}
+KERNEL_BETA = {"reverse_kl": 1.0, "forward_kl": 0.0}
 
 # Tiles of what is projected here rather than in TRL's kernel: tokens, ids, and elements of gathered rows of a head
 TOKEN_TILE, VOCAB_TILE, ROW_TILE = 1024, 32768, 2**24
@@ -71,6 +71,21 @@ class LMHead:
         weight, bias = self.parameters()
         logits = self.logit_scale * nn.functional.linear(hidden, weight, bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class FrozenHead(LMHead):
+    """An output layer with weights that are given, where the model's own are others by the time they are used."""
+
+    def __init__(self, model: PreTrainedModel, weight: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__(model)
+        self._weight, self._bias = weight, bias
+
+    @property
+    def vocab_size(self) -> int:
+        return self._weight.shape[0]
+
+    def parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._weight, self._bias
 
 
 def logit_scale(config: Any) -> float:

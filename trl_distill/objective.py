@@ -76,6 +76,45 @@ def topk_reverse_kl(
     return head + tail
 
 
+def topk_forward_kl(head_log_q: torch.Tensor, head_log_p: torch.Tensor) -> torch.Tensor:
+    """
+    KL(p ‖ q) with the ids outside of a set S taken as one: Σ_{v∈S} p_v log(p_v / q_v) + P̄ log(P̄ / Q̄).
+
+    P̄ and Q̄ are the masses outside. A lower bound of the forward KL, exact where S is the whole vocabulary; its gradient
+    is that of the bound. A function of the prefix alone, so right on any rollout.
+
+    Args:
+        head_log_q (`torch.Tensor` of shape `(B, C, K)`): the student's log-probabilities of the ids in S.
+        head_log_p (`torch.Tensor` of shape `(B, C, K)`): the teacher's.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C)`: nats.
+    """
+
+    def outside(head: torch.Tensor) -> torch.Tensor:  # log of the mass outside; rounding may leave less than nothing
+        return torch.log(-torch.expm1(head.logsumexp(-1).clamp(max=-1e-7)))
+
+    tail_q, tail_p = outside(head_log_q), outside(head_log_p)
+    return (head_log_p.exp() * (head_log_p - head_log_q)).sum(-1) + tail_p.exp() * (tail_p - tail_q)
+
+
+def as_one_class(divergence: torch.Tensor, log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+    """
+    KL(a ‖ b) in which a few ids count as one: KL − Σ_{c∈C} a_c log(a_c / b_c) + A log(A / B), A and B their masses.
+
+    For stop tokens: student and teacher may end a turn with different ids and agree that it ends.
+
+    Args:
+        divergence (`torch.Tensor` of shape `(...)`): KL(a ‖ b) over all ids, nats.
+        log_a, log_b (`torch.Tensor` of shape `(..., |C|)`): log-probabilities of the ids in C.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: nats.
+    """
+    mass_a, mass_b = log_a.logsumexp(-1), log_b.logsumexp(-1)
+    return divergence - (log_a.exp() * (log_a - log_b)).sum(-1) + mass_a.exp() * (mass_a - mass_b)
+
+
 def future_kl(per_token: torch.Tensor, mask: torch.Tensor, discount: float) -> torch.Tensor:
     """
     What each token still has to answer for: F_t = γ R_{t+1} with R_t = KL_t + γ R_{t+1}, over the judged tokens.

@@ -1,13 +1,14 @@
 """What passes between student and teacher: the rollouts that are judged, and the signal that a teacher gives for them.
 
-Small dataclasses without behaviour of their own. How a signal is obtained is `teachers.py`'s business, what is computed
-from it that of `heads.py`.
+Small dataclasses that can be cut into rows and put together again. How a signal is obtained is `teachers.py`'s
+business, who is asked and when `panel.py`'s, what is computed from it `estimators.py`'s.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 
@@ -29,20 +30,55 @@ class Rollouts:
     mask: torch.Tensor
 
     @classmethod
-    def from_inputs(cls, inputs: dict[str, Any]) -> Rollouts:
-        """Build from a micro-batch of `GRPOTrainer`."""
+    def from_inputs(cls, inputs: dict[str, Any], prompt: str = "prompt") -> Rollouts:
+        """Build from a batch of `GRPOTrainer`, with its prompts ("prompt") or the teacher's own ("teacher_prompt")."""
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         return cls(
-            input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            input_ids=torch.cat([inputs[f"{prompt}_ids"], inputs["completion_ids"]], dim=1),
+            attention_mask=torch.cat([inputs[f"{prompt}_mask"], inputs["completion_mask"]], dim=1),
             mask=mask.bool(),
         )
 
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    def rows(self, index: Any) -> Rollouts:
+        """Some of the rows: a slice, a mask `(B,)` or indices."""
+        return Rollouts(self.input_ids[index], self.attention_mask[index], self.mask[index])
+
 
 @dataclass
-class HiddenStates:
+class _PerToken:
+    """A signal whose tensors have one row for each judged token; other fields hold for all of them."""
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """With each tensor changed in the same way."""
+        return replace(self, **{name: change(tensor) for name, tensor in self._tensors().items()})
+
+    def float(self) -> Self:
+        """With floating-point tensors in fp32."""
+        return self.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+
+    def split(self, counts: list[int]) -> list[Self]:
+        """Cut into pieces of so many judged tokens each."""
+        pieces = {name: tensor.split(counts) for name, tensor in self._tensors().items()}
+        return [replace(self, **{name: piece[i] for name, piece in pieces.items()}) for i in range(len(counts))]
+
+    @classmethod
+    def cat(cls, pieces: list[Self]) -> Self:
+        """The pieces one after another; what is no tensor is the first one's."""
+        names = pieces[0]._tensors()
+        return replace(pieces[0], **{name: torch.cat([getattr(piece, name) for piece in pieces]) for name in names})
+
+
+@dataclass
+class HiddenStates(_PerToken):
     """
     The exact signal: what the teacher's LM head would be applied to, and that head. Never logits.
 
@@ -57,7 +93,7 @@ class HiddenStates:
 
 
 @dataclass
-class TokenLogProbs:
+class TokenLogProbs(_PerToken):
     """
     What a teacher behind a server gives: log-probabilities of the sampled tokens, and of its own likeliest ids.
 
@@ -72,6 +108,28 @@ class TokenLogProbs:
     log_p: torch.Tensor
     top_ids: torch.Tensor
     top_log_p: torch.Tensor
+
+
+Signal = HiddenStates | TokenLogProbs
+
+
+@dataclass
+class Judgement:
+    """
+    What one teacher said about a micro-batch.
+
+    Attributes:
+        mask (`torch.Tensor` of shape `(B, C)`, bool): the tokens that it judged; rows of other teachers are left out.
+        weight (`torch.Tensor` of shape `(B,)`): what its divergence is multiplied by in each row.
+        signal ([`HiddenStates`] or [`TokenLogProbs`]): in the row-major order of `mask`.
+        rows (`dict` of `torch.Tensor` of shape `(B,)`, bool): with several teachers, the rows that name it, by each of
+            its names.
+    """
+
+    mask: torch.Tensor
+    weight: torch.Tensor
+    signal: Signal
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class TeacherUnavailable(RuntimeError):

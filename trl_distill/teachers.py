@@ -1,11 +1,12 @@
-"""Teachers: who they are, and how to obtain a signal from them for a batch of rollouts.
+"""Teachers: anything with `score(rollouts) -> signal`. Here: the protocol, and models of their own in this process.
 
-A teacher is anything with `score(rollouts) -> signal`. Here: a model in this process. What is computed from the signal
-is left to `heads.py`, when to ask for it to the trainer.
+Teachers that are the student itself are in `self_teachers.py`, one behind a server in `served.py`. Whom to ask and when
+is left to `panel.py`, what is computed from a signal to `estimators.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,15 +19,23 @@ from ._compat import create_model_from_path, get_config_model_id, prepare_deepsp
 from .checks import load_config, load_tokenizer
 from .config import OPDConfig
 from .forwards import add_teacher_forward, unwrap_adapter
-from .signals import HiddenStates, Rollouts
+from .signals import HiddenStates, Rollouts, Signal
 
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Anything that can judge rollouts."""
+    """
+    Anything that can judge rollouts.
 
-    def score(self, rollouts: Rollouts) -> HiddenStates:
-        """Judge the tokens that `rollouts.mask` marks. Called once per micro-batch, on every process."""
+    A class may also say, where it differs from the default:
+
+    - `gives`: the signal that `score` returns; [`HiddenStates`] unless said else.
+    - `per_generation` (`bool`): whether it judges whole generation batches at once instead of each micro-batch.
+    - `temperature` (`float`): the only softmax temperature at which it can judge.
+    """
+
+    def score(self, rollouts: Rollouts) -> Signal:
+        """Judge the tokens that `rollouts.mask` marks. Called on every process."""
         ...
 
 
@@ -40,31 +49,39 @@ class LocalTeacher:
         model ([`~transformers.PreTrainedModel`] or `PeftModel`): the teacher. Its forward is extended in place.
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
         student_vocab_size (`int`): where the teacher's is smaller, each batch is checked for ids that it lacks.
+        batch_size (`int`, *optional*): rows per forward. Defaults to all that it is asked about.
     """
 
-    def __init__(self, model: nn.Module, accelerator: Accelerator, student_vocab_size: int):
-        self.accelerator = accelerator
+    gives = HiddenStates
+
+    def __init__(
+        self, model: nn.Module, accelerator: Accelerator, student_vocab_size: int, batch_size: int | None = None
+    ):
+        self.accelerator, self.batch_size = accelerator, batch_size
         self.vocab_size: int = unwrap_adapter(model).config.get_text_config().vocab_size
         self._lacks_ids = self.vocab_size < student_vocab_size
         model.requires_grad_(False)
         model.eval()
         add_teacher_forward(model)
+        self.model = self._placed(model)
+
+    def _placed(self, model: nn.Module) -> Any:
+        accelerator = self.accelerator
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self.model = prepare_deepspeed(model, accelerator)
-        elif accelerator.distributed_type == DistributedType.FSDP:
+            return prepare_deepspeed(model, accelerator)
+        if accelerator.distributed_type == DistributedType.FSDP:
             if accelerator.state.fsdp_plugin.fsdp_version == 1:
                 raise ValueError(
                     "FSDP version 1 flattens the teacher's LM head, which the divergence needs whole. Set "
                     "`fsdp_version: 2` in the accelerate configuration."
                 )
-            self.model = prepare_fsdp(model, accelerator)
-        else:
-            self.model = accelerator.prepare_model(model, evaluation_mode=True)
+            return prepare_fsdp(model, accelerator)
+        return accelerator.prepare_model(model, evaluation_mode=True)
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts) -> HiddenStates:
         """
-        One forward of the backbone; the LM head is applied later, in tiles.
+        Forwards of the backbone; the LM head is applied later, in tiles.
 
         Raises:
             ValueError: a prompt or completion holds an id that the teacher's vocabulary lacks.
@@ -77,26 +94,93 @@ class LocalTeacher:
                 f"{self.vocab_size - 1}. Keep such ids out of prompts and rollouts, or use a teacher that has them."
             )
         with self.accelerator.autocast():
-            return self.model(input_ids=input_ids, attention_mask=rollouts.attention_mask, rollouts=rollouts)
+            return in_parts(
+                lambda part: self.model(input_ids=part.input_ids, attention_mask=part.attention_mask, rollouts=part),
+                Rollouts(input_ids, rollouts.attention_mask, rollouts.mask),
+                self.batch_size,
+            )
 
 
-def make_teacher(
-    spec: str | nn.Module | Teacher, args: OPDConfig, accelerator: Accelerator, student_vocab_size: int
-) -> Teacher:
+class ParkedTeacher(LocalTeacher):
     """
-    The teacher that `spec` means: a name or folder is loaded, a model wrapped, anything with `score` taken as it is.
+    A model that lives in CPU memory and visits the accelerator once per generation batch.
+
+    During the update only its LM head is left there. The weights are never copied back: the visitor's copy is dropped.
+    """
+
+    per_generation = True
+
+    def _placed(self, model: nn.Module) -> Any:
+        base = unwrap_adapter(model)
+        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            raise ValueError(
+                "`teacher_offload=True` parks a whole teacher, but DeepSpeed and FSDP place the teacher themselves. "
+                "Leave it out, and let the engine offload: `offload_param` under ZeRO-3."
+            )
+        if getattr(base, "is_quantized", False) or getattr(base, "hf_device_map", None):
+            raise ValueError(
+                "`teacher_offload=True` moves the teacher as a whole, which a quantised one or one with a `device_map` "
+                "does not allow. Leave out one of the two."
+            )
+        device = self.accelerator.device
+        model.to("cpu")
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device)
+        head = {id(parameter) for parameter in base.get_output_embeddings().parameters()}  # tied embeddings included
+        self._parked = [(p, self._pinned(p.data)) for p in model.parameters() if id(p) not in head]
+        for parameter in base.get_output_embeddings().parameters():
+            parameter.data = parameter.data.to(device)
+        for parameter, home in self._parked:
+            parameter.data = home
+        return model
+
+    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory() if self.accelerator.device.type == "cuda" else tensor
+
+    @torch.no_grad()
+    def score(self, rollouts: Rollouts) -> HiddenStates:
+        """As [`LocalTeacher.score`], on a visit."""
+        device = self.accelerator.device
+        try:
+            for parameter, home in self._parked:
+                parameter.data = home.to(device, non_blocking=True)
+            return super().score(rollouts)
+        finally:
+            for parameter, home in self._parked:
+                parameter.data = home
+
+
+def in_parts(
+    forward: Callable[[Rollouts], HiddenStates], rollouts: Rollouts, batch_size: int | None = None
+) -> HiddenStates:
+    """
+    Judge `batch_size` rows at a time; without rows, run one that counts for nothing.
+
+    Other processes may have rows, and wait for this one to gather sharded weights with them.
+    """
+    if len(rollouts) == 0:
+        ids, mask = rollouts.input_ids, rollouts.mask
+        rollouts = Rollouts(ids.new_zeros(1, 2), ids.new_ones(1, 2), mask.new_zeros(1, 1))
+    size = batch_size or len(rollouts)
+    return HiddenStates.cat([forward(rollouts.rows(slice(i, i + size))) for i in range(0, len(rollouts), size)])
+
+
+def load_teacher(spec: str | nn.Module, args: OPDConfig, accelerator: Accelerator, student_vocab_size: int) -> Teacher:
+    """
+    A teacher in this process: a name or folder is loaded, a model wrapped; parked with `args.teacher_offload`.
 
     Weights are loaded in the checkpoint's own dtype, on this process's device, unless `args.teacher_model_init_kwargs`
     say else.
     """
-    if not isinstance(spec, str | nn.Module):
-        return spec
     if isinstance(spec, str):
         kwargs: dict[str, Any] = {"dtype": "auto", **_init_kwargs(args)}
         if accelerator.num_processes > 1 or accelerator.distributed_type == DistributedType.DEEPSPEED:
             kwargs["device_map"] = None  # each process places its own copy, or its own shard
+        if args.teacher_offload:
+            kwargs.setdefault("device_map", None)
         spec = create_model_from_path(spec, **kwargs)
-    return LocalTeacher(spec, accelerator, student_vocab_size)
+    kind = ParkedTeacher if args.teacher_offload else LocalTeacher
+    return kind(spec, accelerator, student_vocab_size, args.teacher_batch_size or args.per_device_train_batch_size)
 
 
 def teacher_config(spec: str | nn.Module, args: OPDConfig) -> PretrainedConfig:

@@ -7,24 +7,28 @@ name of TRL in `_compat.py`.
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import textwrap
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
 from . import checks, objective
-from ._compat import Seams, get_config_model_id, probe_environments
+from ._compat import get_config_model_id, probe_environments
+from .assembly import Assembly
 from .config import OPDConfig
-from .estimators import make_estimator
-from .forwards import DistilledOutput, JudgedModel, add_student_forward, last_hidden_state, unwrap_adapter
-from .heads import LMHead
+from .forwards import DistilledOutput, JudgedModel
 from .metrics import forces, means
-from .signals import HiddenStates, Rollouts
-from .teachers import Teacher, load_teacher_tokenizer, make_teacher, student_config, teacher_config
+from .panel import read_specs
+from .self_teachers import MovingAverage
+from .signals import Judgement, Rollouts, TeacherUnavailable
+from .teachers import Teacher
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +39,7 @@ def no_reward(completions: list, **_: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
-class OPDTrainer(Seams):
+class OPDTrainer(Assembly):
     """
     On-policy distillation: the student writes, the teacher judges every token, KL(student ‖ teacher) is minimised.
 
@@ -58,9 +62,10 @@ class OPDTrainer(Seams):
     ```
 
     Args:
-        teacher_model (`str`, [`~transformers.PreTrainedModel`], `PeftModel` or [`Teacher`], *optional*):
-            Who judges: a hub name or folder, a model, or anything with `score(rollouts)`. Needed where `beta > 0`;
-            `args.teacher_model_name_or_path` may stand in for it. A model is frozen, and its forward extended in place.
+        teacher_model (`str`, [`~transformers.PreTrainedModel`], `PeftModel`, [`Teacher`] or `dict` of these, *optional*):
+            Who judges: a hub name or folder, `"adapter-off"`, a model, or anything with `score(rollouts)`; several by
+            name, of which the dataset's `teacher` column chooses. Needed where `beta > 0`; `args` may name it instead.
+            A model is frozen, and its forward extended in place.
         args ([`OPDConfig`], *optional*):
             Settings. A [`~trl.GRPOConfig`] is taken as it is, with its `beta`.
 
@@ -109,7 +114,7 @@ class OPDTrainer(Seams):
         rollout_func: Any = None,
         environment_factory: Any = None,
         *,
-        teacher_model: str | PreTrainedModel | Teacher | None = None,
+        teacher_model: str | PreTrainedModel | Teacher | dict[str, Any] | None = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -131,15 +136,16 @@ class OPDTrainer(Seams):
         self.leave_one_out = (
             args.beta > 0 and args.scale_rewards == "none" and args.multi_objective_aggregation == "sum_then_normalize"
         )
-        self.teacher: Teacher | None = None
-        teacher_spec = None
+        specs: dict[str, Any] = {}
         if args.beta == 0 and teacher_model is not None:
             logger.warning("`beta` is 0, so this is plain GRPO: the teacher is not loaded.")
         if args.beta > 0:
-            teacher_spec = self._teacher_spec(model, teacher_model, args)
+            specs = read_specs(teacher_model, args)
+            self.check_before_loading(model, specs, args)
             if environment_factory is None:  # an environment may own the prompts
                 checks.check_train_dataset(train_dataset, args.prompts_per_generation)
                 checks.check_eval_datasets(eval_dataset)
+                checks.check_teacher_columns(train_dataset, list(specs))
             if not self.has_rewards:
                 reward_funcs = [no_reward]
 
@@ -163,163 +169,80 @@ class OPDTrainer(Seams):
             )
         finally:
             args.beta = beta
-        if teacher_spec is not None:
-            self._add_teacher(teacher_spec)
+        if specs:
+            self.add_teachers(specs)
 
-    @staticmethod
-    def _teacher_spec(model: Any, teacher_model: Any, args: OPDConfig) -> str | nn.Module | Teacher:
-        """Who the teacher is, checked as far as that is possible before anything is loaded."""
-        named = args.teacher_model_name_or_path
-        if teacher_model is not None and named is not None and teacher_model != named:
-            raise ValueError(
-                f"Two teachers: `teacher_model` was passed, and `args.teacher_model_name_or_path` is {named!r}. Keep one."
-            )
-        spec = teacher_model if teacher_model is not None else named
-        if isinstance(spec, str) and spec == model:
-            logger.warning(
-                f"Student and teacher are both {spec!r}. They start out equal, so there is nothing to learn until they "
-                "differ: with a `peft_config`, or a reward. Check the paths if that is not intended."
-            )
-        if spec is None:
-            raise ValueError(
-                f"There is no teacher, but `beta` is {args.beta}. Pass `teacher_model=...` (or "
-                "`--teacher_model_name_or_path`), or set `beta=0` for plain GRPO. A PEFT student's own base model is "
-                "not taken in its place."
-            )
-        if isinstance(spec, str | nn.Module):
-            checks.check_text_only(teacher_config(spec, args), "teacher")
-        elif isinstance(spec, type) or not isinstance(spec, Teacher):
-            raise TypeError(
-                f"`teacher_model` is {spec!r}; give a hub name, a folder, a model, or an object with `score(rollouts)`."
-            )
-        if isinstance(model, str):
-            checks.check_text_only(student_config(model, args), "student")
-        else:
-            checks.check_text_only(unwrap_adapter(model).config, "student")
-            if isinstance(spec, nn.Module) and unwrap_adapter(spec) is unwrap_adapter(model):
-                raise ValueError(
-                    "`teacher_model` is the student itself, or the base model under its adapter: the same weights would "
-                    "be trained and frozen. Load the teacher once more, as a model of its own."
-                )
-        return spec
-
-    def _add_teacher(self, spec: str | nn.Module | Teacher) -> None:
-        """Check that teacher and student fit, load the teacher, and let the student's forward answer its signal."""
-        args: OPDConfig = self.args
-        student = unwrap_adapter(self.model)
-        student_size = student.config.get_text_config().vocab_size
-        self._same_vocabulary = True
-        if isinstance(spec, str | nn.Module):
-            checks.check_same_tokenizer(
-                self.tokenizer, load_teacher_tokenizer(spec, args), assume_same=args.assume_same_tokenizer
-            )
-            teacher_size = teacher_config(spec, args).get_text_config().vocab_size
-            checks.check_teacher_vocabulary(self.tokenizer, teacher_size, args.assume_same_tokenizer)
-            self._stay_inside_vocabulary(teacher_size, student_size)
-        if args.save_strategy == "steps":
-            checks.check_checkpoint_boundary(
-                args.save_steps, args.gradient_accumulation_steps, args.micro_steps_per_generation
-            )
-        self._check_head(student, "student")
-        self.teacher = make_teacher(spec, args, self.accelerator, student_size)
-        self.ref_model = getattr(self.teacher, "model", None)  # where TRL keeps the model that the KL is taken to
-        if self.ref_model is not None:
-            self._check_head(self.ref_model, "teacher")
-        temperature = args.kl_temperature or args.temperature
-        self.estimator = make_estimator(
-            args.kl_estimator,
-            args.divergence,
-            temperature,
-            args.kl_top_k,
-            log_p_temperature=args.temperature if self.has_rewards else None,
-        )
-        add_student_forward(student, self.estimator.measure, fp32_head=args.cast_lm_head_to_fp32)
-
-    def _check_head(self, model: nn.Module, whose: str) -> None:
-        """Compare our way from hidden states to logits with the model's own on four tokens; not on sharded weights."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return
-        base, training = unwrap_adapter(model), model.training
-        token_ids = torch.arange(4, device=next(base.parameters()).device)[None]
-        with torch.no_grad(), self.accelerator.autocast():
-            model.eval()
-            with last_hidden_state(base.base_model) as caught:
-                expected = model(input_ids=token_ids, use_cache=False).logits
-            model.train(training)
-            head = LMHead(base)
-            checks.check_logits(expected, head.logits(caught[0].to(expected.device)), whose)
-
-    def _stay_inside_vocabulary(self, teacher_size: int, student_size: int) -> None:
-        """Keep rollouts to ids that the teacher has an opinion on, where its vocabulary is padded less."""
-        if teacher_size >= student_size:
-            return
-        self._same_vocabulary = False
-        remedy = (
-            "Pad the teacher instead: `teacher.resize_token_embeddings(...)` to the student's "
-            f"{student_size} rows, save it, and use that."
-        )
-        if self.args.kl_estimator != "full" or self.args.kl_discount > 0:
-            raise ValueError(
-                f"The teacher's vocabulary ({teacher_size}) is smaller than the student's ({student_size}), which only "
-                f"kl_estimator='full' with kl_discount=0 renormalises. {remedy}"
-            )
-        if self.use_vllm:
-            raise ValueError(
-                f"The teacher's vocabulary ({teacher_size}) is smaller than the student's ({student_size}), and vLLM "
-                f"rollouts cannot be kept inside it yet. {remedy}"
-            )
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise ValueError(
-                f"The teacher's vocabulary ({teacher_size}) is smaller than the student's ({student_size}), which is "
-                f"not supported under ZeRO-3 yet. {remedy}"
-            )
-        suppressed = [*(self.generation_config.suppress_tokens or []), *range(teacher_size, student_size)]
-        self.generation_config.suppress_tokens = suppressed
-        self.generation_kwargs["suppress_tokens"] = suppressed
-        logger.warning(
-            f"The teacher's vocabulary ends at {teacher_size}, the student's at {student_size}: the student's last "
-            f"{student_size - teacher_size} ids are left out of the divergence and suppressed in rollouts."
-        )
-
-    @property
-    def teacher_beta(self) -> float:
-        """Weight of the teacher's term at the current step."""
+    def beta_at(self, step: int) -> float:
+        """Weight of the teacher's term at an optimizer step."""
         args = self.args
         if args.beta_schedule == "constant":
             return args.beta
         steps = args.beta_schedule_steps or self.state.max_steps
-        return objective.scheduled_beta(args.beta_schedule, args.beta, args.beta_end, self.state.global_step, steps)
+        return objective.scheduled_beta(args.beta_schedule, args.beta, args.beta_end, step, steps)
+
+    def rollouts_written(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+        """Say who judges which row, with which prompt, and ask those teachers that judge whole generation batches."""
+        args, training = self.args, self.mode == "train"
+        span = math.ceil(args.micro_steps_per_generation / args.gradient_accumulation_steps) if training else 1
+        first = self.state.global_step
+        if self.panel is None or not any(self.beta_at(step) for step in range(first, first + span)):
+            return
+        batch |= self._teacher_prompts(rows, batch)
+        batch |= self.panel.seat(rows, batch["prompt_ids"].device)
+        self.panel.prepare(batch, training)
+
+    def _teacher_prompts(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Prompts of the teacher's own, `(B, P')`, left-padded; rows without one keep the student's."""
+        own = [row.get("teacher_prompt") for row in rows]
+        some = next((prompt for prompt in own if prompt), None)
+        if some is None:
+            return {}
+        rendered = self.token_ids_of([prompt or some for prompt in own])
+        ids = [
+            torch.tensor(theirs, device=kept.device) if prompt else kept[mask.bool()]
+            for prompt, theirs, kept, mask in zip(own, rendered, batch["prompt_ids"], batch["prompt_mask"], strict=True)
+        ]
+        pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+        return {
+            "teacher_prompt_ids": pad(ids, padding_value=self.tokenizer.pad_token_id),
+            "teacher_prompt_mask": pad([torch.ones_like(row) for row in ids], padding_value=0),
+        }
 
     def rollout_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's policy loss plus beta times the divergence from the teacher, from one forward of the student."""
-        if self.teacher is None:
+        if self.panel is None:
             return self.policy_loss(model, inputs)
-        beta, rewarded, for_policy = self.teacher_beta, self.has_rewards, inputs
+        beta, rewarded, for_policy = self.beta_at(self.state.global_step), self.has_rewards, inputs
         if rewarded and self.state.global_step < self.args.reward_start_step:
             rewarded, for_policy = False, {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
         self.record("distill/beta", beta)
         if beta == 0.0:
             return self.policy_loss(model, for_policy)
         rollouts = Rollouts.from_inputs(inputs)
-        signal = self.teacher.score(rollouts)
-        if not isinstance(signal, HiddenStates):
-            raise TypeError(
-                f"The teacher's `score` returned a {type(signal).__name__}; it must return `trl_distill.HiddenStates` (see "
-                "docs/teachers.md)."
-            )
-        judged = JudgedModel(model, rollouts, signal)
+        judgements = self.panel.judge(inputs, self.mode == "train")
+        judged = JudgedModel(model, rollouts, judgements)
         if rewarded or self.has_side_terms:
             policy = self.policy_loss(judged, for_policy)
         else:
             policy = torch.zeros((), device=self.accelerator.device)
             with self.accelerator.autocast():
                 judged(**self._student_inputs(rollouts))
-        per_token = self._kl_term(judged.output, rollouts, inputs)
+        per_token, by_teacher = self._kl_term(judged.output, judgements, rollouts, inputs)
         divergence = beta * self.reduce_per_token(per_token, rollouts.mask, inputs)
         losses = {"distill/loss": divergence}
         if self.has_rewards and not self.has_side_terms:  # with side terms TRL logs it itself
             losses["policy_loss"] = policy
-        self._log_step(judged.output, per_token, losses, rollouts, inputs, rewarded or self.has_side_terms)
+        kl = f"distill/{self.args.divergence}"
+        of_tokens, of_rows = forces(judged.output, judgements, per_token, rollouts.mask, inputs, beta)
+        quantities = {name: (values, rollouts.mask) for name, values in {**of_tokens, kl: per_token}.items()}
+        # rows that no reward function could score have no objective
+        quantities |= {name: (values, ~values.isnan()) for name, values in of_rows.items()}
+        quantities |= {f"{kl}/{name}": found for name, found in by_teacher.items()}
+        if rewarded or self.has_side_terms:
+            entropy_key = None  # TRL has logged it
+        else:
+            entropy_key = self._entropy_key if judged.output.log_probs is None else "entropy"
+        self._log_step(quantities, losses, entropy_key)
         return policy + divergence
 
     def _student_inputs(self, rollouts: Rollouts) -> dict[str, Any]:
@@ -332,11 +255,18 @@ class OPDTrainer(Seams):
             inputs |= {"labels": labels, "fused_lm_head": True}
         return inputs
 
-    def _kl_term(self, output: DistilledOutput, rollouts: Rollouts, inputs: dict[str, Any]) -> torch.Tensor:
-        """The teacher's term for each completion token, `(B, C)`: value in nats, gradient of the objective."""
+    def _kl_term(
+        self, output: DistilledOutput, judgements: list[Judgement], rollouts: Rollouts, inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """
+        The teachers' term for each completion token, `(B, C)`: value in nats, gradient of the objective.
+
+        With several teachers it is the sum of their terms by the weights of each row. Also returned, by name: each
+        teacher's term alone and the tokens that it counts for.
+        """
         device, mask = self.accelerator.device, rollouts.mask
         assert output.measured is not None
-        measured = {name: values.to(device) for name, values in output.measured.items()}
+        assert self.panel is not None
         log_q = ratio = weight = None
         if output.log_probs is not None:
             log_q = output.log_probs[:, -mask.shape[1] :].to(device)
@@ -348,40 +278,62 @@ class OPDTrainer(Seams):
                 correction = inputs["importance_sampling_ratio"]  # (B, C), or (B, 1) for the sequence as a whole
                 ratio = ratio * correction
                 weight = weight * correction if correction.shape[1] == mask.shape[1] else weight
-        per_token = self.estimator.term(measured, log_q, ratio, weight)
+        per_token = torch.zeros(mask.shape, device=device)
+        by_teacher = {name: (per_token, torch.zeros_like(mask)) for name in self.panel.names if self.panel.several}
+        for judgement, found in zip(judgements, output.measured, strict=True):
+            measured = {name: values.to(device) for name, values in found.items()}
+            alone = self.estimator.term(measured, log_q, ratio, weight) * judgement.mask
+            per_token = per_token + judgement.weight[:, None] * alone
+            by_teacher |= {name: (alone, mask & rows[:, None]) for name, rows in judgement.rows.items()}
         if self.args.kl_discount > 0:
             assert ratio is not None
             per_token = objective.sequence_term(per_token, mask, ratio, self.args.kl_discount)
-        return per_token
+        return per_token, by_teacher
 
     def _log_step(
         self,
-        output: DistilledOutput,
-        per_token: torch.Tensor,
+        quantities: dict[str, tuple[torch.Tensor, torch.Tensor]],
         losses: dict[str, torch.Tensor],
-        rollouts: Rollouts,
-        inputs: dict[str, Any],
-        policy_called: bool,
+        entropy_key: str | None,
     ) -> None:
-        """Log the divergence, the entropy where TRL does not, and how teacher and reward stand to each other."""
-        of_tokens, of_rows = forces(output, per_token, rollouts.mask, inputs, self.teacher_beta)
-        of_tokens[f"distill/{self.args.divergence}"] = per_token
-        entropy = of_tokens.pop("entropy", None)
-        if entropy is not None and not policy_called:
-            of_tokens[self._entropy_key if output.log_probs is None else "entropy"] = entropy
+        """Record means of quantities with their masks, and losses; the entropy under its key, or not at all."""
         accumulation = self.current_gradient_accumulation_steps if self.mode == "train" else 1
-        quantities = {name: (values, rollouts.mask) for name, values in of_tokens.items()}
-        # rows that no reward function could score have no objective
-        quantities |= {name: (values, ~values.isnan()) for name, values in of_rows.items()}
         quantities |= {name: (loss * accumulation, torch.ones_like(loss)) for name, loss in losses.items()}
+        entropy = quantities.pop("entropy", None)
+        if entropy is not None and entropy_key is not None:
+            quantities[entropy_key] = entropy
         for name, mean in means(self.accelerator, quantities).items():
             self.record(name, mean)
 
     @property
     def _entropy_key(self) -> str:
         """TRL's key, where the divergence's distribution is the one that is sampled from; else one of our own."""
-        same = self._same_vocabulary and self.args.kl_temperature in (None, self.args.temperature)
+        same = self.same_vocabulary and self.args.kl_temperature in (None, self.args.temperature)
         return "entropy" if same else "distill/entropy"
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        As [`~transformers.Trainer.train`].
+
+        Raises:
+            TeacherUnavailable: a teacher stayed away; what was trained so far is in a checkpoint, which it names.
+        """
+        if resume_from_checkpoint and isinstance(self.teacher, MovingAverage):
+            last = (
+                get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+            )
+            if last is not None:
+                self.teacher.load(last)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except TeacherUnavailable as error:
+            if self.state.global_step == 0:
+                raise
+            folder = self.save_now()
+            raise TeacherUnavailable(
+                f"{error} Training stopped after step {self.state.global_step}. Everything so far is in {folder}: "
+                "start again with `resume_from_checkpoint=True` when the teacher is back."
+            ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.has_rewards:  # the placeholder's zeros say nothing

@@ -1,0 +1,196 @@
+"""Before the first step: student, teachers and estimator are checked against each other and brought together.
+
+What is checked is in `checks.py` and `preflight.py`, what becomes of it once training runs in `trainer.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checks
+from ._compat import Seams
+from .config import OPDConfig
+from .estimators import Estimator, check_signals, make_estimator
+from .forwards import add_student_forward, last_hidden_state, unwrap_adapter
+from .heads import LMHead
+from .panel import Panel, make_panel
+from .preflight import LONGEST_OF, Report, examine, probe_kl, prompts_to_look_at, stop_ids
+from .self_teachers import ADAPTER_OFF, FollowStudent, MovingAverage
+from .served import ServedTeacher
+from .signals import HiddenStates
+from .teachers import LocalTeacher, Teacher, student_config, teacher_config
+
+
+logger = logging.getLogger(__name__)
+
+
+class Assembly(Seams):
+    """
+    A trainer with teachers, an estimator and a student whose forward answers to both.
+
+    Attributes:
+        panel ([`~trl_distill.panel.Panel`], *optional*): the teachers; `None` where the trainer is plain GRPO.
+        estimator ([`~trl_distill.estimators.Estimator`]): of the divergence.
+        preflight ([`~trl_distill.preflight.Report`]): what was found before the first step.
+        same_vocabulary (`bool`): whether the divergence is taken over all ids of the student.
+    """
+
+    panel: Panel | None = None
+    estimator: Estimator
+    preflight: Report
+    same_vocabulary: bool = True
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher; of several, the first."""
+        return self.panel.members[0][0] if self.panel is not None else None
+
+    @staticmethod
+    def check_before_loading(model: Any, specs: dict[str, Any], args: OPDConfig) -> None:
+        """What can be known of student and teachers before anything is loaded."""
+        for spec in specs.values():
+            if isinstance(spec, str | nn.Module):
+                checks.check_text_only(teacher_config(spec, args), "teacher")
+            if (
+                isinstance(spec, nn.Module)
+                and not isinstance(model, str)
+                and unwrap_adapter(spec) is unwrap_adapter(model)
+            ):
+                raise ValueError(
+                    "`teacher_model` is the student itself, or the base model under its adapter: the same weights "
+                    "would be trained and frozen. Load the teacher once more, as a model of its own, or ask for the "
+                    f"student without its adapter by name: `teacher_model={ADAPTER_OFF!r}`."
+                )
+        config = student_config(model, args) if isinstance(model, str) else unwrap_adapter(model).config
+        checks.check_text_only(config, "student")
+
+    def add_teachers(self, specs: dict[str, Any]) -> None:
+        """Check that teachers and student fit, load the teachers, and let the student answer their signals."""
+        args, report = self.args, Report()
+        self.preflight = report
+        student = unwrap_adapter(self.model)
+        text_config = student.config.get_text_config()
+        stops, merged = stop_ids(student.config, student.generation_config, self.tokenizer), set()
+        longest = self._longest_prompt()
+        if longest is not None:
+            context = getattr(text_config, "max_position_embeddings", None)
+            report.add(checks.context_length(longest, args.max_completion_length, context, "student"))
+        for spec in specs.values():
+            size, theirs = examine(report, spec, args, self.tokenizer, student, longest)
+            if theirs:
+                report.add(checks.stop_tokens(self.tokenizer, stops, theirs, args.merge_stop_tokens))
+            if theirs - stops or (theirs and stops - theirs):
+                merged |= stops | theirs
+            if size is not None and not report.count("error"):
+                self._stay_inside_vocabulary(size, text_config.vocab_size)
+        report.add(checks.sampling(args.biased_sampling))
+        if args.save_strategy == "steps":
+            report.add(
+                checks.checkpoint_boundary(
+                    args.save_steps, args.gradient_accumulation_steps, args.micro_steps_per_generation
+                )
+            )
+        report.stop_on_errors()
+        self._check_head(student, "student")
+        self.estimator = make_estimator(
+            args.kl_estimator,
+            args.divergence,
+            args.kl_temperature or args.temperature,
+            args.kl_top_k,
+            stops=sorted(merged) if args.merge_stop_tokens else [],
+            log_p_temperature=args.temperature if self.has_rewards else None,
+        )
+        self.panel = make_panel(specs, args, self.accelerator, self.model, text_config.vocab_size)
+        check_signals(args.kl_estimator, self.estimator, self.panel.teachers, args.kl_temperature or args.temperature)
+        self.ref_model = getattr(self.teacher, "model", None)  # where TRL keeps the model that the KL is taken to
+        add_student_forward(student, self.estimator.measure, fp32_head=args.cast_lm_head_to_fp32)
+        for teacher, _ in self.panel.members:
+            if isinstance(teacher, LocalTeacher):
+                self._check_head(teacher.model, "teacher")
+            if isinstance(teacher, MovingAverage):
+                self.add_callback(FollowStudent(teacher))
+            if isinstance(teacher, ServedTeacher):
+                teacher.check()
+            report.add(self._difference(teacher))
+        report.stop_on_errors()
+        report.warn()
+
+    def _longest_prompt(self) -> int | None:
+        """Tokens of the longest of the first prompts, the teacher's own included; `None` where none can be read."""
+        columns = (self._first_prompts("prompt"), self._first_prompts("teacher_prompt"))
+        return max((len(ids) for column in columns for ids in column), default=None)
+
+    def _first_prompts(self, column: str, limit: int = LONGEST_OF) -> list[list[int]]:
+        """Token ids of the first prompts in a column; empty where they cannot be known before they are used."""
+        prompts = [] if self.has_environments else prompts_to_look_at(self.train_dataset, column)[:limit]
+        return self.token_ids_of(prompts) if prompts else []
+
+    def _difference(self, teacher: Teacher) -> checks.Finding:
+        """Measure KL(student ‖ teacher) on a few prompts: 0 means that the wrong model was loaded."""
+        kl = None
+        if getattr(teacher, "gives", None) is HiddenStates and not self.is_sharded:
+            rows = self._first_prompts("prompt", limit=4) or [list(range(min(32, len(self.tokenizer))))]
+            kl = max(probe_kl(self.model, teacher, self.accelerator, ids) for ids in rows)
+        columns = getattr(self.train_dataset, "column_names", None) or []
+        explained = {
+            "it has prompts of its own": "teacher_prompt" in columns,
+            "there is a reward": self.has_rewards,
+            "it is the student's average": isinstance(teacher, MovingAverage),
+        }
+        why = next((reason for reason, holds in explained.items() if holds), "")
+        return checks.teacher_differs(kl, why, self.args.assume_different_teacher)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether models are cut up among processes, so that they cannot be called alone."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _check_head(self, model: nn.Module, whose: str) -> None:
+        """Compare our way from hidden states to logits with the model's own on four tokens; not on sharded weights."""
+        if self.is_sharded:
+            return
+        base, training = unwrap_adapter(model), model.training
+        token_ids = torch.arange(4, device=next(base.parameters()).device)[None]
+        with torch.no_grad(), self.accelerator.autocast():
+            model.eval()
+            with last_hidden_state(base.base_model) as caught:
+                expected = model(input_ids=token_ids, use_cache=False).logits
+            model.train(training)
+            head = LMHead(base)
+            checks.check_logits(expected, head.logits(caught[0].to(expected.device)), whose)
+
+    def _stay_inside_vocabulary(self, teacher_size: int, student_size: int) -> None:
+        """Keep rollouts to ids that the teacher has an opinion on, where its vocabulary is padded less."""
+        if teacher_size >= student_size:
+            return
+        self.same_vocabulary = False
+        remedy = (
+            "Pad the teacher instead: `teacher.resize_token_embeddings(...)` to the student's "
+            f"{student_size} rows, save it, and use that."
+        )
+        if self.args.kl_estimator != "full" or self.args.kl_discount > 0:
+            raise ValueError(
+                f"The teacher's vocabulary ({teacher_size}) is smaller than the student's ({student_size}), which only "
+                f"kl_estimator='full' with kl_discount=0 renormalises. {remedy}"
+            )
+        if self.use_vllm:
+            raise ValueError(
+                f"The teacher's vocabulary ({teacher_size}) is smaller than the student's ({student_size}), and vLLM "
+                f"rollouts cannot be kept inside it yet. {remedy}"
+            )
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                f"The teacher's vocabulary ({teacher_size}) is smaller than the student's ({student_size}), which is "
+                f"not supported under ZeRO-3 yet. {remedy}"
+            )
+        suppressed = [*(self.generation_config.suppress_tokens or []), *range(teacher_size, student_size)]
+        self.generation_config.suppress_tokens = suppressed
+        self.generation_kwargs["suppress_tokens"] = suppressed
+        logger.warning(
+            f"The teacher's vocabulary ends at {teacher_size}, the student's at {student_size}: the student's last "
+            f"{student_size - teacher_size} ids are left out of the divergence and suppressed in rollouts."
+        )

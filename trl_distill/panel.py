@@ -1,0 +1,259 @@
+"""The panel: which teacher judges which row with what weight, and when it is asked.
+
+A resident teacher judges each micro-batch as it comes. One that is parked or served, or whose answer is used more than
+once, judges the whole generation batch at once; its signals wait in CPU memory, by row id, until their last use.
+How a teacher judges is left to `teachers.py` and its kin, what becomes of a judgement to the trainer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+
+from .checks import weights_of
+from .config import OPDConfig
+from .self_teachers import ADAPTER_OFF, AdapterOff, MovingAverage
+from .served import ServedTeacher
+from .signals import HiddenStates, Judgement, Rollouts, Signal, TeacherUnavailable
+from .teachers import Teacher, load_teacher
+
+
+_row_ids = itertools.count()  # never the same twice, so that a stale entry cannot be taken for another row's
+
+
+class Panel:
+    """
+    One or several teachers.
+
+    Args:
+        teachers (`dict[str, Teacher]`): by the name that the `teacher` column uses. Names may share a teacher.
+        accelerator ([`~accelerate.Accelerator`]): the trainer's.
+        uses (`int`): how often each generation batch is trained on.
+        together (`bool`): whether every process must take part in every teacher's forward (ZeRO-3, FSDP).
+    """
+
+    def __init__(self, teachers: dict[str, Teacher], accelerator: Any, uses: int = 1, together: bool = False):
+        self.teachers, self.names = teachers, list(teachers)
+        self.accelerator, self.uses, self.together = accelerator, uses, together
+        # names of the same teacher share one forward
+        self.members: list[tuple[Teacher, list[int]]] = []
+        for column, teacher in enumerate(teachers.values()):
+            columns = next((columns for known, columns in self.members if known is teacher), None)
+            if columns is None:
+                self.members.append((teacher, [column]))
+            else:
+                columns.append(column)
+        self._waiting: list[dict[int, tuple[Signal, int]]] = [{} for _ in self.members]  # row id: signal, uses left
+        self._nothing: list[Signal | None] = [None for _ in self.members]  # a signal for no token, where one is needed
+
+    @property
+    def several(self) -> bool:
+        return len(self.names) > 1
+
+    def seat(self, rows: list[dict[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
+        """
+        What travels with each row through shuffling and splitting.
+
+        Args:
+            rows (`list` of `dict`): examples of the dataset, one per rollout.
+            device: of the rollouts.
+
+        Returns:
+            `dict`: "row_id" of shape `(B,)`, and with several teachers "teacher_weights" of shape `(B, teachers)`.
+
+        Raises:
+            ValueError: a row names no teacher, or one that is not known.
+        """
+        seats = {"row_id": torch.tensor([next(_row_ids) for _ in rows], device=device)}
+        if self.several:
+            weights = [weights_of(row.get("teacher"), self.names, f"Row {i} of a batch") for i, row in enumerate(rows)]
+            seats["teacher_weights"] = torch.tensor(weights, device=device)
+        return seats
+
+    def prepare(self, inputs: dict[str, Any], training: bool) -> None:
+        """
+        Ask those teachers that judge whole generation batches.
+
+        Raises:
+            TeacherUnavailable: on all processes, where a teacher did not answer one of them.
+        """
+        rollouts, weights = teacher_rollouts(inputs), self._weights(inputs)
+        for member, (teacher, columns) in enumerate(self.members):
+            if not self._at_once(teacher, training):
+                continue
+            chosen = weights[:, columns].sum(1) > 0
+            failure, signal = "", None
+            try:
+                signal = self._ask(teacher, rollouts, chosen)
+            except TeacherUnavailable as error:
+                failure = str(error)
+            self._agree(failure)
+            if training:  # whatever is left of the last generation batch is not asked for any more
+                self._waiting[member].clear()
+            if signal is None:
+                continue
+            signal = signal.map(_to_host)
+            self._nothing[member] = signal.map(lambda tensor: tensor[:0].clone())
+            counts, ids = rollouts.mask[chosen].sum(1).tolist(), inputs["row_id"][chosen].tolist()
+            uses = self.uses if training else 1
+            self._waiting[member] |= {
+                row_id: (piece, uses) for row_id, piece in zip(ids, signal.split(counts), strict=True)
+            }
+
+    def judge(self, inputs: dict[str, Any], training: bool) -> list[Judgement]:
+        """What the teachers say about a micro-batch; those without a row in it are left out."""
+        rollouts, weights = teacher_rollouts(inputs), self._weights(inputs)
+        judgements = []
+        for member, (teacher, columns) in enumerate(self.members):
+            weight = weights[:, columns].sum(1)
+            chosen = weight > 0
+            if self._at_once(teacher, training):
+                signal = self._recall(member, inputs["row_id"][chosen].tolist())
+            else:
+                signal = self._ask(teacher, rollouts, chosen)
+            if signal is not None:
+                rows = {self.names[i]: weights[:, i] > 0 for i in columns} if self.several else {}
+                judgements.append(Judgement(rollouts.mask & chosen[:, None], weight, signal, rows))
+        return judgements
+
+    def _weights(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """`(B, teachers)`."""
+        if self.several:
+            return inputs["teacher_weights"]
+        return torch.ones(len(inputs["completion_ids"]), 1, device=inputs["completion_ids"].device)
+
+    def _ask(self, teacher: Teacher, rollouts: Rollouts, chosen: torch.Tensor) -> Signal | None:
+        if not chosen.any() and not self.together:
+            return None
+        signal = teacher.score(rollouts if chosen.all() else rollouts.rows(chosen))
+        gives = getattr(teacher, "gives", HiddenStates)
+        if not isinstance(signal, gives):
+            raise TypeError(
+                f"The teacher's `score` returned a {type(signal).__name__}; it must return "
+                f"`trl_distill.{gives.__name__}` (see docs/teachers.md)."
+            )
+        expected, found = int(rollouts.mask[chosen].sum()), len(next(iter(vars(signal).values())))
+        if expected != found:
+            raise ValueError(
+                f"The teacher's `score` returned a signal for {found} tokens, but {expected} are judged: one for each "
+                "`True` of `rollouts.mask`, row by row."
+            )
+        return signal
+
+    def _at_once(self, teacher: Teacher, training: bool) -> bool:
+        """Whether a teacher judges whole generation batches."""
+        return getattr(teacher, "per_generation", False) or (training and self.uses > 1)
+
+    def _recall(self, member: int, row_ids: list[int]) -> Signal | None:
+        """The signals of these rows, put together; forgotten after their last use."""
+        waiting = self._waiting[member]
+        pieces: list[Any] = []
+        for row_id in row_ids:
+            signal, uses = waiting.pop(row_id)
+            if uses > 1:
+                waiting[row_id] = (signal, uses - 1)
+            pieces.append(signal)
+        if not pieces and self.together:
+            pieces = [self._nothing[member]]
+        if not pieces:
+            return None
+        device = self.accelerator.device
+        return type(pieces[0]).cat(pieces).map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _agree(self, failure: str) -> None:
+        """Raise on all processes where one of them failed, so that none waits for the others."""
+        failed = torch.tensor(float(bool(failure)), device=self.accelerator.device)
+        if self.accelerator.reduce(failed, reduction="sum").item() > 0:
+            raise TeacherUnavailable(failure or "The teacher did not answer another process; its message is there.")
+
+
+def read_specs(teacher_model: Any, args: OPDConfig) -> dict[str, Any]:
+    """
+    Who the teachers are, by name, from what was passed and what the configuration says; nothing is loaded.
+
+    Raises:
+        ValueError: there is none, or two ways to name one are used at once.
+        TypeError: one of them cannot be a teacher.
+    """
+    settings = ("teacher_model_name_or_path", "teacher_models", "teacher_ema")
+    named = next((name for name in settings if getattr(args, name) is not None), None)
+    from_args: Any = None if named is None else getattr(args, named)
+    if args.teacher_ema is not None:
+        from_args = MovingAverage(args.teacher_ema)
+    elif args.teacher_server_urls:
+        top_k = args.kl_top_k if args.kl_estimator == "topk" else 0
+        from_args = ServedTeacher(args.teacher_server_urls, model=from_args, top_k=top_k)
+    if teacher_model is not None and named is not None and teacher_model != from_args:
+        raise ValueError(f"Two teachers: `teacher_model` was passed, and `args.{named}` is given. Keep one.")
+    spec = teacher_model if teacher_model is not None else from_args
+    if spec is None:
+        raise ValueError(
+            f"There is no teacher, but `beta` is {args.beta}. Pass `teacher_model=...` (or "
+            "`--teacher_model_name_or_path`), or set `beta=0` for plain GRPO. A PEFT student's own base model is "
+            f"not taken in its place: ask for it by name, `teacher_model={ADAPTER_OFF!r}`."
+        )
+    if isinstance(spec, dict) and not spec:
+        raise ValueError("`teacher_model` is an empty dictionary. Give at least one teacher by name.")
+    specs = spec if isinstance(spec, dict) else {"teacher": spec}
+    return {name: _checked_spec(single) for name, single in specs.items()}
+
+
+def _checked_spec(spec: Any) -> str | nn.Module | Teacher:
+    if spec == ADAPTER_OFF:
+        return AdapterOff()
+    if isinstance(spec, str) and spec.startswith(("http://", "https://")):
+        raise ValueError(
+            f"The teacher {spec!r} is a server. Say which model it serves: `ServedTeacher({spec!r}, model=...)`, or "
+            "`--teacher_server_urls` with `--teacher_model_name_or_path`."
+        )
+    if isinstance(spec, str | nn.Module) or (isinstance(spec, Teacher) and not isinstance(spec, type)):
+        return spec
+    raise TypeError(
+        f"`teacher_model` is {spec!r}; give a hub name, a folder, a model, an object with `score(rollouts)`, or "
+        "several of these by name."
+    )
+
+
+def make_panel(
+    specs: dict[str, Any], args: OPDConfig, accelerator: Any, student: nn.Module, student_vocab_size: int
+) -> Panel:
+    """
+    Load or bind every teacher once, whatever the number of its names.
+
+    Args:
+        specs (`dict`): by name, a hub name or folder, a model, or a [`Teacher`].
+        args ([`OPDConfig`]): for loading.
+        accelerator ([`~accelerate.Accelerator`]): the trainer's.
+        student: the model that is trained, for teachers that look at it.
+        student_vocab_size (`int`): rows of its LM head.
+    """
+    made: dict[Any, Teacher] = {}
+    teachers: dict[str, Teacher] = {}
+    for name, spec in specs.items():
+        key = spec if isinstance(spec, str) else id(spec)
+        if key not in made:
+            if isinstance(spec, str | nn.Module):
+                made[key] = load_teacher(spec, args, accelerator, student_vocab_size)
+            else:
+                made[key] = spec
+                if hasattr(spec, "bind"):
+                    spec.bind(student, accelerator, args.teacher_batch_size or args.per_device_train_batch_size)
+        teachers[name] = made[key]
+    together = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    return Panel(teachers, accelerator, uses=args.num_iterations, together=together)
+
+
+def teacher_rollouts(inputs: dict[str, Any]) -> Rollouts:
+    """Rollouts as teachers see them: after their own prompts, where there are any."""
+    return Rollouts.from_inputs(inputs, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt")
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """To CPU memory, pinned where that speeds up the way back."""
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu")
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)

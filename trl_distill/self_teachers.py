@@ -1,0 +1,165 @@
+"""Teachers that are the student itself: with its adapter off, or its moving average. No second set of weights.
+
+They judge with the student's own forward, in eval mode. What they are good for is in docs/teachers.md.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, is_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+
+from .forwards import unwrap_adapter
+from .heads import FrozenHead
+from .signals import HiddenStates, Rollouts
+from .teachers import in_parts
+
+
+ADAPTER_OFF = "adapter-off"  # what to write where a name is expected
+AVERAGES = "teacher_ema.safetensors"
+
+
+class AdapterOff:
+    """
+    The student without its adapter: the base model of a PEFT student judges, with no second set of weights.
+
+    With prompts of its own (a `teacher_prompt` column) this is self-distillation. On the command line:
+    `--teacher_model_name_or_path adapter-off`.
+    """
+
+    gives = HiddenStates
+
+    def __init__(self) -> None:
+        self._student: Any = None
+
+    def bind(self, student: nn.Module, accelerator: Accelerator, batch_size: int | None = None) -> None:
+        """
+        Take the student that is trained as the one to look at; called by the trainer.
+
+        Raises:
+            ValueError: the student has no adapter, or what lies under it is trained too.
+        """
+        if not is_peft_model(student):
+            raise ValueError(
+                "The teacher is the student with its adapter off, but the student has no adapter. Give a "
+                "`peft_config`, or another teacher."
+            )
+        head = unwrap_adapter(student).get_output_embeddings()
+        if any(parameter.requires_grad for parameter in head.parameters()):
+            raise ValueError(
+                "The teacher is the student with its adapter off, but the LM head is trained itself, so that there is "
+                "no frozen one to judge with. Leave it out of `modules_to_save` and `target_modules`."
+            )
+        self._student, self._accelerator, self._batch_size = student, accelerator, batch_size
+
+    @torch.no_grad()
+    def score(self, rollouts: Rollouts) -> HiddenStates:
+        """Forwards of the base model in eval mode."""
+        with self._student.disable_adapter():
+            return _looked_at(self._student, self._accelerator, rollouts, self._batch_size)
+
+
+class MovingAverage:
+    """
+    The student's exponential moving average, θ_T ← d · θ_T + (1 − d) · θ after every step, starting at the student.
+
+    Only averages of trained parameters are held; they change places with the student's for as long as it judges. With
+    prompts of its own (a `teacher_prompt` column) this is self-distillation, see `teacher_ema`.
+
+    Args:
+        decay (`float`): d in (0, 1).
+    """
+
+    gives = HiddenStates
+
+    def __init__(self, decay: float):
+        if not 0 < decay < 1:
+            raise ValueError(f"`teacher_ema` is {decay}; it is the decay of a moving average, in (0, 1), e.g. 0.99.")
+        self.decay = decay
+
+    def bind(self, student: nn.Module, accelerator: Accelerator, batch_size: int | None = None) -> None:
+        """Start at the student that is trained; called by the trainer. Raises `ValueError` where it is sharded."""
+        if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            raise ValueError(
+                "`teacher_ema` averages whole parameters, which DeepSpeed and FSDP cut up. Use plain data parallelism "
+                "(`torchrun`), or a fixed teacher."
+            )
+        self._student, self._accelerator, self._batch_size = student, accelerator, batch_size
+        trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self._parameters = trained
+        self.averages = {name: p.detach().float().clone() for name, p in trained.items()}
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """One step after the student. New tensors, since signals that are still in use hold the old ones."""
+        for name, parameter in self._parameters.items():
+            self.averages[name] = torch.lerp(self.averages[name], parameter.detach().float(), 1 - self.decay)
+
+    def save(self, folder: str) -> None:
+        """Write the averages beside a checkpoint."""
+        save_file(self.averages, os.path.join(folder, AVERAGES))
+
+    def load(self, folder: str) -> None:
+        """Go on from a checkpoint. Raises `ValueError` where it holds no averages, or others."""
+        path = os.path.join(folder, AVERAGES)
+        if not os.path.isfile(path):
+            raise ValueError(f"The checkpoint {folder} has no {AVERAGES}: it is from a run without `teacher_ema`.")
+        averages = load_file(path)
+        if averages.keys() != self.averages.keys():
+            raise ValueError(f"{path} holds the averages of other parameters than those that are trained now.")
+        self.averages = {name: averages[name].to(old.device) for name, old in self.averages.items()}
+
+    @torch.no_grad()
+    def score(self, rollouts: Rollouts) -> HiddenStates:
+        """Forwards of the student in eval mode with the averages in place of its parameters."""
+        own = {name: parameter.data for name, parameter in self._parameters.items()}
+        try:
+            for name, parameter in self._parameters.items():
+                parameter.data = self.averages[name].to(parameter.dtype)
+            torch.clear_autocast_cache()  # casts of the student's weights
+            signal = _looked_at(self._student, self._accelerator, rollouts, self._batch_size)
+            weight, bias = signal.head.parameters()
+            # detached: the averages themselves, not the parameters that will hold the student's values again
+            head = FrozenHead(unwrap_adapter(self._student), weight.detach(), None if bias is None else bias.detach())
+            return HiddenStates(signal.hidden, head)
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.data = own[name]
+            torch.clear_autocast_cache()
+
+
+class FollowStudent(TrainerCallback):
+    """Moves a [`MovingAverage`] after each optimizer step, and saves it with each checkpoint."""
+
+    def __init__(self, teacher: MovingAverage):
+        self.teacher = teacher
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.teacher.follow()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.teacher.save(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
+
+
+def _looked_at(
+    student: nn.Module, accelerator: Accelerator, rollouts: Rollouts, batch_size: int | None
+) -> HiddenStates:
+    """Judgement of the student as it stands, in eval mode and back."""
+    training = student.training
+    student.eval()
+    try:
+        with accelerator.autocast():
+            return in_parts(
+                lambda part: student(input_ids=part.input_ids, attention_mask=part.attention_mask, rollouts=part),
+                rollouts,
+                batch_size,
+            )
+    finally:
+        student.train(training)

@@ -1,0 +1,437 @@
+"""A teacher behind vLLM's HTTP server: log-probabilities of the sampled tokens, and the teacher's own top k.
+
+    vllm serve Qwen/Qwen3-8B --max-logprobs 64 --generation-config vllm
+
+The protocol is that of vLLM 0.33 (0.22 and later agree): `/v1/completions` with `prompt_logprobs` and
+`return_token_ids`. An answer is taken only if every position in it fits what was asked; anything else is an error,
+never a number. When to ask is left to the caller, what is computed from the signal to `heads.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import random
+import re
+import reprlib
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import httpx2 as httpx
+import torch
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_attempt,
+    stop_when_event_set,
+)
+
+from .signals import Rollouts, TeacherAnswerError, TeacherUnavailable, TokenLogProbs
+
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Judgement = tuple[float, list[int], list[float]]  # log p of the token; the K likeliest ids; their log p
+
+LONGEST_PAUSE = 30.0  # seconds between two attempts, whatever the server asks for
+LONGEST_CONNECT = 5.0  # seconds
+SHUNNED = 30.0  # seconds during which a URL that failed comes after the others
+IMPOSSIBLE = -9999.0  # what vLLM writes for a log-probability of -inf, which JSON lacks
+ADVICE = {  # what to do about a server's complaint
+    "HTTP 401": "Pass the server's key as `api_key`.",
+    "max allowed": "Start the server with `--max-logprobs` of at least `top_k`, or lower `top_k`.",
+    "maximum context length": "Start the server with a larger `--max-model-len`, or shorten prompts and completions.",
+    "not JSON compliant": "The teacher computes NaN: look at its weights and at the server's `--dtype`.",
+}
+TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+@dataclass
+class Row:
+    """A row of the rollouts as it is sent: its index there, its ids without padding, the positions that are judged."""
+
+    index: int
+    ids: list[int]
+    judged: list[int]
+
+
+class ServedTeacher:
+    """
+    A teacher that one or several vLLM servers run. They must serve the same weights.
+
+    Every training process asks for its own rollouts. A request that fails for a passing reason (no connection, a
+    time-out, HTTP 408, 429 or 5xx) is sent again, to another URL if there is one, without a pause until all have been
+    tried once and with exponentially growing ones from then on.
+
+    Args:
+        urls (`str` or `list[str]`): where the servers listen, with or without `/v1`.
+        model (`str`): the first name under which they serve it.
+        top_k (`int`): the teacher's likeliest ids to ask for beside the sampled token. The server's `--max-logprobs`
+            (20 unless set) must allow it.
+        timeout (`float`): seconds without a byte from the server, its queue included, after which a request has failed.
+        retries (`int`): further attempts after a failed one.
+        backoff (`float`): seconds of the first pause, about; doubled from each to the next, at most 30.
+        concurrency (`int`): requests under way at once.
+        rows_per_request (`int`): sequences in one request.
+        api_key (`str`): the server's `--api-key`.
+    """
+
+    def __init__(
+        self,
+        urls: str | list[str],
+        model: str,
+        top_k: int = 0,
+        *,
+        timeout: float = 60.0,
+        retries: int = 5,
+        backoff: float = 0.5,
+        concurrency: int = 16,
+        rows_per_request: int = 4,
+        api_key: str | None = None,
+    ):
+        if min(top_k, retries, backoff) < 0 or min(timeout, concurrency, rows_per_request) <= 0:
+            raise ValueError(
+                "`top_k`, `retries` and `backoff` cannot be negative, `timeout`, `concurrency` and `rows_per_request` "
+                f"must be positive; found {top_k}, {retries}, {backoff}, {timeout}, {concurrency}, {rows_per_request}."
+            )
+        self.urls = list(dict.fromkeys(map(_base_url, [urls] if isinstance(urls, str) else urls)))
+        if not self.urls:
+            raise ValueError("`urls` is empty. Name at least one server, such as 'http://localhost:8000'.")
+        self.model = model
+        self.top_k = top_k
+        self.timeout = timeout
+        self.retries = retries
+        self.backoff = backoff
+        self.concurrency = concurrency
+        self.rows_per_request = rows_per_request
+        self._turn = itertools.count()
+        self._failed: dict[str, float] = {}  # URL: when it failed last, by time.monotonic()
+        self._client = httpx.Client(
+            timeout=httpx.Timeout(timeout, connect=min(timeout, LONGEST_CONNECT)),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
+        )
+
+    def score(self, rollouts: Rollouts) -> TokenLogProbs:
+        """
+        Judge the tokens that `rollouts.mask` marks; rows without any are not sent.
+
+        Raises:
+            TeacherUnavailable: no answer within the time-outs and retries.
+            TeacherAnswerError: the server refused, or its answer does not fit the question.
+            ValueError: padding, or a token with nothing before it, is marked.
+        """
+        rows, size = _rows(rollouts), self.rows_per_request
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        answers = self._all([partial(self._judge, batch) for batch in batches])
+        judgements = list(itertools.chain.from_iterable(answers))  # N
+        log_p, top_ids, top_log_p = zip(*judgements, strict=True) if judgements else ((), (), ())
+        device, shape = rollouts.input_ids.device, (len(judgements), self.top_k)
+        return TokenLogProbs(
+            log_p=torch.tensor(log_p, dtype=torch.float32, device=device),  # (N,)
+            top_ids=torch.tensor(top_ids, dtype=torch.int64, device=device).reshape(shape),  # (N, K)
+            top_log_p=torch.tensor(top_log_p, dtype=torch.float32, device=device).reshape(shape),  # (N, K)
+        )
+
+    def check(self) -> None:
+        """
+        Ask every server for its models and for one small judgement; to be called before training.
+
+        Raises:
+            TeacherUnavailable: none of them answers. Where only some do not, a warning is logged.
+            TeacherAnswerError: one of them cannot give what `score` will ask for.
+            ValueError: one of them does not serve `model`.
+        """
+        failures = [failure for failure in self._all([partial(self._visit, url) for url in self.urls]) if failure]
+        if len(failures) == len(self.urls):
+            raise TeacherUnavailable(" ".join(map(str, failures)))
+        for failure in failures:
+            logger.warning("Training goes on without one of the teacher's servers. %s", failure)
+
+    def close(self) -> None:
+        """Close the connections. Nothing can be asked afterwards."""
+        self._client.close()
+
+    def _judge(self, rows: list[Row], halt: threading.Event, urls: list[str] | None = None) -> list[Judgement]:
+        body = {
+            "model": self.model,
+            "prompt": [row.ids for row in rows],
+            "prompt_logprobs": max(self.top_k, 1),  # 0 escapes vLLM's check that fast prefill is off
+            "return_token_ids": True,
+            "add_special_tokens": False,
+            "temperature": 1.0,
+            "max_tokens": 1,  # the least that vLLM takes
+        }
+        read = partial(read_answer, rows=rows, model=self.model, top_k=self.top_k)
+        return self._ask(urls or self._order(), "/completions", body, read, halt)
+
+    def _visit(self, url: str, halt: threading.Event) -> TeacherUnavailable | None:
+        """Check one server; the error if it does not answer."""
+        try:
+            models = self._ask([url], "/models", None, _read_models, halt)
+            if self.model not in models:
+                raise ValueError(
+                    f"{url} does not serve `model='{self.model}'` but {models}. Pass one of these names, or start the "
+                    f"server with `--served-model-name {self.model}`."
+                )
+            self._judge([Row(0, [0, 1], []), Row(1, [1, 0], [])], halt, [url])
+        except TeacherUnavailable as error:
+            return error
+        return None
+
+    def _order(self) -> list[str]:
+        """All URLs, each in turn first, those that failed lately last."""
+        start, now = next(self._turn) % len(self.urls), time.monotonic()
+        urls = self.urls[start:] + self.urls[:start]
+        return sorted(urls, key=lambda url: now - self._failed.get(url, -math.inf) < SHUNNED)
+
+    def _all(self, calls: list[Callable[[threading.Event], T]]) -> list[T]:
+        """The results of all calls, made in threads. The first error ends the waiting of the others and is raised."""
+        halt = threading.Event()
+        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="teacher") as pool:
+            futures = [pool.submit(call, halt) for call in calls]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            except BaseException:
+                halt.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            return [future.result() for future in futures]
+
+    def _ask(
+        self, urls: list[str], path: str, body: dict[str, Any] | None, read: Callable[[bytes], T], halt: threading.Event
+    ) -> T:
+        """One question, put to one URL after the other until an answer comes, and what `read` makes of that."""
+        start, turn = time.monotonic(), itertools.cycle(urls)
+
+        def attempt() -> T:
+            url = next(turn)
+            if halt.is_set():
+                raise _PassingError(f"{url}: given up, because another request failed")
+            try:
+                content = self._send(url + path, body)
+            except _PassingError:
+                self._failed[url] = time.monotonic()
+                raise
+            self._failed.pop(url, None)
+            try:
+                return read(content)
+            except TeacherAnswerError as error:
+                raise TeacherAnswerError(f"The answer of {url}{path} cannot be used: {error}") from None
+
+        def pause(state: RetryCallState) -> float:
+            if state.attempt_number < len(urls):
+                return 0.0  # somebody else has not been asked yet
+            longest = self.backoff * 2 ** (state.attempt_number - len(urls))
+            error: Any = state.outcome and state.outcome.exception()
+            return min(max(longest * random.uniform(0.5, 1.0), error.retry_after), LONGEST_PAUSE)
+
+        attempts = Retrying(
+            stop=stop_after_attempt(self.retries + 1) | stop_when_event_set(halt),
+            retry=retry_if_exception_type(_PassingError),
+            wait=pause,
+            sleep=sleep_using_event(halt),
+            reraise=True,
+        )
+        try:
+            return attempts(attempt)
+        except _PassingError as error:
+            raise TeacherUnavailable(
+                f"No answer from the teacher at {', '.join(urls)}, tried {attempts.statistics['attempt_number']} times "
+                f"in {time.monotonic() - start:.1f} s. The last error: {error}. See whether the server still runs "
+                f"there and what its log says; a busy one needs a longer `timeout` (now {self.timeout:g} s), a smaller "
+                f"`concurrency` or more `retries` (now {self.retries})."
+            ) from error
+
+    def _send(self, url: str, body: dict[str, Any] | None) -> bytes:
+        try:
+            response = self._client.request("GET" if body is None else "POST", url, json=body)
+        except httpx.TransportError as error:
+            raise _PassingError(f"{url}: {type(error).__name__} {error}".rstrip()) from error
+        except httpx.DecodingError as error:
+            raise TeacherAnswerError(f"The answer of {url} cannot be decoded: {error}.") from error
+        status = response.status_code
+        if status == 200:
+            return response.content
+        refusal = f"{url} answered HTTP {status}: {_server_message(response.content)}"
+        if status in (408, 429) or status >= 500:
+            raise _PassingError(refusal, _seconds(response.headers.get("Retry-After")))
+        advice = [text for sign, text in ADVICE.items() if sign in refusal]
+        raise TeacherAnswerError(" ".join([f"{refusal.rstrip('.')}.", *advice]))
+
+
+class _PassingError(Exception):
+    """A failure that another attempt may mend; `retry_after` is what the server asks to wait, in seconds."""
+
+    def __init__(self, message: str, retry_after: float = 0.0):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+def read_answer(content: bytes | str, rows: list[Row], model: str, top_k: int) -> list[Judgement]:
+    """
+    The judgements of all judged tokens, row by row, from the answer of `/v1/completions` about `rows`.
+
+    Raises:
+        TeacherAnswerError: something in it is malformed or does not belong to what was asked; says what and where.
+    """
+    answer = _read_json(content)
+    if answer.get("model") != model:
+        raise TeacherAnswerError(
+            f"it is from the model {_show(answer.get('model'))}, but {model!r} was asked. A server with several names "
+            "answers under its first: pass that one as `model`."
+        )
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or len(choices) != len(rows):
+        raise TeacherAnswerError(f"{len(rows)} sequences were sent, found as choices: {_show(choices)}.")
+    return [
+        judgement
+        for number, (choice, row) in enumerate(zip(choices, rows, strict=True))
+        for judgement in _read_choice(choice, number, row, top_k)
+    ]
+
+
+def _read_choice(choice: Any, number: int, row: Row, top_k: int) -> list[Judgement]:
+    if not isinstance(choice, dict) or not _same(choice.get("index"), number):
+        raise TeacherAnswerError(f"row {row.index}: choice {number} should have that index, found {_show(choice)}.")
+    lists: list[Any] = [choice.get("prompt_token_ids"), choice.get("prompt_logprobs")]
+    if not all(isinstance(found, list) and len(found) == len(row.ids) for found in lists):
+        found = " and ".join(f"{len(found)}" if isinstance(found, list) else _show(found) for found in lists)
+        raise TeacherAnswerError(
+            f"row {row.index}: {len(row.ids)} tokens were sent; as prompt_token_ids and prompt_logprobs came {found}."
+        )
+    judged, judgements = set(row.judged), []
+    for position, (token, echoed, entry) in enumerate(zip(row.ids, *lists, strict=True)):
+        try:
+            if not _same(echoed, token):
+                raise ValueError(f"the server read it as {_show(echoed)}")
+            if position > 0:
+                judgement = _read_position(entry, token, max(top_k, 1), position in judged)
+                if position in judged:
+                    judgements.append((judgement[0], judgement[1][:top_k], judgement[2][:top_k]))
+            elif entry is not None:
+                raise ValueError(f"nothing stands before it, so null was expected, found {_show(entry)}")
+        except ValueError as error:
+            raise TeacherAnswerError(f"row {row.index}, position {position}, token {token}: {error}.") from None
+    return judgements
+
+
+def _read_position(entry: Any, token: int, k: int, judged: bool) -> Judgement:
+    """Read `{"<id>": {"logprob": ..., "rank": ...}}`: first the token, then the k likeliest ids that it is not."""
+    if not isinstance(entry, dict) or not entry:
+        raise ValueError(f"an object with log-probabilities was expected, found {_show(entry)}")
+    ranked: dict[int, tuple[int, float]] = {}  # rank: (id, log p)
+    for key, value in entry.items():
+        if not TOKEN_ID.fullmatch(key):
+            raise ValueError(f"{_show(key)} is not a token id")
+        fields: Any = value if isinstance(value, dict) else {}
+        log_p, rank = fields.get("logprob"), fields.get("rank")
+        if type(log_p) not in (float, int) or not IMPOSSIBLE <= log_p <= 1e-4:
+            raise ValueError(f"id {key} should have a log-probability, found {_show(value)}")
+        if type(rank) is not int or rank < 1 or rank in ranked:
+            raise ValueError(f"id {key} should have a rank of its own, from 1 on, found {_show(value)}")
+        ranked[rank] = (int(key), float(log_p))
+    first = next(iter(entry))
+    if int(first) != token:
+        raise ValueError(f"found the judgement of token {first}; positions are shifted, or a proxy sorts JSON keys")
+    own = entry[first]["rank"]
+    if sorted(ranked) != [*range(1, k + 1), *([own] if own > k else [])]:
+        raise ValueError(f"ranks 1 to {k} and the token's own, {own}, were expected, found {_show(sorted(ranked))}")
+    log_ps = [ranked[rank][1] for rank in sorted(ranked)]
+    if any(better < worse for better, worse in itertools.pairwise(log_ps)):
+        raise ValueError(f"log-probabilities do not fall with the rank: {_show(log_ps)}")
+    if sum(map(math.exp, log_ps)) > 1 + 1e-3:
+        raise ValueError(f"the listed probabilities sum to {sum(map(math.exp, log_ps)):.4f}, more than 1")
+    if judged and log_ps[-1] <= IMPOSSIBLE:
+        raise ValueError(
+            f"the teacher gives id {ranked[max(ranked)][0]} no probability at all (vLLM writes -inf as {IMPOSSIBLE}), "
+            "and no divergence is finite there. Keep such ids out of the rollouts, or lower `top_k`"
+        )
+    top_ids, top_log_p = zip(*(ranked[rank] for rank in range(1, k + 1)), strict=True)
+    return ranked[own][1], list(top_ids), list(top_log_p)
+
+
+def _read_models(content: bytes) -> list[str]:
+    """The names in the answer of `/v1/models`."""
+    cards = _read_json(content).get("data")
+    if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
+        raise TeacherAnswerError(f"a list of models was expected, found {_show(cards)}.")
+    return [card["id"] for card in cards]
+
+
+def _read_json(content: bytes | str) -> dict[str, Any]:
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError(f"a key stands twice among {_show([key for key, _ in pairs])}")
+        return result
+
+    try:
+        answer = json.loads(content, object_pairs_hook=without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise TeacherAnswerError(f"it is not JSON ({error}); it begins with {content[:80]!r}.") from None
+    if not isinstance(answer, dict):
+        raise TeacherAnswerError(f"a JSON object was expected, found {_show(answer)}.")
+    return answer
+
+
+def _rows(rollouts: Rollouts) -> list[Row]:
+    """The rows with judged tokens, without padding."""
+    prompt = rollouts.input_ids.shape[1] - rollouts.mask.shape[1]
+    attended = rollouts.attention_mask.bool()  # (B, P + C)
+    judged = torch.nn.functional.pad(rollouts.mask.bool(), (prompt, 0))  # (B, P + C)
+    if (judged & ~attended).any():
+        raise ValueError("`rollouts.mask` marks padding. Mark only tokens that `rollouts.attention_mask` keeps.")
+    rows = []
+    for index in judged.any(dim=1).nonzero().flatten().tolist():
+        kept = attended[index]
+        positions = judged[index][kept].nonzero().flatten().tolist()
+        if positions[0] == 0:
+            raise ValueError(
+                f"Row {index}: its first token is judged, but a teacher cannot judge a token with nothing before it. "
+                "Give every prompt at least one token."
+            )
+        rows.append(Row(index, rollouts.input_ids[index][kept].tolist(), positions))
+    return rows
+
+
+def _base_url(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"`urls` holds {url!r}; write it with its scheme, such as 'http://localhost:8000'.")
+    return url.rstrip("/").removesuffix("/v1") + "/v1"
+
+
+def _server_message(content: bytes) -> str:
+    """What a server says about an error: vLLM's `{"error": {"message": ...}}`, or the beginning of anything else."""
+    try:
+        return str(json.loads(content)["error"]["message"])
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return content[:300].decode(errors="replace").strip() or "(nothing)"
+
+
+def _seconds(retry_after: str | None) -> float:
+    """A `Retry-After` header in seconds; 0 for none, and for a date."""
+    try:
+        return float(retry_after or 0)
+    except ValueError:
+        return 0.0
+
+
+def _same(found: Any, expected: int) -> bool:
+    return type(found) is int and found == expected  # True == 1 == 1.0
+
+
+def _show(value: Any) -> str:
+    return reprlib.repr(value)
