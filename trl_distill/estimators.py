@@ -75,7 +75,7 @@ class Full:
             divergence = objective.as_one_class(divergence, *(pair if self.divergence == "reverse_kl" else pair[::-1]))
         measured = {"divergence": divergence, "entropy": entropy}
         if self.log_p_temperature is not None and log_q is not None:  # for the log: do reward and teacher agree?
-            measured["log_p"] = log_probs_of(signal.hidden, signal.head, sampled, shared, self.log_p_temperature)
+            measured["log_p"] = _log_p(signal, sampled, shared, self.log_p_temperature)
         return measured
 
     def term(self, measured, log_q, ratio, weight) -> torch.Tensor:
@@ -154,6 +154,7 @@ def _is_in(ids: torch.Tensor, few: list[int]) -> torch.Tensor:
     return torch.isin(ids, torch.tensor(few, device=ids.device))
 
 
+@torch.no_grad()
 def _log_p(signal: Signal, sampled: torch.Tensor, vocab_size: int, temperature: float) -> torch.Tensor:
     """The teacher's log-probability of each sampled token, `(N,)`."""
     if isinstance(signal, TokenLogProbs):

@@ -150,12 +150,11 @@ def exact_divergence(
     )
 
 
-@torch.no_grad()
 def log_probs_of(
     hidden: torch.Tensor, head: LMHead, ids: torch.Tensor, vocab_size: int, temperature: float
 ) -> torch.Tensor:
     """
-    Log-probability of one id at each position, over the first `vocab_size` ids: `(N,)`, fp32, without gradient.
+    Log-probability of one id at each position, over the first `vocab_size` ids: `(N,)`, fp32, with gradient.
 
     Args:
         hidden (`torch.Tensor` of shape `(N, H)`).
@@ -166,7 +165,8 @@ def log_probs_of(
     """
     weight, bias = head.parameters()
     with gathered_head(weight, bias):
-        weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+        if vocab_size < head.vocab_size:  # else the parameter itself, which the kernel gathers again in its backward
+            weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
         return ChunkedLogProbFunction.apply(
             *(hidden.to(weight.device), weight, bias, ids.to(weight.device), temperature, VOCAB_TILE),
             *(head.softcap, head.logit_scale, ()),

@@ -134,16 +134,18 @@ class ParkedTeacher(LocalTeacher):
             parameter.data = home
         return model
 
+    def _arrived(self, home: torch.Tensor) -> torch.Tensor:
+        return home.to(self.accelerator.device, non_blocking=True)
+
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.pin_memory() if self.accelerator.device.type == "cuda" else tensor
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts) -> HiddenStates:
         """As [`LocalTeacher.score`], on a visit."""
-        device = self.accelerator.device
         try:
             for parameter, home in self._parked:
-                parameter.data = home.to(device, non_blocking=True)
+                parameter.data = self._arrived(home)
             return super().score(rollouts)
         finally:
             for parameter, home in self._parked:

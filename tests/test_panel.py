@@ -1,0 +1,384 @@
+"""Every kind of teacher against the resident one: who judges which row, with which prompt, when, with what result."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import EOS, config, gradients, in_training, make_model, relative_error
+
+from trl_distill import MovingAverage, OPDTrainer
+from trl_distill.panel import weights_of
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer, prompts, student, teacher):
+    with torch.no_grad():  # stop early now and then, so that completions are ragged
+        student.model.embed_tokens.weight[EOS] *= 1.5
+
+    def build(**changes):
+        given = {name: changes.pop(name) for name in ("train_dataset", "peft_config", "model") if name in changes}
+        teacher_model = changes.pop("teacher_model", "copy")
+        return OPDTrainer(
+            **{
+                "model": copy.deepcopy(student),
+                "teacher_model": copy.deepcopy(teacher)
+                if isinstance(teacher_model, str) and teacher_model == "copy"
+                else teacher_model,
+                "args": config(tmp_path, **changes),
+                "train_dataset": prompts,
+                "processing_class": tokenizer,
+                **given,
+            }
+        )
+
+    return build
+
+
+def trained(trainer) -> tuple[list[dict], torch.Tensor]:
+    trainer.train()
+    rows = [
+        {k: row[k] for k in ("loss", "grad_norm", "distill/reverse_kl")}
+        for row in trainer.state.log_history
+        if "loss" in row
+    ]
+    return rows, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def generated(trainer, rows) -> dict:
+    """A generation batch as TRL hands it on, before it is shuffled."""
+    in_training(trainer)
+    return trainer._generate_and_score_completions(rows)
+
+
+ESTIMATORS = [("full", 0.0), ("topk", 0.0), ("sampled", 0.0), ("full", 1.0)]
+
+
+@pytest.mark.parametrize(("estimator", "discount"), ESTIMATORS)
+def test_a_parked_teacher_trains_bit_for_bit_as_a_resident_one(make, estimator, discount):
+    settings = {
+        "kl_estimator": estimator,
+        "kl_discount": discount,
+        "kl_top_k": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+    }
+    (resident, expected), (parked, found) = trained(make(**settings)), trained(make(teacher_offload=True, **settings))
+    assert resident == parked
+    assert torch.equal(expected, found)
+
+
+def test_a_parked_teacher_visits_once_per_generation_batch_and_leaves_its_head(make, monkeypatch):
+    """On the CPU both places are the same device, so a visitor's weights are made copies, which tells them apart."""
+    trainer = make(teacher_offload=True, gradient_accumulation_steps=2, num_iterations=2, max_steps=4)
+    teacher, visits, updates = trainer.teacher, [], []
+    score, loss = teacher.score, trainer.rollout_loss
+    monkeypatch.setattr(teacher, "score", lambda rollouts: (visits.append(len(rollouts)), score(rollouts))[1])
+
+    def rollout_loss(model, inputs):
+        updates.append([parameter.data_ptr() == home.data_ptr() for parameter, home in teacher._parked])
+        return loss(model, inputs)
+
+    def arrived(home):
+        copies.append(home.clone())
+        return copies[-1]
+
+    copies: list = []
+    monkeypatch.setattr(teacher, "_arrived", arrived)
+    monkeypatch.setattr(trainer, "rollout_loss", rollout_loss)
+    trainer.train()
+    assert len(copies) == 2 * len(teacher._parked)
+    assert visits == [8, 8]  # 4 optimizer steps, two for each generation batch of 8 rows
+    assert len(updates) == 8
+    assert all(all(home) for home in updates)
+    names = {id(parameter): name for name, parameter in teacher.model.named_parameters()}
+    parked = {names[id(parameter)] for parameter, _ in teacher._parked}
+    assert set(names.values()) - parked == {"model.embed_tokens.weight"}  # tied: it is the LM head
+    assert all(not waiting for waiting in trainer.panel._waiting)  # nothing is kept after its last use
+
+
+def test_iterations_ask_a_resident_teacher_once(make, monkeypatch):
+    trainer = make(num_iterations=3, gradient_accumulation_steps=2, max_steps=3)
+    asked = []
+    score = trainer.teacher.score
+    monkeypatch.setattr(trainer.teacher, "score", lambda rollouts: (asked.append(len(rollouts)), score(rollouts))[1])
+    trainer.train()
+    assert asked == [8]
+
+
+def test_evaluation_inside_training_leaves_what_is_waiting(make, prompts, tmp_path, student, teacher, tokenizer):
+    trainer = OPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config(
+            tmp_path,
+            teacher_offload=True,
+            num_iterations=2,
+            max_steps=2,
+            eval_strategy="steps",
+            eval_steps=1,
+            per_device_eval_batch_size=4,
+        ),
+        train_dataset=prompts,
+        eval_dataset=prompts.select(range(4)),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert sum("eval_distill/reverse_kl" in row for row in trainer.state.log_history) == 2
+
+
+def test_scoring_in_parts_changes_nothing(make):
+    whole, parts = trained(make())[0], trained(make(teacher_batch_size=3))[0]
+    for a, b in zip(whole, parts, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+# -- the student itself as teacher -----------------------------------------------------------------------------------
+
+
+def lora():
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+
+
+@pytest.mark.parametrize("discount", [0.0, 1.0])
+@pytest.mark.parametrize("estimator", ["full", "topk", "sampled"])
+def test_adapter_off_equals_a_copy_of_the_base(make, student, estimator, discount):
+    """With an adapter that starts away from zero, so that there is something to learn."""
+    settings = {"kl_estimator": estimator, "kl_top_k": 4, "kl_discount": discount, "peft_config": lora()}
+    expected = trained(make(teacher_model=copy.deepcopy(student), **settings))
+    found = trained(make(teacher_model="adapter-off", **settings))
+    for a, b in zip(expected[0], found[0], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    torch.testing.assert_close(expected[1], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_adapter_off_needs_an_adapter_and_a_frozen_head(make):
+    from peft import LoraConfig
+
+    with pytest.raises(ValueError, match="the student has no adapter"):
+        make(teacher_model="adapter-off")
+    with pytest.raises(ValueError, match="LM head is trained itself"):
+        make(
+            teacher_model="adapter-off",
+            peft_config=LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        )
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_the_moving_average_is_one(make, prompts, peft):
+    """After some steps the teacher's signal is that of a model made by hand from the averaged weights."""
+    hints = prompts.add_column("teacher_prompt", [f"h {text}" for text in prompts["prompt"]])
+    trainer = make(
+        teacher_model=None,
+        teacher_ema=0.8,
+        train_dataset=hints,
+        max_steps=3,
+        **({"peft_config": lora()} if peft else {}),
+    )
+    average = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    follow = trainer.teacher.follow
+
+    def by_hand():
+        follow()
+        for name, parameter in trainer.model.named_parameters():
+            if name in average:
+                average[name] = 0.8 * average[name] + 0.2 * parameter.detach()
+
+    trainer.teacher.follow = by_hand
+    trainer.train()
+    own = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    batch = generated(trainer, [{"prompt": "a b"}] * 2)
+    (judgement,) = trainer.panel.judge(batch, training=True)
+    for name, parameter in trainer.model.named_parameters():  # the student has its own weights back
+        assert torch.equal(parameter, own[name])
+        parameter.data = average.get(name, parameter.data)
+    trainer.model.eval()
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    logits = trainer.model(input_ids=ids, attention_mask=mask).logits[:, -batch["completion_ids"].shape[1] - 1 : -1]
+    found = judgement.signal.head.logits(judgement.signal.hidden)
+    torch.testing.assert_close(found, logits[judgement.mask], rtol=1e-4, atol=1e-5)
+    moved = max((own[name] - value).abs().max() for name, value in average.items())
+    assert moved > 1e-3
+
+
+def test_the_moving_average_is_saved_and_resumed(make, prompts, tmp_path):
+    hints = prompts.add_column("teacher_prompt", ["h"] * len(prompts))
+    settings = {
+        "teacher_model": None,
+        "teacher_ema": 0.8,
+        "train_dataset": hints,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    whole = make(**settings, max_steps=4)
+    whole.train()
+    resumed = make(**settings, max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, average in whole.teacher.averages.items():
+        torch.testing.assert_close(resumed.teacher.averages[name], average, rtol=1e-5, atol=1e-7)
+    (tmp_path / "checkpoint-2" / "teacher_ema.safetensors").unlink()
+    with pytest.raises(ValueError, match="from a run without `teacher_ema`"):
+        make(**settings, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_decay_that_is_none():
+    with pytest.raises(ValueError, match="it is the decay of a moving average"):
+        MovingAverage(1.0)
+
+
+# -- prompts of the teacher's own ------------------------------------------------------------------------------------
+
+
+def test_teacher_prompts_of_other_lengths_keep_completions_aligned(make, teacher):
+    """The signal is the teacher's hidden state at the same completion tokens after its own prompt."""
+    trainer = make()
+    rows = [
+        {"prompt": "a b", "teacher_prompt": "c d e f g"},
+        {"prompt": "a b c d", "teacher_prompt": "h"},
+        {"prompt": "e", "teacher_prompt": None},
+    ]
+    batch = generated(trainer, rows)
+    (judgement,) = trainer.panel.judge(batch, training=True)
+    logits = judgement.signal.head.logits(judgement.signal.hidden).split(judgement.mask.sum(1).tolist())
+    tokenizer = trainer.tokenizer
+    for row, found, completion, mask in zip(rows, logits, batch["completion_ids"], judgement.mask, strict=True):
+        prompt = tokenizer(row["teacher_prompt"] or row["prompt"])["input_ids"]
+        ids = torch.tensor([[*prompt, *completion[mask].tolist()]])
+        expected = teacher(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_teacher_prompts_may_be_messages(make, tokenizer, prompts):
+    template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}a {% endif %}"
+    with_template = copy.deepcopy(tokenizer)
+    with_template.chat_template = template
+    trainer = make()
+    trainer._tokenizer = trainer.processing_class = with_template
+    trainer.chat_template = None
+    said = [{"role": "user", "content": "a b"}]
+    rows = [{"prompt": said, "teacher_prompt": [{"role": "system", "content": "c d"}, *said]}, {"prompt": said}]
+    batch = generated(trainer, rows)
+    asked = [
+        ids[mask.bool()].tolist()
+        for ids, mask in zip(batch["teacher_prompt_ids"], batch["teacher_prompt_mask"], strict=True)
+    ]
+    assert asked == [tokenizer("c d a b a")["input_ids"], tokenizer("a b a")["input_ids"]]
+
+
+def test_a_teacher_prompt_that_is_none(make, prompts):
+    with pytest.raises(ValueError, match="Row 3 of the training dataset has the teacher prompt ''"):
+        make(train_dataset=prompts.add_column("teacher_prompt", ["a", None, "b", "", *["c"] * 28]))
+
+
+# -- several teachers ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair():
+    return {"math": make_model(seed=3, hidden_size=24), "code": make_model(seed=4)}
+
+
+def loss_and_gradient(trainer, rows):
+    torch.manual_seed(0)
+    batch = generated(trainer, rows)
+    trainer.model.zero_grad()
+    loss = trainer.rollout_loss(trainer.model, batch)
+    loss.backward()
+    return loss.item(), gradients(trainer.model)
+
+
+@pytest.mark.parametrize(("estimator", "discount"), ESTIMATORS)
+def test_rows_go_to_the_teacher_that_they_name_and_mixtures_add_up(make, pair, prompts, estimator, discount):
+    """By hand: the loss of each row under each teacher alone, weighted."""
+    settings = {"kl_estimator": estimator, "kl_discount": discount, "kl_top_k": 4, "loss_type": "luspo"}
+    named = ["math", "code", {"math": 0.7, "code": 0.3}, {"code": 2.0, "math": None}]
+    texts = ["a b", "c", "d e f", "g h"]
+    rows = [{"prompt": text, "teacher": name} for text, name in zip(texts, named, strict=True)]
+    column = prompts.add_column("teacher", ["math"] * len(prompts))
+    trainer = make(teacher_model=copy.deepcopy(pair), train_dataset=column, **settings)
+    loss, gradient = loss_and_gradient(trainer, rows)
+    expected_loss, expected = 0.0, torch.zeros_like(gradient)
+    for i, name in enumerate(("math", "code")):
+        alone = make(teacher_model=copy.deepcopy(pair[name]), **settings)
+        for row in rows:
+            weight = weights_of(row["teacher"], ["math", "code"], "")[i]
+            if weight > 0:
+                found, direction = loss_and_gradient(alone, [{"prompt": row["prompt"]}])
+                expected_loss += weight * found / len(rows)
+                expected += weight * direction / len(rows)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert relative_error(gradient, expected) < 1e-5
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_several_teachers_train_and_log_by_name(make, pair, prompts, offload):
+    column = prompts.add_column("teacher", (["math", "code", "math", "math"] * 8))
+    trainer = make(teacher_model=pair, train_dataset=column, teacher_offload=offload, max_steps=3)
+    trainer.train()
+    for row in trainer.state.log_history[:-1]:
+        assert row["distill/reverse_kl/math"] > 0
+    assert any(row["distill/reverse_kl/code"] > 0 for row in trainer.state.log_history[:-1])
+
+
+def test_parked_and_resident_teachers_route_alike(make, pair, prompts):
+    column = prompts.add_column("teacher", (["math", "code", "math", "math"] * 8))
+    runs = [
+        trained(
+            make(
+                teacher_model=copy.deepcopy(pair),
+                train_dataset=column,
+                teacher_offload=offload,
+                gradient_accumulation_steps=2,
+            )
+        )
+        for offload in (False, True)
+    ]
+    for a, b in zip(*(run[0] for run in runs), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_a_checkpoint_with_two_names_is_loaded_once(make, saved, prompts):
+    path = str(saved / "teacher")
+    column = prompts.add_column("teacher", ["one", "two"] * 16)
+    trainer = make(teacher_model={"one": path, "two": path}, train_dataset=column)
+    assert len(trainer.panel.members) == 1
+    trainer.train()
+    assert all(f"distill/reverse_kl/{name}" in trainer.state.log_history[0] for name in ("one", "two"))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("physics", "names the teacher 'physics', which is not known. Known are: 'math', 'code'"),
+        (None, "Name one of 'math', 'code'"),
+        ({"math": -1.0}, "must not be negative"),
+        ({"math": float("nan")}, "must not be negative"),
+        ({"math": 0.0}, "nor all of them 0"),
+    ],
+    ids=str,
+)
+def test_a_row_without_a_known_teacher(value, message):
+    with pytest.raises(ValueError, match=message):
+        weights_of(value, ["math", "code"], "Row 1")
+
+
+def test_unknown_teachers_are_found_before_training(make, pair, prompts):
+    with pytest.raises(ValueError, match="no `teacher` column"):
+        make(teacher_model=pair)
+    with pytest.raises(ValueError, match=r"Row 5 of the training dataset names the teacher 'art'"):
+        make(teacher_model=pair, train_dataset=prompts.add_column("teacher", ["math"] * 5 + ["art"] * 27))
+    with pytest.raises(ValueError, match="empty dictionary"):
+        make(teacher_model={})
+
+
+def test_a_mixture_of_two_equal_teachers_is_one(make, prompts, teacher):
+    """A weighted sum of KLs: 0.7 and 0.3 of the same teacher are the teacher."""
+    twins = {"a": copy.deepcopy(teacher), "b": copy.deepcopy(teacher)}
+    column = prompts.add_column("teacher", [{"a": 0.7, "b": 0.3}] * len(prompts))
+    mixed, alone = trained(make(teacher_model=twins, train_dataset=column))[0], trained(make())[0]
+    for a, b in zip(mixed, alone, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
