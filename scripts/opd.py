@@ -9,7 +9,10 @@ Arguments are TRL's own: those of `ScriptArguments`, `ModelConfig` (`--use_peft`
 `OPDConfig`, which holds all of `GRPOConfig`; they may also stand in a YAML file given as `--config`. Rewards come by
 import path: `--reward_funcs my_module.my_reward` (importable from here), or a name from `trl.rewards`.
 `--resume_from_checkpoint auto` goes on from the last checkpoint in `--output_dir`, if there is one. Without a GPU add
-`--use_cpu --bf16 false`.
+`--use_cpu --bf16 false`. `--check_only` compares teacher and student, prints a table and stops.
+
+Other teachers: `--teacher_models '{"math": "a", "code": "b"}'`, `--teacher_server_urls http://...`,
+`--teacher_ema 0.99`, `--teacher_model_name_or_path adapter-off`; see docs/teachers.md.
 
 Left out on purpose: data preparation, and any default that differs from `OPDConfig`'s.
 """
@@ -22,11 +25,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from trl_distill import OPDConfig, OPDTrainer
+from trl_distill import OPDConfig, OPDTrainer, TeacherUnavailable
+from trl_distill.checks import Finding
 from trl_distill.data import load_splits, take_split
+from trl_distill.preflight import PreflightError, Report
 
 
 @dataclass
@@ -37,11 +43,16 @@ class OPDScriptArguments(ScriptArguments):
     Args:
         reward_funcs (`list[str]`, *optional*):
             Import paths of reward functions, `package.module.function`, or names from `trl.rewards`.
+        check_only (`bool`, *optional*, defaults to `False`):
+            Load everything, compare teacher and student, print what was found, and stop.
     """
 
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={"help": "Rewards: import paths (`module.function`) or names from trl.rewards."},
+    )
+    check_only: bool = field(
+        default=False, metadata={"help": "Compare teacher and student, print what was found, and stop."}
     )
 
 
@@ -58,6 +69,15 @@ def import_reward(path: str) -> Callable:
         ) from None
     finally:
         sys.path.pop(0)
+
+
+def show(report: Report, error: ValueError | None = None) -> None:
+    """Print the preflight as a table, and leave: with status 1 where the run could not begin."""
+    if error is not None and not isinstance(error, PreflightError):
+        report.add(Finding("settings", "error", str(error)))
+    if int(os.environ.get("RANK", "0")) == 0:
+        Console(width=None if sys.stdout.isatty() else 140).print(report.table())
+    sys.exit(1 if report.count("error") else 0)
 
 
 def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConfig) -> None:
@@ -78,19 +98,29 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
         **(args.model_init_kwargs or {}),  # type: ignore[dict-item]
     }
 
-    trainer = OPDTrainer(
-        model=model_args.model_name_or_path,
-        reward_funcs=rewards or None,
-        args=args,
-        train_dataset=train,
-        eval_dataset=evaluate,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    try:
+        trainer = OPDTrainer(
+            model=model_args.model_name_or_path,
+            reward_funcs=rewards or None,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluate,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except ValueError as error:
+        if not script_args.check_only:
+            raise
+        show(getattr(error, "report", Report()), error)
+    if script_args.check_only:
+        show(trainer.preflight)
     resume = args.resume_from_checkpoint
     if resume == "auto":
         resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir or "") else None
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except TeacherUnavailable as error:
+        sys.exit(str(error))  # it says where everything so far lies; a traceback would hide that
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -87,7 +87,10 @@ class Assembly(Seams):
                 merged |= stops | theirs
             if size is not None and not report.count("error"):
                 self._stay_inside_vocabulary(size, text_config.vocab_size)
-        report.add(checks.sampling(args.biased_sampling))
+        report.add(
+            checks.sampling(args.biased_sampling),
+            checks.groups(args.num_generations, args.prompts_per_generation, self.has_rewards),
+        )
         if args.save_strategy == "steps":
             report.add(
                 checks.checkpoint_boundary(

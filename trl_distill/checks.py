@@ -393,3 +393,16 @@ def sampling(biased: list[str]) -> Finding:
         "teacher's term that is learnt from sampled tokens.",
         "Leave it out, or use kl_estimator='full' with kl_discount=0.",
     )
+
+
+def groups(generations: int | None, prompts: int, rewarded: bool) -> Finding:
+    """Rewards are compared within the completions of one prompt; `OPDConfig.resolved` has refused groups of one."""
+    batch = f"{prompts} prompts with {generations} completions each in a generation batch"
+    if rewarded or generations == 1:
+        return Finding("groups", "ok", f"{batch}, {'with' if rewarded else 'without'} rewards.")
+    return Finding(
+        "groups",
+        "warning",
+        f"{batch}, but no rewards to compare them by.",
+        "Set `num_generations=1`: more prompts teach more than more answers to one.",
+    )

@@ -30,6 +30,20 @@ LONGEST_OF = 512  # prompts that are tokenised to learn how long they get
 PROBE_LENGTH = 64  # tokens of a prompt on which student and teacher are compared
 
 
+class PreflightError(ValueError):
+    """
+    What a run cannot get past.
+
+    Attributes:
+        report ([`Report`]): everything that was found until then.
+    """
+
+    def __init__(self, report: Report):
+        errors = [str(finding) for finding in report.findings if finding.level == "error"]
+        super().__init__("\n\n".join(errors))
+        self.report = report
+
+
 @dataclass
 class Report:
     """What the checks found, in order."""
@@ -43,10 +57,9 @@ class Report:
         return sum(finding.level == level for finding in self.findings)
 
     def stop_on_errors(self) -> None:
-        """Raise `ValueError` with everything that a run cannot get past."""
-        errors = [str(finding) for finding in self.findings if finding.level == "error"]
-        if errors:
-            raise ValueError("\n\n".join(errors))
+        """Raise [`PreflightError`], a `ValueError`, with everything that a run cannot get past."""
+        if self.count("error"):
+            raise PreflightError(self)
 
     def warn(self) -> None:
         """Log what may be wrong, and how much was looked at."""

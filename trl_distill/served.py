@@ -234,7 +234,7 @@ class ServedTeacher:
         def pause(state: RetryCallState) -> float:
             if state.attempt_number < len(urls):
                 return 0.0  # somebody else has not been asked yet
-            longest = self.backoff * 2 ** (state.attempt_number - len(urls))
+            longest = self.backoff * 2.0 ** min(state.attempt_number - len(urls), 99)
             error: Any = state.outcome and state.outcome.exception()
             return min(max(longest * random.uniform(0.5, 1.0), error.retry_after), LONGEST_PAUSE)
 
@@ -340,8 +340,8 @@ def _read_position(entry: Any, token: int, k: int, judged: bool) -> Judgement:
         log_p, rank = fields.get("logprob"), fields.get("rank")
         if type(log_p) not in (float, int) or not IMPOSSIBLE <= log_p <= 1e-4:
             raise ValueError(f"id {key} should have a log-probability, found {_show(value)}")
-        if type(rank) is not int or rank < 1 or rank in ranked:
-            raise ValueError(f"id {key} should have a rank of its own, from 1 on, found {_show(value)}")
+        if type(rank) is not int or rank in ranked:
+            raise ValueError(f"id {key} should have a rank of its own, found {_show(value)}")
         ranked[rank] = (int(key), float(log_p))
     first = next(iter(entry))
     if int(first) != token:
@@ -408,8 +408,8 @@ def _rows(rollouts: Rollouts) -> list[Row]:
 
 
 def _base_url(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"`urls` holds {url!r}; write it with its scheme, such as 'http://localhost:8000'.")
+    if not url.startswith(("http://", "https://")) or not httpx.URL(url).host:
+        raise ValueError(f"`urls` holds {url!r}; write it in full, such as 'http://localhost:8000'.")
     return url.rstrip("/").removesuffix("/v1") + "/v1"
 
 

@@ -80,13 +80,18 @@ def deepspeed_ops() -> dict[str, str]:
     return env
 
 
-@pytest.mark.parametrize(("tied", "estimator"), [("student", "full"), ("teacher", "topk")])
-def test_zero3_equals_one_process(saved, tokenizer, deepspeed_ops, tied, estimator):
-    for name, seed in (("student", 1), ("teacher", 2)):
+@pytest.mark.parametrize(
+    ("tied", "options"), [("student", ("full",)), ("teacher", ("topk",)), ("student", ("full", "routed"))], ids=str
+)
+def test_zero3_equals_one_process(saved, tokenizer, deepspeed_ops, tied, options):
+    """With "routed" no process has a row of both teachers, and yet each takes part in the forward of both."""
+    for name, seed in (("student", 1), ("teacher", 2), ("second", 3)):
         make_model("tied" if name == tied else "untied", seed=seed).save_pretrained(saved / name)
-    (single,) = launch(saved, torchrun(1), 1, estimator)
+        tokenizer.save_pretrained(saved / name)
+    (single,) = launch(saved, torchrun(1), 1, *options)
     expected = saved_weights(saved)
-    both = launch(saved, ["accelerate.commands.launch", "--config_file", str(ZERO3)], 2, estimator, **deepspeed_ops)
+    both = launch(saved, ["accelerate.commands.launch", "--config_file", str(ZERO3)], 2, *options, **deepspeed_ops)
+    assert ("distill/reverse_kl/code" in single["steps"][0]) is ("routed" in options)
     assert [(r["distributed_type"], r["processes"], r["zero_stage"]) for r in both] == [("DEEPSPEED", 2, 3)] * 2
     for result in both:
         assert result["teacher_parameters"] == single["teacher_parameters"]

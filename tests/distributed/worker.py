@@ -1,6 +1,6 @@
 """One process of a distributed run: trains a tiny student and writes what it saw as JSON.
 
-    torchrun --nproc_per_node 2 tests/distributed/worker.py FOLDER PER_DEVICE_BATCH ESTIMATOR [rewards]
+    torchrun --nproc_per_node 2 tests/distributed/worker.py FOLDER PER_DEVICE_BATCH ESTIMATOR [rewards] [routed]
     accelerate launch --config_file deepspeed_configs/zero3_cpu.yaml tests/distributed/worker.py ... (the same)
 
 FOLDER holds `student` and `teacher`, saved with their tokenizer. The result goes to `FOLDER/result-RANK.json`, the
@@ -25,6 +25,7 @@ from trl_distill import OPDTrainer
 
 
 LOGGED = ("loss", "grad_norm", "distill/reverse_kl", "entropy", "reward", "reward_std", "objective", "policy_loss")
+LOGGED += ("distill/reverse_kl/math", "distill/reverse_kl/code")
 
 
 GROUP = 8  # with two processes it lies on both
@@ -46,12 +47,15 @@ def written_out(prompts, trainer) -> dict[str, list]:
     }
 
 
-def main(folder: Path, per_device_batch: int, estimator: str, rewards: bool) -> None:
+def main(folder: Path, per_device_batch: int, estimator: str, rewards: bool = False, routed: bool = False) -> None:
     torch.set_num_threads(1)
     prompts = Dataset.from_dict({"prompt": [" ".join("abcdefgh"[i % 8 :][: 1 + i % 5]) + " z" for i in range(32)]})
+    teacher = str(folder / "teacher")
+    if routed:  # with two processes, one has all rows of the one teacher, the other those of the other
+        prompts = prompts.add_column("teacher", (["math"] * 4 + ["code"] * 4) * 4)
     trainer = OPDTrainer(
         model=str(folder / "student"),
-        teacher_model=str(folder / "teacher"),
+        teacher_model={"math": teacher, "code": str(folder / "second")} if routed else teacher,
         reward_funcs=[letters] if rewards else None,
         args=config(
             folder / "out",
@@ -60,6 +64,7 @@ def main(folder: Path, per_device_batch: int, estimator: str, rewards: bool) -> 
             kl_estimator=estimator,
             kl_top_k=4,
             num_generations=GROUP if rewards else 1,
+            shuffle_dataset=not routed,
             max_grad_norm=1e9,
             ddp_backend="gloo",
             use_cpu=os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",  # would switch DeepSpeed off
@@ -84,4 +89,4 @@ def main(folder: Path, per_device_batch: int, estimator: str, rewards: bool) -> 
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], rewards="rewards" in sys.argv[4:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], **dict.fromkeys(sys.argv[4:], True))

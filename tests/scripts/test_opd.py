@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import make_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
@@ -103,6 +104,50 @@ def test_resume_auto(run, saved, capsys):
 def test_bad_arguments(run, arguments, message):
     with pytest.raises(ValueError, match=message):
         run(*arguments)
+
+
+def test_check_only_prints_a_table_and_trains_nothing(run, saved, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("--check_only")
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for check in ("tokenizer", "vocabulary", "stop tokens", "chat template", "context", "sampling", "teacher differs"):
+        assert check in shown
+    assert "0 errors" in shown
+    assert not (saved / "out" / "model.safetensors").exists()
+
+
+def test_check_only_shows_all_errors_at_once(run, saved, capsys):
+    words = ["<pad>", "<eos>", *"zyxwvutsrqponmlkjihgfedcba", "."]
+    make_tokenizer(words).save_pretrained(saved / "teacher")
+    with pytest.raises(SystemExit) as stopped:
+        run("--check_only", "--max_completion_length", "200")
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 1
+    assert "3 errors" in shown  # the tokenizer, and both models' positions
+    with pytest.raises(SystemExit):
+        run("--check_only", "--teacher_model_name_or_path", "nowhere")
+    assert "could not be found" in capsys.readouterr().out
+
+
+def test_adapter_off_by_its_name(run, capsys):
+    lora = ("--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj")
+    run("--teacher_model_name_or_path", "adapter-off", "--assume_different_teacher", *lora)
+    assert "The adapter is in out" in capsys.readouterr().out
+
+
+def test_several_teachers_as_json(opd, saved, prompts, monkeypatch, capsys):
+    monkeypatch.chdir(saved)
+    rows = [{"prompt": p, "teacher": "ab"[i % 2]} for i, p in enumerate(prompts["prompt"])]
+    (saved / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (saved / "settings.yaml").write_text(
+        "model_name_or_path: student\ndataset_name: prompts.jsonl\noutput_dir: out\nmax_steps: 1\nuse_cpu: true\n"
+        "per_device_train_batch_size: 4\nmax_completion_length: 6\nbf16: false\nreport_to: none\nsave_strategy: 'no'\n"
+    )
+    parser = TrlParser([opd.OPDScriptArguments, opd.OPDConfig, ModelConfig])
+    teachers = json.dumps({"a": "teacher", "b": "teacher"})
+    opd.main(*parser.parse_args_and_config(["--config", "settings.yaml", "--teacher_models", teachers]))
+    assert "Done after 1 steps" in capsys.readouterr().out
 
 
 def test_missing_names(opd, tmp_path):
