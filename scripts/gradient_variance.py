@@ -153,6 +153,7 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
         right.barh(offsets, [variance[name] for name in names], height, color=colours[place], label=student)
         for offset, name in zip(offsets, names, strict=True):
             right.annotate(f" {variance[name]:.3g}", (variance[name], offset), va="center", fontsize=8)
+    left.set_title("Exact head, sampled tail (γ = 0)")
     left.axhline(1, color="#555555", linestyle="--", linewidth=1)
     left.set(
         xscale="symlog",
@@ -161,12 +162,12 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
         xlabel="kl_top_k (0 is `sampled`)",
         ylabel="variance, full = 1",
     )
-    left.set_title("Exact head, sampled tail (γ = 0)")
+    left.minorticks_off()
     left.legend(frameon=False)
     right.set(yticks=range(len(names)), yticklabels=names, xscale="log", xlabel="variance, full at γ = 0 is 1")
     right.invert_yaxis()
     right.set_xlim(1, 3 * max(max(v.values()) for v in results.values()))
-    right.set_title("Answering for the KL to come, with and without a baseline")
+    right.set_title("The KL to come (full, γ and baselines)", loc="right")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)

@@ -76,11 +76,10 @@ class TeacherServer:
         if longest + body["max_tokens"] > self.max_model_len:
             limit = f"This model's maximum context length is {self.max_model_len} tokens."
             return _error(400, f"{limit} However, your prompt contains {longest} input tokens")
+        self.asked.append(body)
         choices = []
         for index, ids in enumerate(body["prompt"]):
-            with self._lock:
-                log_probs = None if k is None else self._prompt_log_probs(ids, k)
-                self.asked.append(body)
+            log_probs = None if k is None else self._prompt_log_probs(ids, k)
             echo = ids if body.get("return_token_ids") else None
             choice = {"index": index, "text": "", "logprobs": None, "finish_reason": "length"}
             choices.append({**choice, "prompt_logprobs": log_probs, "prompt_token_ids": echo})
@@ -103,7 +102,9 @@ class TeacherServer:
         return result
 
     def next_fault(self) -> tuple[str, Any]:
+        """Count a request, and say what is to go wrong with it."""
         with self._lock:
+            self.count += 1
             fault, times, value = self._fault
             self._fault = (fault, times - 1, value)
             return (fault, value) if times > 0 else ("", None)
@@ -133,7 +134,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _respond(self, status: int, content: Any) -> None:
         teacher = self.teacher
-        teacher.count += 1
         teacher.headers = dict(self.headers)
         fault, value = teacher.next_fault()
         headers = {}

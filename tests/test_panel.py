@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
-from helpers import EOS, config, gradients, in_training, make_model, relative_error
+from helpers import EOS, VOCAB, config, gradients, in_training, make_model, relative_error
+from teacher_server import TeacherServer
 
-from trl_distill import MovingAverage, OPDTrainer
+from trl_distill import MovingAverage, OPDTrainer, ServedTeacher, TeacherAnswerError, TeacherUnavailable
 from trl_distill.panel import weights_of
 
 
@@ -382,3 +383,97 @@ def test_a_mixture_of_two_equal_teachers_is_one(make, prompts, teacher):
     mixed, alone = trained(make(teacher_model=twins, train_dataset=column))[0], trained(make())[0]
     for a, b in zip(mixed, alone, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+# -- served teachers -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(teacher):
+    with TeacherServer(copy.deepcopy(teacher), max_logprobs=VOCAB) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("settings", "local"),
+    [
+        ({"kl_estimator": "sampled"}, {"kl_estimator": "sampled"}),
+        ({"kl_estimator": "sampled", "kl_discount": 1.0}, {"kl_estimator": "sampled", "kl_discount": 1.0}),
+        ({"kl_estimator": "topk", "kl_top_k": VOCAB}, {"kl_estimator": "full"}),
+        (
+            {"kl_estimator": "topk", "kl_top_k": VOCAB, "num_iterations": 2},
+            {"kl_estimator": "full", "num_iterations": 2},
+        ),
+    ],
+    ids=str,
+)
+def test_a_served_teacher_trains_as_the_local_one(make, served, settings, local):
+    """Where its top k are all ids, `topk` is exact."""
+    expected = trained(make(**local, gradient_accumulation_steps=2))[0]
+    k = settings.get("kl_top_k", 0)
+    found = trained(
+        make(teacher_model=ServedTeacher(served.url, "teacher", k), **settings, gradient_accumulation_steps=2)
+    )[0]
+    for a, b in zip(expected, found, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_served_teacher_that_cannot_give_what_is_asked(make, served):
+    teacher = ServedTeacher(served.url, "teacher")
+    with pytest.raises(ValueError, match="Use kl_estimator='topk' or 'sampled'"):
+        make(teacher_model=teacher)
+    with pytest.raises(ValueError, match="judges at temperature 1 only"):
+        make(teacher_model=teacher, kl_estimator="sampled", temperature=0.7)
+    with pytest.raises(ValueError, match=r"is a server\. Say which model it serves"):
+        make(teacher_model=served.url, kl_estimator="sampled")
+    with pytest.raises(ValueError, match=r"asks the server for 0 .* `kl_top_k` is 4"):
+        make(teacher_model=teacher, kl_estimator="topk", kl_top_k=4)
+
+
+def test_a_teacher_that_stays_away_leaves_a_checkpoint_from_which_the_run_goes_on(make, served, tmp_path):
+    """The run with the break ends with the weights of the run without."""
+
+    def of_run(**changes):
+        quick = ServedTeacher(served.url, "teacher", retries=1, backoff=0.01, timeout=2)
+        return make(teacher_model=quick, kl_estimator="sampled", max_steps=4, **changes)
+
+    _, expected = trained(of_run())
+    broken = of_run()
+    score, asked = broken.teacher.score, []
+
+    def score_until_the_third_batch(rollouts):
+        asked.append(len(rollouts))
+        if len(asked) == 3:
+            served.fail("drop")
+        return score(rollouts)
+
+    broken.teacher.score = score_until_the_third_batch
+    with pytest.raises(
+        TeacherUnavailable, match=r"Training stopped after step 2\. Everything so far is in .*checkpoint-2"
+    ):
+        broken.train()
+    served.fail("", times=0)
+    resumed = of_run()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    found = torch.cat([p.detach().flatten() for p in resumed.model.parameters()])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fault", [("status", 500), ("status", (429, "0")), ("drop", None), ("break", None)], ids=str)
+def test_faults_that_pass_change_nothing_in_training(make, served, fault):
+    def of_run():
+        return make(teacher_model=ServedTeacher(served.url, "teacher", backoff=0.01), kl_estimator="sampled")
+
+    expected, trainer = trained(of_run())[0], of_run()
+    served.fail(fault[0], times=2, value=fault[1])
+    assert trained(trainer)[0] == expected
+
+
+@pytest.mark.parametrize("fault", ["shuffle", "cut"])
+def test_nothing_is_trained_on_a_wrong_answer(make, served, fault):
+    trainer = make(teacher_model=ServedTeacher(served.url, "teacher"), kl_estimator="sampled")
+    before = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    served.fail(fault)
+    with pytest.raises(TeacherAnswerError):
+        trainer.train()
+    assert torch.equal(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), before)

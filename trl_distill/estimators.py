@@ -27,10 +27,12 @@ class Estimator(Protocol):
     Attributes:
         needs_log_probs (`bool`): whether the student's log-probability of the sampled token is needed, with gradient.
         takes (`tuple` of types): the signals that it can work with.
+        stops (`list[int]`): ids that count as one; empty where there is nothing to merge.
     """
 
     needs_log_probs: bool
     takes: tuple[type, ...]
+    stops: list[int]
 
     def measure(
         self,
@@ -229,6 +231,18 @@ def check_signals(name: str, estimator: Estimator, teachers: dict[str, Any], tem
             raise ValueError(
                 f"kl_estimator={name!r} needs hidden states and an LM head, which the teacher {who!r} "
                 f"({type(teacher).__name__}) does not give. Use kl_estimator='topk' or 'sampled'."
+            )
+        if estimator.stops and issubclass(gives, TokenLogProbs):
+            raise ValueError(
+                f"Student and teacher end a turn with different ids, and the teacher {who!r} "
+                f"({type(teacher).__name__}) does not say how likely it is to stop as a whole. Give both the same stop "
+                "tokens, use a local teacher, or set `merge_stop_tokens=False` and watch the length of completions."
+            )
+        asked = getattr(teacher, "top_k", None)
+        if asked is not None and isinstance(estimator, TopK) and asked != estimator.k:
+            raise ValueError(
+                f"The teacher {who!r} asks the server for {asked} of its likeliest ids, but `kl_top_k` is "
+                f"{estimator.k}. Give both the same number: `{type(teacher).__name__}(..., top_k={estimator.k})`."
             )
         if fixed is not None and fixed != temperature:
             raise ValueError(

@@ -1,10 +1,10 @@
 """A teacher behind vLLM's HTTP server: log-probabilities of the sampled tokens, and the teacher's own top k.
 
-    vllm serve Qwen/Qwen3-8B --max-logprobs 64 --generation-config vllm
+    vllm serve Qwen/Qwen3-8B --max-logprobs 64
 
-The protocol is that of vLLM 0.33 (0.22 and later agree): `/v1/completions` with `prompt_logprobs` and
-`return_token_ids`. An answer is taken only if every position in it fits what was asked; anything else is an error,
-never a number. When to ask is left to the caller, what is computed from the signal to `heads.py`.
+The protocol is that of vLLM 0.33, unchanged since 0.22: `/v1/completions`, `prompt_logprobs` and `return_token_ids`.
+An answer is taken only if every position in it fits what was asked; anything else is an error, never a number. When to
+ask is left to the caller, what is computed from the signal to `heads.py`.
 """
 
 from __future__ import annotations
@@ -85,6 +85,10 @@ class ServedTeacher:
         rows_per_request (`int`): sequences in one request.
         api_key (`str`): the server's `--api-key`.
     """
+
+    gives = TokenLogProbs
+    per_generation = True  # whole generation batches keep the server busy, and waiting is done once
+    temperature = 1.0  # `prompt_logprobs` know no other
 
     def __init__(
         self,
