@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from teacher_server import TeacherServer
 
 from trl_distill import served
-from trl_distill.served import Row, ServedTeacher, read_answer
+from trl_distill.answers import Row, read_answer
+from trl_distill.served import ServedTeacher
 from trl_distill.signals import Rollouts, TeacherAnswerError, TeacherUnavailable, TokenLogProbs
 
 

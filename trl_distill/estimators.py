@@ -128,17 +128,17 @@ class TopK:
             ids = signal.top_ids[:, : self.k]
         else:
             ids = top_ids(hidden, head, min(self.k, head.vocab_size))  # (N, K)
-        chosen: list[Any] = [ids, self.stops] if self.stops else [ids]
-        of_student, of_teacher = _columns(hidden, head, signal, chosen, sampled, log_q, log_p, self.temperature)
         outside = ~(ids == sampled[:, None]).any(-1)
+        unknown = ids >= head.vocab_size  # padding of the teacher's, which the student never writes
+        ids = ids.masked_fill(unknown, 0)
+        chosen: list[Any] = [ids, self.stops] if self.stops else [ids]
+        both = _columns(hidden, head, signal, chosen, sampled, log_q, log_p, self.temperature)
+        k, left_out = ids.shape[1], (unknown | _is_in(ids, self.stops)) if self.stops else unknown
+        heads = [x[:, :k].masked_fill(left_out, _NEVER) for x in both]
         if self.stops:  # out of the head, and back into it as one class
-            k, doubles = ids.shape[1], _is_in(ids, self.stops)
-            of_student, of_teacher = (
-                torch.cat([x[:, :k].masked_fill(doubles, _NEVER), x[:, k:].logsumexp(-1, keepdim=True)], dim=1)
-                for x in (of_student, of_teacher)
-            )
+            heads = [torch.cat([x, y[:, k:].logsumexp(-1, keepdim=True)], 1) for x, y in zip(heads, both, strict=True)]
             outside &= ~_is_in(sampled, self.stops)
-        return {"log_p": log_p, "head_log_q": of_student, "head_log_p": of_teacher, "outside": outside}
+        return {"log_p": log_p, "head_log_q": heads[0], "head_log_p": heads[1], "outside": outside}
 
     def term(self, measured, log_q, ratio, weight) -> torch.Tensor:
         m = measured

@@ -14,13 +14,10 @@ import json
 import logging
 import math
 import random
-import re
-import reprlib
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -35,34 +32,23 @@ from tenacity import (
     stop_when_event_set,
 )
 
+from .answers import Row, TokenJudgement, read_answer, read_models
 from .signals import Rollouts, TeacherAnswerError, TeacherUnavailable, TokenLogProbs
 
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Judgement = tuple[float, list[int], list[float]]  # log p of the token; the K likeliest ids; their log p
 
 LONGEST_PAUSE = 30.0  # seconds between two attempts, whatever the server asks for
 LONGEST_CONNECT = 5.0  # seconds
 SHUNNED = 30.0  # seconds during which a URL that failed comes after the others
-IMPOSSIBLE = -9999.0  # what vLLM writes for a log-probability of -inf, which JSON lacks
 ADVICE = {  # what to do about a server's complaint
     "HTTP 401": "Pass the server's key as `api_key`.",
     "max allowed": "Start the server with `--max-logprobs` of at least `top_k`, or lower `top_k`.",
     "maximum context length": "Start the server with a larger `--max-model-len`, or shorten prompts and completions.",
     "not JSON compliant": "The teacher computes NaN: look at its weights and at the server's `--dtype`.",
 }
-TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
-
-
-@dataclass
-class Row:
-    """A row of the rollouts as it is sent: its index there, its ids without padding, the positions that are judged."""
-
-    index: int
-    ids: list[int]
-    judged: list[int]
 
 
 class ServedTeacher:
@@ -166,7 +152,7 @@ class ServedTeacher:
         """Close the connections. Nothing can be asked afterwards."""
         self._client.close()
 
-    def _judge(self, rows: list[Row], halt: threading.Event, urls: list[str] | None = None) -> list[Judgement]:
+    def _judge(self, rows: list[Row], halt: threading.Event, urls: list[str] | None = None) -> list[TokenJudgement]:
         body = {
             "model": self.model,
             "prompt": [row.ids for row in rows],
@@ -182,7 +168,7 @@ class ServedTeacher:
     def _visit(self, url: str, halt: threading.Event) -> TeacherUnavailable | None:
         """Check one server; the error if it does not answer."""
         try:
-            models = self._ask([url], "/models", None, _read_models, halt)
+            models = self._ask([url], "/models", None, read_models, halt)
             if self.model not in models:
                 raise ValueError(
                     f"{url} does not serve `model='{self.model}'` but {models}. Pass one of these names, or start the "
@@ -284,113 +270,6 @@ class _PassingError(Exception):
         self.retry_after = retry_after
 
 
-def read_answer(content: bytes | str, rows: list[Row], model: str, top_k: int) -> list[Judgement]:
-    """
-    The judgements of all judged tokens, row by row, from the answer of `/v1/completions` about `rows`.
-
-    Raises:
-        TeacherAnswerError: something in it is malformed or does not belong to what was asked; says what and where.
-    """
-    answer = _read_json(content)
-    if answer.get("model") != model:
-        raise TeacherAnswerError(
-            f"it is from the model {_show(answer.get('model'))}, but {model!r} was asked. A server with several names "
-            "answers under its first: pass that one as `model`."
-        )
-    choices = answer.get("choices")
-    if not isinstance(choices, list) or len(choices) != len(rows):
-        raise TeacherAnswerError(f"{len(rows)} sequences were sent, found as choices: {_show(choices)}.")
-    return [
-        judgement
-        for number, (choice, row) in enumerate(zip(choices, rows, strict=True))
-        for judgement in _read_choice(choice, number, row, top_k)
-    ]
-
-
-def _read_choice(choice: Any, number: int, row: Row, top_k: int) -> list[Judgement]:
-    if not isinstance(choice, dict) or not _same(choice.get("index"), number):
-        raise TeacherAnswerError(f"row {row.index}: choice {number} should have that index, found {_show(choice)}.")
-    lists: list[Any] = [choice.get("prompt_token_ids"), choice.get("prompt_logprobs")]
-    if not all(isinstance(found, list) and len(found) == len(row.ids) for found in lists):
-        found = " and ".join(f"{len(found)}" if isinstance(found, list) else _show(found) for found in lists)
-        raise TeacherAnswerError(
-            f"row {row.index}: {len(row.ids)} tokens were sent; as prompt_token_ids and prompt_logprobs came {found}."
-        )
-    judged, judgements = set(row.judged), []
-    for position, (token, echoed, entry) in enumerate(zip(row.ids, *lists, strict=True)):
-        try:
-            if not _same(echoed, token):
-                raise ValueError(f"the server read it as {_show(echoed)}")
-            if position > 0:
-                judgement = _read_position(entry, token, max(top_k, 1), position in judged)
-                if position in judged:
-                    judgements.append((judgement[0], judgement[1][:top_k], judgement[2][:top_k]))
-            elif entry is not None:
-                raise ValueError(f"nothing stands before it, so null was expected, found {_show(entry)}")
-        except ValueError as error:
-            raise TeacherAnswerError(f"row {row.index}, position {position}, token {token}: {error}.") from None
-    return judgements
-
-
-def _read_position(entry: Any, token: int, k: int, judged: bool) -> Judgement:
-    """Read `{"<id>": {"logprob": ..., "rank": ...}}`: first the token, then the k likeliest ids that it is not."""
-    if not isinstance(entry, dict) or not entry:
-        raise ValueError(f"an object with log-probabilities was expected, found {_show(entry)}")
-    ranked: dict[int, tuple[int, float]] = {}  # rank: (id, log p)
-    for key, value in entry.items():
-        if not TOKEN_ID.fullmatch(key):
-            raise ValueError(f"{_show(key)} is not a token id")
-        fields: Any = value if isinstance(value, dict) else {}
-        log_p, rank = fields.get("logprob"), fields.get("rank")
-        if type(log_p) not in (float, int) or not IMPOSSIBLE <= log_p <= 1e-4:
-            raise ValueError(f"id {key} should have a log-probability, found {_show(value)}")
-        if type(rank) is not int or rank in ranked:
-            raise ValueError(f"id {key} should have a rank of its own, found {_show(value)}")
-        ranked[rank] = (int(key), float(log_p))
-    first = next(iter(entry))
-    if int(first) != token:
-        raise ValueError(f"found the judgement of token {first}; positions are shifted, or a proxy sorts JSON keys")
-    own = entry[first]["rank"]
-    if sorted(ranked) != [*range(1, k + 1), *([own] if own > k else [])]:
-        raise ValueError(f"ranks 1 to {k} and the token's own, {own}, were expected, found {_show(sorted(ranked))}")
-    log_ps = [ranked[rank][1] for rank in sorted(ranked)]
-    if any(better < worse for better, worse in itertools.pairwise(log_ps)):
-        raise ValueError(f"log-probabilities do not fall with the rank: {_show(log_ps)}")
-    if sum(map(math.exp, log_ps)) > 1 + 1e-3:
-        raise ValueError(f"the listed probabilities sum to {sum(map(math.exp, log_ps)):.4f}, more than 1")
-    if judged and log_ps[-1] <= IMPOSSIBLE:
-        raise ValueError(
-            f"the teacher gives id {ranked[max(ranked)][0]} no probability at all (vLLM writes -inf as {IMPOSSIBLE}), "
-            "and no divergence is finite there. Keep such ids out of the rollouts, or lower `top_k`"
-        )
-    top_ids, top_log_p = zip(*(ranked[rank] for rank in range(1, k + 1)), strict=True)
-    return ranked[own][1], list(top_ids), list(top_log_p)
-
-
-def _read_models(content: bytes) -> list[str]:
-    """The names in the answer of `/v1/models`."""
-    cards = _read_json(content).get("data")
-    if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
-        raise TeacherAnswerError(f"a list of models was expected, found {_show(cards)}.")
-    return [card["id"] for card in cards]
-
-
-def _read_json(content: bytes | str) -> dict[str, Any]:
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError(f"a key stands twice among {_show([key for key, _ in pairs])}")
-        return result
-
-    try:
-        answer = json.loads(content, object_pairs_hook=without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise TeacherAnswerError(f"it is not JSON ({error}); it begins with {content[:80]!r}.") from None
-    if not isinstance(answer, dict):
-        raise TeacherAnswerError(f"a JSON object was expected, found {_show(answer)}.")
-    return answer
-
-
 def _rows(rollouts: Rollouts) -> list[Row]:
     """The rows with judged tokens, without padding."""
     prompt = rollouts.input_ids.shape[1] - rollouts.mask.shape[1]
@@ -431,11 +310,3 @@ def _seconds(retry_after: str | None) -> float:
         return float(retry_after or 0)
     except ValueError:
         return 0.0
-
-
-def _same(found: Any, expected: int) -> bool:
-    return type(found) is int and found == expected  # True == 1 == 1.0
-
-
-def _show(value: Any) -> str:
-    return reprlib.repr(value)

@@ -1,0 +1,145 @@
+"""What a teacher's server answered: read position by position, and taken only where all of it fits the question.
+
+The wire format is that of vLLM, see `served.py`, which does the asking.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import reprlib
+from dataclasses import dataclass
+from typing import Any
+
+from .signals import TeacherAnswerError
+
+
+TokenJudgement = tuple[float, list[int], list[float]]  # log p of the token; the K likeliest ids; their log p
+IMPOSSIBLE = -9999.0  # what vLLM writes for a log-probability of -inf, which JSON lacks
+TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+@dataclass
+class Row:
+    """A row of the rollouts as it is sent: its index there, its ids without padding, the positions that are judged."""
+
+    index: int
+    ids: list[int]
+    judged: list[int]
+
+
+def read_answer(content: bytes | str, rows: list[Row], model: str, top_k: int) -> list[TokenJudgement]:
+    """
+    The judgements of all judged tokens, row by row, from the answer of `/v1/completions` about `rows`.
+
+    Raises:
+        TeacherAnswerError: something in it is malformed or does not belong to what was asked; says what and where.
+    """
+    answer = read_json(content)
+    if answer.get("model") != model:
+        raise TeacherAnswerError(
+            f"it is from the model {show(answer.get('model'))}, but {model!r} was asked. A server with several names "
+            "answers under its first: pass that one as `model`."
+        )
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or len(choices) != len(rows):
+        raise TeacherAnswerError(f"{len(rows)} sequences were sent, found as choices: {show(choices)}.")
+    return [
+        judgement
+        for number, (choice, row) in enumerate(zip(choices, rows, strict=True))
+        for judgement in _read_choice(choice, number, row, top_k)
+    ]
+
+
+def _read_choice(choice: Any, number: int, row: Row, top_k: int) -> list[TokenJudgement]:
+    if not isinstance(choice, dict) or not same(choice.get("index"), number):
+        raise TeacherAnswerError(f"row {row.index}: choice {number} should have that index, found {show(choice)}.")
+    lists: list[Any] = [choice.get("prompt_token_ids"), choice.get("prompt_logprobs")]
+    if not all(isinstance(found, list) and len(found) == len(row.ids) for found in lists):
+        found = " and ".join(f"{len(found)}" if isinstance(found, list) else show(found) for found in lists)
+        raise TeacherAnswerError(
+            f"row {row.index}: {len(row.ids)} tokens were sent; as prompt_token_ids and prompt_logprobs came {found}."
+        )
+    judged, judgements = set(row.judged), []
+    for position, (token, echoed, entry) in enumerate(zip(row.ids, *lists, strict=True)):
+        try:
+            if not same(echoed, token):
+                raise ValueError(f"the server read it as {show(echoed)}")
+            if position > 0:
+                judgement = _read_position(entry, token, max(top_k, 1), position in judged)
+                if position in judged:
+                    judgements.append((judgement[0], judgement[1][:top_k], judgement[2][:top_k]))
+            elif entry is not None:
+                raise ValueError(f"nothing stands before it, so null was expected, found {show(entry)}")
+        except ValueError as error:
+            raise TeacherAnswerError(f"row {row.index}, position {position}, token {token}: {error}.") from None
+    return judgements
+
+
+def _read_position(entry: Any, token: int, k: int, judged: bool) -> TokenJudgement:
+    """Read `{"<id>": {"logprob": ..., "rank": ...}}`: first the token, then the k likeliest ids that it is not."""
+    if not isinstance(entry, dict) or not entry:
+        raise ValueError(f"an object with log-probabilities was expected, found {show(entry)}")
+    ranked: dict[int, tuple[int, float]] = {}  # rank: (id, log p)
+    for key, value in entry.items():
+        if not TOKEN_ID.fullmatch(key):
+            raise ValueError(f"{show(key)} is not a token id")
+        fields: Any = value if isinstance(value, dict) else {}
+        log_p, rank = fields.get("logprob"), fields.get("rank")
+        if type(log_p) not in (float, int) or not IMPOSSIBLE <= log_p <= 1e-4:
+            raise ValueError(f"id {key} should have a log-probability, found {show(value)}")
+        if type(rank) is not int or rank in ranked:
+            raise ValueError(f"id {key} should have a rank of its own, found {show(value)}")
+        ranked[rank] = (int(key), float(log_p))
+    first = next(iter(entry))
+    if int(first) != token:
+        raise ValueError(f"found the judgement of token {first}; positions are shifted, or a proxy sorts JSON keys")
+    own = entry[first]["rank"]
+    if sorted(ranked) != [*range(1, k + 1), *([own] if own > k else [])]:
+        raise ValueError(f"ranks 1 to {k} and the token's own, {own}, were expected, found {show(sorted(ranked))}")
+    log_ps = [ranked[rank][1] for rank in sorted(ranked)]
+    if any(better < worse for better, worse in itertools.pairwise(log_ps)):
+        raise ValueError(f"log-probabilities do not fall with the rank: {show(log_ps)}")
+    if sum(map(math.exp, log_ps)) > 1 + 1e-3:
+        raise ValueError(f"the listed probabilities sum to {sum(map(math.exp, log_ps)):.4f}, more than 1")
+    if judged and log_ps[-1] <= IMPOSSIBLE:
+        raise ValueError(
+            f"the teacher gives id {ranked[max(ranked)][0]} no probability at all (vLLM writes -inf as {IMPOSSIBLE}), "
+            "and no divergence is finite there. Keep such ids out of the rollouts, or lower `top_k`"
+        )
+    top_ids, top_log_p = zip(*(ranked[rank] for rank in range(1, k + 1)), strict=True)
+    return ranked[own][1], list(top_ids), list(top_log_p)
+
+
+def read_models(content: bytes) -> list[str]:
+    """The names in the answer of `/v1/models`."""
+    cards = read_json(content).get("data")
+    if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
+        raise TeacherAnswerError(f"a list of models was expected, found {show(cards)}.")
+    return [card["id"] for card in cards]
+
+
+def read_json(content: bytes | str) -> dict[str, Any]:
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError(f"a key stands twice among {show([key for key, _ in pairs])}")
+        return result
+
+    try:
+        answer = json.loads(content, object_pairs_hook=without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise TeacherAnswerError(f"it is not JSON ({error}); it begins with {content[:80]!r}.") from None
+    if not isinstance(answer, dict):
+        raise TeacherAnswerError(f"a JSON object was expected, found {show(answer)}.")
+    return answer
+
+
+def same(found: Any, expected: int) -> bool:
+    return type(found) is int and found == expected  # True == 1 == 1.0
+
+
+def show(value: Any) -> str:
+    return reprlib.repr(value)
