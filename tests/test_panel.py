@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import EOS, VOCAB, config, gradients, in_training, make_model, relative_error
+from peft import LoraConfig
 from teacher_server import TeacherServer
+from transformers import AutoModelForCausalLM
 
-from trl_distill import MovingAverage, OPDTrainer, ServedTeacher, TeacherAnswerError, TeacherUnavailable
+from trl_distill import AdapterOff, MovingAverage, OPDTrainer, ServedTeacher, TeacherAnswerError, TeacherUnavailable
 from trl_distill.panel import weights_of
 
 
@@ -139,8 +144,6 @@ def test_scoring_in_parts_changes_nothing(make):
 
 
 def lora():
-    from peft import LoraConfig
-
     return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
 
 
@@ -157,8 +160,6 @@ def test_adapter_off_equals_a_copy_of_the_base(make, student, estimator, discoun
 
 
 def test_adapter_off_needs_an_adapter_and_a_frozen_head(make):
-    from peft import LoraConfig
-
     with pytest.raises(ValueError, match="the student has no adapter"):
         make(teacher_model="adapter-off")
     with pytest.raises(ValueError, match="LM head is trained itself"):
@@ -477,3 +478,61 @@ def test_nothing_is_trained_on_a_wrong_answer(make, served, fault):
     with pytest.raises(TeacherAnswerError):
         trainer.train()
     assert torch.equal(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), before)
+
+
+# -- the demo's models, every kind and estimator ---------------------------------------------------------------------
+
+
+MODELS = Path(__file__).parents[1] / "scripts" / "demo_models"
+DEMO_PROMPTS = ["State the final answer to the following arithmetic problem: 1234 + 5678 =", "1 + 1 ="] * 2
+
+
+def demo_gradient(tmp_path, kind: str, settings: dict, stack: ExitStack) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of one update of the demo's student, or of an adapter on it."""
+    student = AutoModelForCausalLM.from_pretrained(MODELS / "student")
+    teacher = AutoModelForCausalLM.from_pretrained(MODELS / "student" if "base" in kind else MODELS / "teacher")
+    rows = {"prompt": DEMO_PROMPTS, "teacher": ["one", "two", {"one": 0.4, "two": 0.6}, "one"]}
+    extra: dict = {}
+    if "base" in kind:
+        torch.manual_seed(5)
+        extra["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    if kind == "base, adapter off":
+        teacher = AdapterOff()
+    if kind == "several":
+        teacher = {"one": teacher, "two": copy.deepcopy(teacher)}
+    if kind == "served":
+        server = stack.enter_context(TeacherServer(teacher, max_logprobs=100, max_model_len=512))
+        k = settings["kl_top_k"] if settings["kl_estimator"] == "topk" else 0
+        teacher = ServedTeacher(server.url, "teacher", k)
+    trainer = OPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config(tmp_path, teacher_offload=kind == "parked", top_k=0, **settings),
+        train_dataset=Dataset.from_dict({"prompt": DEMO_PROMPTS, "teacher": ["one"] * 4}),
+        **extra,
+    )
+    in_training(trainer)
+    torch.manual_seed(0)
+    batch = trainer._generate_and_score_completions(
+        [{"prompt": p, "teacher": t} for p, t in zip(*rows.values(), strict=True)]
+    )
+    loss = trainer.rollout_loss(trainer.model, batch)
+    loss.backward()
+    return loss.item(), gradients(trainer.model)
+
+
+@pytest.mark.parametrize("discount", [0.0, 1.0])
+@pytest.mark.parametrize("estimator", ["full", "topk", "sampled"])
+@pytest.mark.parametrize("kind", ["parked", "several", "served", "base, adapter off"])
+def test_the_demos_models_with_every_kind_and_estimator(tmp_path, kind, estimator, discount):
+    """Where the served teacher names its own ids, all 74 of them make `topk` exact; it cannot give `full`."""
+    if (kind, estimator) == ("served", "full"):
+        pytest.skip("refused: see above")
+    settings = {"kl_estimator": estimator, "kl_discount": discount, "kl_top_k": 74 if kind == "served" else 4}
+    with ExitStack() as stack:
+        loss, gradient = demo_gradient(tmp_path, kind, settings, stack)
+        resident = "base, resident" if "base" in kind else "resident"
+        expected_loss, expected = demo_gradient(tmp_path, resident, settings, stack)
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    assert relative_error(gradient, expected) < 1e-4
+    assert expected.norm() > 1e-3

@@ -75,10 +75,11 @@ class Assembly(Seams):
         student = unwrap_adapter(self.model)
         text_config = student.config.get_text_config()
         stops, merged = stop_ids(student.config, student.generation_config, self.tokenizer), set()
-        longest = self._longest_prompt()
-        if longest is not None:
+        prompts, hints = (self._first_prompts(column) for column in ("prompt", "teacher_prompt"))
+        if prompts:
             context = getattr(text_config, "max_position_embeddings", None)
-            report.add(checks.context_length(longest, args.max_completion_length, context, "student"))
+            report.add(checks.context_length(max(map(len, prompts)), args.max_completion_length, context, "student"))
+        longest = max(map(len, prompts + hints), default=None)
         for spec in specs.values():
             size, theirs = examine(report, spec, args, self.tokenizer, student, longest)
             if theirs:
@@ -113,7 +114,8 @@ class Assembly(Seams):
         add_student_forward(student, self.estimator.measure, fp32_head=args.cast_lm_head_to_fp32)
         for teacher, _ in self.panel.members:
             if isinstance(teacher, LocalTeacher):
-                self._check_head(teacher.model, "teacher")
+                with teacher.at_work() as model:
+                    self._check_head(model, "teacher")
             if isinstance(teacher, MovingAverage):
                 self.add_callback(FollowStudent(teacher))
             if isinstance(teacher, ServedTeacher):
@@ -121,11 +123,6 @@ class Assembly(Seams):
             report.add(self._difference(teacher))
         report.stop_on_errors()
         report.warn()
-
-    def _longest_prompt(self) -> int | None:
-        """Tokens of the longest of the first prompts, the teacher's own included; `None` where none can be read."""
-        columns = (self._first_prompts("prompt"), self._first_prompts("teacher_prompt"))
-        return max((len(ids) for column in columns for ids in column), default=None)
 
     def _first_prompts(self, column: str, limit: int = LONGEST_OF) -> list[list[int]]:
         """Token ids of the first prompts in a column; empty where they cannot be known before they are used."""

@@ -6,7 +6,8 @@ is left to `panel.py`, what is computed from a signal to `estimators.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -78,6 +79,11 @@ class LocalTeacher:
             return prepare_fsdp(model, accelerator)
         return accelerator.prepare_model(model, evaluation_mode=True)
 
+    @contextmanager
+    def at_work(self) -> Iterator[nn.Module]:
+        """The model, where it can be called."""
+        yield self.model
+
     @torch.no_grad()
     def score(self, rollouts: Rollouts) -> HiddenStates:
         """
@@ -93,9 +99,9 @@ class LocalTeacher:
                 f"A rollout holds the id {input_ids.max().item()}, but the teacher's vocabulary ends at "
                 f"{self.vocab_size - 1}. Keep such ids out of prompts and rollouts, or use a teacher that has them."
             )
-        with self.accelerator.autocast():
+        with self.at_work() as model, self.accelerator.autocast():
             return in_parts(
-                lambda part: self.model(input_ids=part.input_ids, attention_mask=part.attention_mask, rollouts=part),
+                lambda part: model(input_ids=part.input_ids, attention_mask=part.attention_mask, rollouts=part),
                 Rollouts(input_ids, rollouts.attention_mask, rollouts.mask),
                 self.batch_size,
             )
@@ -140,13 +146,12 @@ class ParkedTeacher(LocalTeacher):
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.pin_memory() if self.accelerator.device.type == "cuda" else tensor
 
-    @torch.no_grad()
-    def score(self, rollouts: Rollouts) -> HiddenStates:
-        """As [`LocalTeacher.score`], on a visit."""
+    @contextmanager
+    def at_work(self) -> Iterator[nn.Module]:
         try:
             for parameter, home in self._parked:
                 parameter.data = self._arrived(home)
-            return super().score(rollouts)
+            yield self.model
         finally:
             for parameter, home in self._parked:
                 parameter.data = home

@@ -318,12 +318,12 @@ class OPDTrainer(Assembly):
         Raises:
             TeacherUnavailable: a teacher stayed away; what was trained so far is in a checkpoint, which it names.
         """
-        if resume_from_checkpoint and isinstance(self.teacher, MovingAverage):
-            last = (
-                get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-            )
-            if last is not None:
-                self.teacher.load(last)
+        last = resume_from_checkpoint
+        if last is True:
+            last = get_last_checkpoint(self.args.output_dir)
+        for teacher, _ in self.panel.members if self.panel is not None and last else ():
+            if isinstance(teacher, MovingAverage):
+                teacher.load(str(last))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except TeacherUnavailable as error:

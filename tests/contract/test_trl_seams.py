@@ -45,6 +45,8 @@ def grpo(tmp_path, tokenizer, prompts):
         ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         ("_get_train_sampler", ["self", "dataset"]),
         ("_generate_and_score_completions", ["self", "inputs"]),
+        ("_tokenize_prompts", ["self", "prompts"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
         ("log", ["self", "logs", "start_time"]),
     ],
 )
@@ -63,6 +65,9 @@ def test_attributes_exist(grpo):
     assert trainer._tokenizer is trainer.tokenizer
     assert set(trainer._metrics) == {"train", "eval"}
     assert "rewards" in trainer._logs
+    assert trainer._logs["advantages"].maxlen == trainer.args.generation_batch_size
+    assert trainer.environment_factories is None
+    assert not trainer.has_environments
     assert trainer._entropy_bonus_enabled is False
     assert trainer.aux_loss_enabled is False
     assert trainer.generation_config.suppress_tokens is None
@@ -250,6 +255,54 @@ def test_create_model_from_path_takes_auto_dtype(saved):
 def test_preparation_of_a_frozen_model_is_importable():
     assert list(inspect.signature(_compat.prepare_deepspeed).parameters) == ["model", "accelerator"]
     assert list(inspect.signature(_compat.prepare_fsdp).parameters) == ["model", "accelerator"]
+
+
+def test_what_is_added_to_a_generation_batch_is_shuffled_and_split_with_it(grpo, prompts):
+    """A row keeps its place beside its own completion, through both iterations."""
+    trainer, seen = grpo(num_iterations=2, gradient_accumulation_steps=2, max_steps=2, top_k=0), []
+
+    def rollouts_written(rows, batch):
+        assert len(rows) == len(batch["prompt_ids"]) == 8
+        batch["first_token"] = batch["completion_ids"][:, 0].clone()
+
+    def rollout_loss(model, inputs):
+        assert torch.equal(inputs["first_token"], inputs["completion_ids"][:, 0])
+        seen.append(inputs["first_token"].tolist())
+        return trainer.policy_loss(model, inputs)
+
+    trainer.rollouts_written, trainer.rollout_loss = rollouts_written, rollout_loss
+    trainer.train()
+    assert seen[:2] == seen[2:]
+    assert sorted(map(len, seen)) == [4] * 4
+
+
+def test_prompts_are_rendered_as_for_generation(grpo):
+    trainer = grpo()
+    assert trainer.token_ids_of(["a b", "c"]) == trainer.tokenizer(["a b", "c"])["input_ids"]
+
+
+def test_a_checkpoint_can_be_written_at_any_time(grpo):
+    trainer = grpo()
+    trainer.train()
+    folder = trainer.save_now()
+    assert folder.endswith("checkpoint-2")
+    assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= {f.name for f in Path(folder).iterdir()}
+
+
+def test_the_completions_table_shows_the_advantages_that_are_trained_on(tmp_path, tokenizer, prompts, student, teacher):
+    trainer = in_training(
+        OPDTrainer(
+            model=student,
+            teacher_model=teacher,
+            reward_funcs=lambda completions, **_: [float(i) for i in range(len(completions))],
+            args=config(tmp_path, num_generations=2),
+            train_dataset=prompts,
+            processing_class=tokenizer,
+        )
+    )
+    batch = trainer._generate_and_score_completions([{"prompt": "a"}] * 4)
+    assert batch["advantages"].tolist() == [-1.0, 1.0, -1.0, 1.0]
+    assert list(trainer._logs["advantages"]) == [-1.0, 1.0, -1.0, 1.0]
 
 
 def test_private_names_stay_in_compat():
