@@ -140,6 +140,40 @@ def test_scoring_in_parts_changes_nothing(make):
         assert a == pytest.approx(b, rel=1e-5)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_loading_settings_reach_the_loader(make, saved, monkeypatch, offload):
+    """Quantisation and the like are the loader's business; what is given arrives, and the dtype is the checkpoint's."""
+    from trl_distill import teachers
+
+    seen = {}
+    load = teachers.create_model_from_path
+
+    def loader(path, **kwargs):
+        seen.update(kwargs)
+        return load(path, dtype=kwargs["dtype"])
+
+    monkeypatch.setattr(teachers, "create_model_from_path", loader)
+    given = {"quantization_config": {"load_in_4bit": True}, "attn_implementation": "eager"}
+    path = str(saved / "teacher")
+    make(teacher_model=path, teacher_model_init_kwargs=given, teacher_model_revision="main", teacher_offload=offload)
+    expected = {"dtype": "auto", "revision": "main", "trust_remote_code": False, **given}
+    assert seen == (expected | {"device_map": None} if offload else expected)
+
+
+def test_a_device_map_places_the_teacher(make, saved):
+    trainer = make(teacher_model=str(saved / "teacher"), teacher_model_init_kwargs={"device_map": {"": "cpu"}})
+    assert {p.device for p in trainer.teacher.model.parameters()} == {torch.device("cpu")}
+    expected = trained(make(teacher_model=str(saved / "teacher")))[0]
+    assert trained(trainer)[0] == expected
+
+
+@pytest.mark.parametrize("attribute", ["is_quantized", "hf_device_map"])
+def test_parking_what_cannot_be_moved(make, teacher, attribute):
+    setattr(teacher, attribute, {"": "cpu"} if attribute == "hf_device_map" else True)
+    with pytest.raises(ValueError, match="which a quantised one or one with a `device_map` does not allow"):
+        make(teacher_model=teacher, teacher_offload=True)
+
+
 # -- the student itself as teacher -----------------------------------------------------------------------------------
 
 
