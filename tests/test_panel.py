@@ -163,8 +163,8 @@ def test_loading_settings_reach_the_loader(make, saved, monkeypatch, offload):
 def test_a_device_map_places_the_teacher(make, saved):
     trainer = make(teacher_model=str(saved / "teacher"), teacher_model_init_kwargs={"device_map": {"": "cpu"}})
     assert {p.device for p in trainer.teacher.model.parameters()} == {torch.device("cpu")}
-    expected = trained(make(teacher_model=str(saved / "teacher")))[0]
-    assert trained(trainer)[0] == expected
+    for a, b in zip(trained(make(teacher_model=str(saved / "teacher")))[0], trained(trainer)[0], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)  # how a file lies in memory shows in the last bits
 
 
 @pytest.mark.parametrize("attribute", ["is_quantized", "hf_device_map"])
