@@ -6,8 +6,8 @@ The reward is 1 for a right final answer and 0 otherwise; it knows nothing about
 problems, two answers each, for the same number of steps. A table and `rewards.png` compare the accuracy on held-out
 problems; each finished run leaves its numbers in a file of its own, which later calls read instead of training again.
 
-Left out: a search for the best settings of each recipe. The reward alone has a smaller learning rate, since in trials it
-fell apart at larger ones.
+Left out: a search for the best settings of each recipe. The reward alone has a smaller learning rate, since in trials
+it fell apart at larger ones.
 """
 
 from __future__ import annotations

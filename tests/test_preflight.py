@@ -46,6 +46,7 @@ def other_special():
         (lambda: checks.chat_templates(with_template("x"), with_template("y")), "warning", "is not its own"),
         (lambda: checks.chat_templates(with_template("x"), make_tokenizer()), "ok", "none of its own"),
         (lambda: checks.context_length(100, 28, 128, "teacher"), "ok", "128 positions"),
+        (lambda: checks.context_length(100, 29, -1, "teacher"), "ok", "no limit known"),
         (lambda: checks.context_length(100, 29, 128, "teacher"), "error", "Lower `max_completion_length` to 28"),
         (lambda: checks.teacher_differs(0.3, "", False), "ok", "0.3 nats"),
         (lambda: checks.teacher_differs(0.0, "", False), "error", "nothing to learn"),

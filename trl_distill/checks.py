@@ -317,8 +317,9 @@ def chat_templates(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenize
 def context_length(longest_prompt: int, completion: int, context: int | None, whose: str) -> Finding:
     """Whether the longest prompt and completion, in tokens, fit into a model's positions."""
     check = f"context, {whose}"
-    if context is None or longest_prompt + completion <= context:
-        limit = "no limit known" if context is None else f"{context} positions"
+    known = context is not None and context > 0  # some configurations write -1
+    if context is None or not known or longest_prompt + completion <= context:
+        limit = f"{context} positions" if known else "no limit known"
         return Finding(check, "ok", f"Prompts of up to {longest_prompt} tokens and {completion} more; {limit}.")
     return Finding(
         check,

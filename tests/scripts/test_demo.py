@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -86,3 +87,25 @@ def test_a_second_seed_recovers_most_of_the_gap(tmp_path):
     assert summary["reverse_kl_after"] < 0.5 * summary["reverse_kl_before"]
     assert (tmp_path / "out" / "training.png").stat().st_size > 10_000
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
+
+
+@pytest.mark.slow
+def test_recipes_are_compared_and_a_second_call_goes_on(tmp_path, monkeypatch, capsys):
+    """With very few steps: every recipe runs, the table names them, and what has been run is not run again."""
+    import demo_rewards
+
+    monkeypatch.setattr(demo_rewards, "STEPS", 2)
+    monkeypatch.setattr(demo_rewards, "SEEDS", (0,))
+    options = argparse.Namespace(
+        output_dir=tmp_path, models=MODELS, steps=2, learning_rate=1e-3, held_out=50, seed=0, rewards=True
+    )
+    demo_rewards.compare(options)
+    first = capsys.readouterr().out
+    assert all(name in first for name in ("teacher", "student before", *demo_rewards.RECIPES))
+    assert (tmp_path / "rewards" / "rewards.png").stat().st_size > 10_000
+    summary = json.loads((tmp_path / "rewards" / "summary.json").read_text())
+    assert all(len(row["accuracy"]) == 1 for row in summary.values())
+    monkeypatch.setattr(demo_rewards, "train", None)  # calling it would fail
+    (tmp_path / "rewards" / "summary.json").unlink()
+    demo_rewards.compare(options)
+    assert json.loads((tmp_path / "rewards" / "summary.json").read_text()) == summary
