@@ -22,14 +22,18 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+
+warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
 
 from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from trl_distill import OPDConfig, OPDTrainer, TeacherUnavailable
+from trl_distill import OPDConfig, OPDTrainer, TeacherAnswerError, TeacherUnavailable
 from trl_distill.checks import Finding
 from trl_distill.data import load_splits, take_split
 from trl_distill.preflight import PreflightError, Report
@@ -71,12 +75,13 @@ def import_reward(path: str) -> Callable:
         sys.path.pop(0)
 
 
-def show(report: Report, error: ValueError | None = None) -> None:
+def show(report: Report, error: Exception | None = None) -> None:
     """Print the preflight as a table, and leave: with status 1 where the run could not begin."""
     if error is not None and not isinstance(error, PreflightError):
         report.add(Finding("settings", "error", str(error)))
     if int(os.environ.get("RANK", "0")) == 0:
-        Console(width=None if sys.stdout.isatty() else 140).print(report.table())
+        chosen = sys.stdout.isatty() or "COLUMNS" in os.environ
+        Console(width=None if chosen else 140).print(report.table())
     sys.exit(1 if report.count("error") else 0)
 
 
@@ -108,9 +113,9 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except ValueError as error:
+    except (TeacherAnswerError, TeacherUnavailable, ValueError) as error:
         if not script_args.check_only:
-            raise
+            sys.exit(f"{error}")  # it says what to change; a traceback would hide that
         show(getattr(error, "report", Report()), error)
     if script_args.check_only:
         show(trainer.preflight)
@@ -119,8 +124,8 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
         resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir or "") else None
     try:
         trainer.train(resume_from_checkpoint=resume)
-    except TeacherUnavailable as error:
-        sys.exit(str(error))  # it says where everything so far lies; a traceback would hide that
+    except (TeacherAnswerError, TeacherUnavailable) as error:
+        sys.exit(f"{error}")
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -343,6 +343,8 @@ def test_a_teacher_of_ones_own_as_documented(tmp_path, tokenizer, prompts, stude
     page = (Path(__file__).parents[1] / "docs" / "teachers.md").read_text()
     namespace = {}
     exec(next(code for code in page.split("```python\n") if "class MyTeacher" in code).split("```")[0], namespace)
+    other = next(code for code in page.split("```python\n") if "class MyOtherTeacher" in code).split("```")[0]
+    exec(other.replace("topk(16)", f"topk({VOCAB})"), namespace)
     losses = []
     for judge in (copy.deepcopy(teacher), namespace["MyTeacher"](teacher)):
         trainer = in_training(
@@ -356,6 +358,14 @@ def test_a_teacher_of_ones_own_as_documented(tmp_path, tokenizer, prompts, stude
         )
         losses.append(trainer.rollout_loss(trainer.model, batch()))
     assert torch.equal(*losses)
+    by_log_probs = OPDTrainer(
+        model=copy.deepcopy(student),
+        teacher_model=namespace["MyOtherTeacher"](teacher),
+        args=config(tmp_path, kl_estimator="topk", kl_top_k=VOCAB),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    torch.testing.assert_close(in_training(by_log_probs).rollout_loss(by_log_probs.model, batch()), losses[0])
 
 
 def test_reward_and_teacher_add_up(tmp_path, tokenizer, prompts, student, teacher):

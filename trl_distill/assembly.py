@@ -19,7 +19,7 @@ from .forwards import add_student_forward, last_hidden_state, unwrap_adapter
 from .heads import LMHead
 from .panel import Panel, make_panel
 from .preflight import LONGEST_OF, Report, examine, probe_kl, prompts_to_look_at, stop_ids
-from .self_teachers import ADAPTER_OFF, FollowStudent, MovingAverage
+from .self_teachers import ADAPTER_OFF, AdapterOff, FollowStudent, MovingAverage
 from .served import ServedTeacher
 from .signals import HiddenStates
 from .teachers import LocalTeacher, Teacher, student_config, teacher_config
@@ -112,7 +112,7 @@ class Assembly(Seams):
         check_signals(args.kl_estimator, self.estimator, self.panel.teachers, args.kl_temperature or args.temperature)
         self.ref_model = getattr(self.teacher, "model", None)  # where TRL keeps the model that the KL is taken to
         add_student_forward(student, self.estimator.measure, fp32_head=args.cast_lm_head_to_fp32)
-        for teacher, _ in self.panel.members:
+        for teacher, columns in self.panel.members:
             if isinstance(teacher, LocalTeacher):
                 with teacher.at_work() as model:
                     self._check_head(model, "teacher")
@@ -120,7 +120,7 @@ class Assembly(Seams):
                 self.add_callback(FollowStudent(teacher))
             if isinstance(teacher, ServedTeacher):
                 teacher.check()
-            report.add(self._difference(teacher))
+            report.add(self._difference(teacher, columns))
         report.stop_on_errors()
         report.warn()
 
@@ -129,20 +129,25 @@ class Assembly(Seams):
         prompts = [] if self.has_environments else prompts_to_look_at(self.train_dataset, column)[:limit]
         return self.token_ids_of(prompts) if prompts else []
 
-    def _difference(self, teacher: Teacher) -> checks.Finding:
+    def _difference(self, teacher: Teacher, places: list[int]) -> checks.Finding:
         """Measure KL(student ‖ teacher) on a few prompts: 0 means that the wrong model was loaded."""
-        kl = None
-        if getattr(teacher, "gives", None) is HiddenStates and not self.is_sharded:
-            rows = self._first_prompts("prompt", limit=4) or [list(range(min(32, len(self.tokenizer))))]
-            kl = max(probe_kl(self.model, teacher, self.accelerator, ids) for ids in rows)
+        assert self.panel is not None
+        name = ", ".join(self.panel.names[i] for i in places) if self.panel.several else ""
+        if self.is_sharded or getattr(teacher, "gives", None) is not HiddenStates:
+            why = "weights are sharded" if self.is_sharded else "this teacher gives no hidden states"
+            return checks.Finding("teacher differs", "skipped", f"Not measured: {why}.")
+        rows = self._first_prompts("prompt", limit=4) or [list(range(min(32, len(self.tokenizer))))]
+        kl = max(probe_kl(self.model, teacher, self.accelerator, ids) for ids in rows)
         columns = getattr(self.train_dataset, "column_names", None) or []
         explained = {
             "it has prompts of its own": "teacher_prompt" in columns,
             "there is a reward": self.has_rewards,
-            "it is the student's average": isinstance(teacher, MovingAverage),
+            "there are other teachers": len(self.panel.members) > 1,
+            "it follows the student": isinstance(teacher, MovingAverage),
         }
-        why = next((reason for reason, holds in explained.items() if holds), "")
-        return checks.teacher_differs(kl, why, self.args.assume_different_teacher)
+        reason = next((reason for reason, holds in explained.items() if holds), "")
+        own = isinstance(teacher, AdapterOff | MovingAverage)
+        return checks.teacher_differs(kl, reason, self.args.assume_different_teacher, name, own)
 
     @property
     def is_sharded(self) -> bool:

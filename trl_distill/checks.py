@@ -27,7 +27,7 @@ class Finding:
 
     Attributes:
         check (`str`): what was looked at, two or three words.
-        level (`str`): "ok", "warning" (the run may go on) or "error" (it may not).
+        level (`str`): "ok", "skipped" (could not be looked at), "warning" (the run may go on) or "error" (it may not).
         found (`str`): what was found and what it means.
         advice (`str`): what to change; empty where all is well.
     """
@@ -193,7 +193,10 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase 
 
 
 def same_tokenizer(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, assume_same: bool = False
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase | None,
+    assume_same: bool = False,
+    served: bool = False,
 ) -> Finding:
     """
     The divergence compares probabilities id by id, so an id must be the same token for both.
@@ -202,7 +205,16 @@ def same_tokenizer(
         student: the student's tokenizer.
         teacher: the teacher's, or `None` where it is not known.
         assume_same (`bool`): a difference is no error.
+        served (`bool`): the teacher is behind a server, so its tokenizer can only be found by the model's name.
     """
+    if teacher is None and served:
+        return Finding(
+            "tokenizer",
+            "warning",
+            "The served teacher's name leads to no tokenizer here, so it was not checked that its token ids mean what "
+            "they mean to the student.",
+            "Serve it under its hub name or folder (`--served-model-name`) to have this checked.",
+        )
     if teacher is None:
         return Finding(
             "tokenizer",
@@ -330,26 +342,36 @@ def context_length(longest_prompt: int, completion: int, context: int | None, wh
     )
 
 
-def teacher_differs(kl: float | None, explained: str, override: bool) -> Finding:
+def teacher_differs(kl: float, explained: str, override: bool, name: str = "", own: bool = False) -> Finding:
     """
     Whether there is anything to learn: KL(student ‖ teacher) on tokens of a few prompts.
 
     Args:
-        kl (`float`, *optional*): nats per token; `None` where it cannot be measured before training.
-        explained (`str`): why the two may start out equal, e.g. "prompts of its own"; empty where nothing does.
+        kl (`float`): nats per token.
+        explained (`str`): why the two may start out equal, e.g. "there is a reward"; empty where nothing does.
         override (`bool`): `assume_different_teacher`.
+        name (`str`): of this teacher, where there are several.
+        own (`bool`): the teacher is the student itself, without its adapter or averaged.
     """
-    if kl is None:
-        return Finding("teacher differs", "ok", "Not measured: weights are sharded, or the teacher is served.")
+    check = f"teacher differs, {name}" if name else "teacher differs"
     if kl > SAME_MODEL_KL:
-        return Finding("teacher differs", "ok", f"KL(student ‖ teacher) is {kl:.3g} nats per token of the prompts.")
-    found = f"Student and teacher give the same probabilities (KL {kl:.1g} nats per token of the prompts)."
+        return Finding(check, "ok", f"KL(student ‖ teacher) is {kl:.3g} nats per token of the prompts.")
+    who = f"The student and the teacher {name!r}" if name else "Student and teacher"
+    found = f"{who} give the same probabilities (KL {kl:.1g} nats per token of the prompts)."
+    if own and explained:
+        return Finding(check, "ok", f"They start out equal, as they should; {explained}.")
     if explained or override:
+        return Finding(check, "warning", f"{found} Going on: {explained or '`assume_different_teacher=True`'}.")
+    if own:
         return Finding(
-            "teacher differs", "warning", f"{found} Going on: {explained or '`assume_different_teacher=True`'}."
+            check,
+            "error",
+            f"{found} The teacher is the student itself, so there is nothing to learn.",
+            "Give it prompts of its own (a `teacher_prompt` column) or a reward, start from an adapter that is trained "
+            "already, or set `assume_different_teacher=True`.",
         )
     return Finding(
-        "teacher differs",
+        check,
         "error",
         f"{found} The teacher's weights are those of the student, so there is nothing to learn.",
         "Check the two paths. If it is intended, give the teacher prompts of its own (a `teacher_prompt` column) or a "

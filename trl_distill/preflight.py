@@ -74,12 +74,12 @@ class Report:
         """A `rich` table with a line for each check, and what it adds up to."""
         from rich.table import Table
 
-        colours = {"ok": "green", "warning": "yellow", "error": "red"}
+        colours = {"ok": "green", "skipped": "dim", "warning": "yellow", "error": "red"}
         table = Table(title="Preflight", show_lines=True)
         table.add_column("check", no_wrap=True)
         table.add_column("")
-        table.add_column("found, and what it means", ratio=3)
-        table.add_column("what to change", ratio=2)
+        table.add_column("found, and what it means", ratio=3, overflow="fold")
+        table.add_column("what to change", ratio=2, overflow="fold")
         for finding in self.findings:
             level = f"[{colours[finding.level]}]{finding.level}[/]"
             table.add_row(finding.check, level, _plain(finding.found), _plain(finding.advice))
@@ -132,7 +132,8 @@ def examine(
     config = None if served else teacher_config(spec, args)
     teacher = load_tokenizer(spec.model) if isinstance(spec, ServedTeacher) else load_teacher_tokenizer(spec, args)
     report.add(
-        checks.same_tokenizer(tokenizer, teacher, args.assume_same_tokenizer), checks.chat_templates(tokenizer, teacher)
+        checks.same_tokenizer(tokenizer, teacher, args.assume_same_tokenizer, served),
+        checks.chat_templates(tokenizer, teacher),
     )
     stops = stop_ids(config, teacher_generation(spec, args), teacher)
     if config is None:

@@ -45,7 +45,7 @@ LONGEST_CONNECT = 5.0  # seconds
 SHUNNED = 30.0  # seconds during which a URL that failed comes after the others
 ADVICE = {  # what to do about a server's complaint
     "HTTP 401": "Pass the server's key as `api_key`.",
-    "max allowed": "Start the server with `--max-logprobs` of at least `top_k`, or lower `top_k`.",
+    "max allowed": "Start the server with `--max-logprobs` of at least `top_k` (the run's `kl_top_k`), or lower it.",
     "maximum context length": "Start the server with a larger `--max-model-len`, or shorten prompts and completions.",
     "not JSON compliant": "The teacher computes NaN: look at its weights and at the server's `--dtype`.",
 }
@@ -228,11 +228,16 @@ class ServedTeacher:
             error: Any = state.outcome and state.outcome.exception()
             return min(max(longest * random.uniform(0.5, 1.0), error.retry_after), LONGEST_PAUSE)
 
+        def say(state: RetryCallState) -> None:
+            error = state.outcome and state.outcome.exception()
+            logger.warning(f"{error}. Attempt {state.attempt_number + 1} of {self.retries + 1} follows.")
+
         attempts = Retrying(
             stop=stop_after_attempt(self.retries + 1) | stop_when_event_set(halt),
             retry=retry_if_exception_type(_PassingError),
             wait=pause,
             sleep=sleep_using_event(halt),
+            before_sleep=say,
             reraise=True,
         )
         try:

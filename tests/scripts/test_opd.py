@@ -93,7 +93,6 @@ def test_resume_auto(run, saved, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--teacher_model_name_or_path", "nowhere"], "could not be found"),
         (["--dataset_name", "nothing.jsonl"], "does not exist"),
         (["--reward_funcs", "no_such_module.f"], "could not be imported"),
         (["--reward_funcs", "no_such_reward"], "could not be imported"),
@@ -103,6 +102,19 @@ def test_resume_auto(run, saved, capsys):
 )
 def test_bad_arguments(run, arguments, message):
     with pytest.raises(ValueError, match=message):
+        run(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--teacher_model_name_or_path", "nowhere"], "could not be found"),
+        (["--teacher_model_name_or_path", "student"], "nothing to learn"),
+        (["--teacher_model_name_or_path", "adapter-off"], "the student has no adapter"),
+    ],
+)
+def test_what_stops_the_setup_is_said_without_a_traceback(run, arguments, message):
+    with pytest.raises(SystemExit, match=message):
         run(*arguments)
 
 
