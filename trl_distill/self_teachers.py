@@ -131,7 +131,6 @@ class MovingAverage:
         finally:
             for name, parameter in self._parameters.items():
                 parameter.data = own[name]
-            torch.clear_autocast_cache()
 
 
 class FollowStudent(TrainerCallback):
@@ -163,3 +162,4 @@ def _looked_at(
             )
     finally:
         student.train(training)
+        torch.clear_autocast_cache()  # casts made without a graph must not reach the student's own forward
