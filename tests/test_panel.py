@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from helpers import EOS, VOCAB, config, gradients, in_training, make_model, relative_error
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from teacher_server import TeacherServer
 from transformers import AutoModelForCausalLM
 
@@ -259,6 +259,34 @@ def test_the_moving_average_is_saved_and_resumed(make, prompts, tmp_path):
     (tmp_path / "checkpoint-2" / "teacher_ema.safetensors").unlink()
     with pytest.raises(ValueError, match="from a run without `teacher_ema`"):
         make(**settings, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_what_the_user_froze_stays_frozen(make, student):
+    """PEFT switches a whole adapter on again when it leaves `disable_adapter`."""
+    model = get_peft_model(student, lora())
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    trainer = make(model=model, teacher_model="adapter-off")
+    trainer.train()
+    assert {name: parameter.requires_grad for name, parameter in trainer.model.named_parameters()} == before
+
+
+def test_streaming_rows_may_bring_prompts_that_are_not_known_yet(make, prompts):
+    rows = [{"prompt": text, "teacher_prompt": f"h {text}"} for text in prompts["prompt"]]
+    streaming = IterableDataset.from_generator(lambda: iter(rows))
+    assert streaming.column_names is None
+    trainer = make(teacher_model=None, teacher_ema=0.9, train_dataset=streaming, max_completion_length=None)
+    trainer.train()
+    assert trainer.state.log_history[0]["distill/reverse_kl"] > 0
+
+
+def test_topk_forward_kl_needs_fp32_logits(make):
+    settings = {"kl_estimator": "topk", "divergence": "forward_kl", "bf16": True}
+    with pytest.raises(ValueError, match=r"which 16-bit logits lose\. Set `cast_lm_head_to_fp32=True`"):
+        make(**settings)
+    make(**settings, cast_lm_head_to_fp32=True).train()
 
 
 def test_a_decay_that_is_none():

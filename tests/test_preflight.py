@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from helpers import WORDS, config, make_model, make_tokenizer
 from transformers import GenerationConfig
 
 from trl_distill import OPDTrainer, checks
 from trl_distill.checks import Finding
-from trl_distill.preflight import PreflightError, Report, stop_ids
+from trl_distill.preflight import PreflightError, Report, context_of, stop_ids
 
 
 def template(name: str) -> str:
@@ -84,6 +86,16 @@ def test_every_id_that_ends_a_turn_counts():
     model = make_model()
     assert stop_ids(model.config, model.generation_config, make_tokenizer()) == {1}
     assert stop_ids(model.config, GenerationConfig(eos_token_id=[1, 28]), None) == {1, 28}
+    # id 7 is an ordinary token of this tokenizer: a default that nobody meant
+    assert stop_ids(model.config, GenerationConfig(eos_token_id=[1, 7]), make_tokenizer()) == {1}
+
+
+def test_positions_that_a_scaled_rope_adds():
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
+    assert context_of(SimpleNamespace(max_position_embeddings=16, rope_parameters=yarn)) == 128
+    assert context_of(SimpleNamespace(max_position_embeddings=256, rope_parameters=yarn)) == 256
+    assert context_of(SimpleNamespace(max_position_embeddings=16)) == 16
+    assert context_of(SimpleNamespace()) is None
 
 
 @pytest.mark.parametrize("merge", [True, False])
@@ -97,6 +109,8 @@ def test_other_stop_tokens_are_merged_and_said(tmp_path, tokenizer, prompts, stu
         processing_class=tokenizer,
     )
     assert trainer.estimator.stops == ([1, 28] if merge else [])
+    ends = [1, 28] if merge else [1]
+    assert trainer.eos_token_ids == trainer.generation_config.eos_token_id == ends
     said = "The student ends with '<eos>' (1), the teacher with '<eos>' (1), '.' (28)."
     assert caplog.text.count(said) == 1
     assert ("completions will grow" in caplog.text) is not merge

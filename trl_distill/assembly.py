@@ -18,7 +18,7 @@ from .estimators import Estimator, check_signals, make_estimator
 from .forwards import add_student_forward, last_hidden_state, unwrap_adapter
 from .heads import LMHead
 from .panel import Panel, make_panel
-from .preflight import LONGEST_OF, Report, examine, probe_kl, prompts_to_look_at, stop_ids
+from .preflight import LONGEST_OF, Report, context_of, examine, probe_kl, prompts_to_look_at
 from .self_teachers import ADAPTER_OFF, AdapterOff, FollowStudent, MovingAverage
 from .served import ServedTeacher
 from .signals import HiddenStates
@@ -74,11 +74,14 @@ class Assembly(Seams):
         self.preflight = report
         student = unwrap_adapter(self.model)
         text_config = student.config.get_text_config()
-        stops, merged = stop_ids(student.config, student.generation_config, self.tokenizer), set()
+        stops, merged = set(self.eos_token_ids), set()
         prompts, hints = (self._first_prompts(column) for column in ("prompt", "teacher_prompt"))
         if prompts:
-            context = getattr(text_config, "max_position_embeddings", None)
-            report.add(checks.context_length(max(map(len, prompts)), args.max_completion_length, context, "student"))
+            report.add(
+                checks.context_length(
+                    max(map(len, prompts)), args.max_completion_length or 0, context_of(text_config), "student"
+                )
+            )
         longest = max(map(len, prompts + hints), default=None)
         for spec in specs.values():
             size, theirs = examine(report, spec, args, self.tokenizer, student, longest)
@@ -99,6 +102,13 @@ class Assembly(Seams):
                 )
             )
         report.stop_on_errors()
+        if merged and args.merge_stop_tokens:
+            self._stop_at(sorted(merged))
+        if args.kl_estimator == "topk" and args.divergence == "forward_kl" and not self.in_fp32:
+            raise ValueError(
+                "kl_estimator='topk' with divergence='forward_kl' takes the difference of nearly equal masses, which "
+                "16-bit logits lose. Set `cast_lm_head_to_fp32=True`, or use kl_estimator='full'."
+            )
         self._check_head(student, "student")
         self.estimator = make_estimator(
             args.kl_estimator,
@@ -141,13 +151,21 @@ class Assembly(Seams):
         columns = getattr(self.train_dataset, "column_names", None) or []
         explained = {
             "it has prompts of its own": "teacher_prompt" in columns,
+            "rows are not known before they are used": self.has_environments or not columns,
             "there is a reward": self.has_rewards,
             "there are other teachers": len(self.panel.members) > 1,
             "it follows the student": isinstance(teacher, MovingAverage),
         }
         reason = next((reason for reason, holds in explained.items() if holds), "")
         own = isinstance(teacher, AdapterOff | MovingAverage)
-        return checks.teacher_differs(kl, reason, self.args.assume_different_teacher, name, own)
+        return checks.teacher_differs(kl, reason, self.args.assume_different_teacher, name, own, not self.in_fp32)
+
+    @property
+    def in_fp32(self) -> bool:
+        """Whether the student's logits are computed in fp32."""
+        head = unwrap_adapter(self.model).get_output_embeddings()
+        exact = self.accelerator.mixed_precision == "no" and head.weight.dtype == torch.float32
+        return exact or self.args.cast_lm_head_to_fp32
 
     @property
     def is_sharded(self) -> bool:
@@ -167,6 +185,16 @@ class Assembly(Seams):
             model.train(training)
             head = LMHead(base)
             checks.check_logits(expected, head.logits(caught[0].to(expected.device)), whose)
+
+    def _stop_at(self, ids: list[int]) -> None:
+        """Let rollouts, and the student that is saved, end with any of these ids: all mean the end to the teacher."""
+        if self.use_vllm:
+            logger.warning("vLLM ends rollouts with the student's own stop tokens alone, not with the teacher's.")
+            return
+        self.eos_token_ids = ids
+        self.generation_config.eos_token_id = ids
+        self.generation_kwargs["eos_token_id"] = ids
+        unwrap_adapter(self.model).generation_config.eos_token_id = ids
 
     def _stay_inside_vocabulary(self, teacher_size: int, student_size: int) -> None:
         """Keep rollouts to ids that the teacher has an opinion on, where its vocabulary is padded less."""

@@ -342,7 +342,9 @@ def context_length(longest_prompt: int, completion: int, context: int | None, wh
     )
 
 
-def teacher_differs(kl: float, explained: str, override: bool, name: str = "", own: bool = False) -> Finding:
+def teacher_differs(
+    kl: float, explained: str, override: bool, name: str = "", own: bool = False, rough: bool = False
+) -> Finding:
     """
     Whether there is anything to learn: KL(student ‖ teacher) on tokens of a few prompts.
 
@@ -352,8 +354,16 @@ def teacher_differs(kl: float, explained: str, override: bool, name: str = "", o
         override (`bool`): `assume_different_teacher`.
         name (`str`): of this teacher, where there are several.
         own (`bool`): the teacher is the student itself, without its adapter or averaged.
+        rough (`bool`): probabilities are computed in 16 bits, whose rounding looks like a small KL.
     """
     check = f"teacher differs, {name}" if name else "teacher differs"
+    if SAME_MODEL_KL < kl < ROUNDING_KL and rough and not (explained or override):
+        return Finding(
+            check,
+            "warning",
+            f"KL(student ‖ teacher) is only {kl:.1g} nats per token of the prompts, what rounding alone may leave.",
+            "Make sure that the teacher is not the student under another name.",
+        )
     if kl > SAME_MODEL_KL:
         return Finding(check, "ok", f"KL(student ‖ teacher) is {kl:.3g} nats per token of the prompts.")
     who = f"The student and the teacher {name!r}" if name else "Student and teacher"
@@ -379,6 +389,7 @@ def teacher_differs(kl: float, explained: str, override: bool, name: str = "", o
     )
 
 
+ROUNDING_KL = 1e-3  # nats per token; between equal weights in 16 bits, a few times 1e-4
 SAME_MODEL_KL = 1e-6  # nats per token; fp32 rounding is below it, and any training step above
 
 

@@ -39,6 +39,7 @@ class Panel:
     def __init__(self, teachers: dict[str, Teacher], accelerator: Any, uses: int = 1, together: bool = False):
         self.teachers, self.names = teachers, list(teachers)
         self.accelerator, self.uses, self.together = accelerator, uses, together
+        self.agreed = False  # whether all processes know that a teacher stays away
         # names of the same teacher share one forward
         self.members: list[tuple[Teacher, list[int]]] = []
         for column, teacher in enumerate(teachers.values()):
@@ -86,11 +87,11 @@ class Panel:
             if not self._at_once(teacher, training):
                 continue
             chosen = weights[:, columns].sum(1) > 0
-            failure, signal = "", None
+            failure, signal = None, None
             try:
                 signal = self._ask(teacher, rollouts, chosen)
-            except TeacherUnavailable as error:
-                failure = str(error)
+            except Exception as error:  # whatever it is, the other processes must not wait for this one
+                failure = error
             self._agree(failure)
             if training:  # whatever is left of the last generation batch is not asked for any more
                 self._waiting[member].clear()
@@ -127,9 +128,13 @@ class Panel:
         return torch.ones(len(inputs["completion_ids"]), 1, device=inputs["completion_ids"].device)
 
     def _ask(self, teacher: Teacher, rollouts: Rollouts, chosen: torch.Tensor) -> Signal | None:
-        if not chosen.any() and not self.together:
+        if self.together:  # every row on every process, so that all run the same number of forwards; those are kept
+            asked = Rollouts(rollouts.input_ids, rollouts.attention_mask, rollouts.mask & chosen[:, None])
+        elif not chosen.any():
             return None
-        signal = teacher.score(rollouts if chosen.all() else rollouts.rows(chosen))
+        else:
+            asked = rollouts if chosen.all() else rollouts.rows(chosen)
+        signal = teacher.score(asked)
         gives = getattr(teacher, "gives", HiddenStates)
         if not isinstance(signal, gives):
             raise TypeError(
@@ -162,13 +167,21 @@ class Panel:
         if not pieces:
             return None
         device = self.accelerator.device
-        return type(pieces[0]).cat(pieces).map(lambda tensor: tensor.to(device, non_blocking=True))
+        arrived = [piece.map(lambda tensor: tensor.to(device, non_blocking=True)) for piece in pieces]
+        return type(arrived[0]).cat(arrived)
 
-    def _agree(self, failure: str) -> None:
+    def _agree(self, failure: Exception | None) -> None:
         """Raise on all processes where one of them failed, so that none waits for the others."""
-        failed = torch.tensor(float(bool(failure)), device=self.accelerator.device)
-        if self.accelerator.reduce(failed, reduction="sum").item() > 0:
-            raise TeacherUnavailable(failure or "The teacher did not answer another process; its message is there.")
+        kinds = [failure is not None, failure is not None and not isinstance(failure, TeacherUnavailable)]
+        failed = torch.tensor([float(kind) for kind in kinds], device=self.accelerator.device)
+        some, for_good = (self.accelerator.reduce(failed, reduction="sum") > 0).tolist()
+        if failure is not None and for_good:
+            raise failure
+        if for_good:
+            raise RuntimeError("A teacher failed on another process; its message is there.")
+        if some:
+            self.agreed = True
+            raise failure or TeacherUnavailable("The teacher did not answer another process; its message is there.")
 
 
 def read_specs(teacher_model: Any, args: OPDConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from .forwards import unwrap_adapter
 from .heads import exact_divergence
 from .served import ServedTeacher
 from .signals import Rollouts
-from .teachers import load_teacher_tokenizer, teacher_config
+from .teachers import hub_kwargs, load_teacher_tokenizer, teacher_config
 
 
 logger = logging.getLogger(__name__)
@@ -96,12 +96,30 @@ def _plain(text: str) -> Any:
 def stop_ids(
     model_config: Any, generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> set[int]:
-    """Every id that ends a turn of a model, according to its generation settings, its configuration and tokenizer."""
-    found: set[Any] = set()
-    for source in (generation, model_config, tokenizer):
+    """
+    Every id that ends a turn of a model: of its generation settings, else its configuration, and of its tokenizer.
+
+    Configurations have defaults that mean nothing to the tokenizer, so an id counts only where it is a special or an
+    added token.
+    """
+
+    def ids_of(source: Any) -> set[Any]:
         ids = getattr(source, "eos_token_id", None)
-        found |= set(ids) if isinstance(ids, Iterable) else {ids}
-    return found - {None}
+        return (set(ids) if isinstance(ids, Iterable) else {ids}) - {None}
+
+    found = ids_of(generation) or ids_of(model_config)
+    if tokenizer is None:
+        return found
+    marked = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    return (found & marked) | ids_of(tokenizer)
+
+
+def context_of(config: Any) -> int | None:
+    """Positions that a model takes, with those that a scaled RoPE adds; `None` where its configuration is silent."""
+    positions, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    if positions is None or "factor" not in rope:
+        return positions
+    return max(positions, int(rope.get("original_max_position_embeddings", positions) * rope["factor"]))
 
 
 def examine(
@@ -142,8 +160,7 @@ def examine(
     student_size = student.config.get_text_config().vocab_size
     report.add(checks.vocabulary(tokenizer, student_size, text.vocab_size, args.assume_same_tokenizer))
     if longest_prompt is not None:
-        context = getattr(text, "max_position_embeddings", None)
-        report.add(checks.context_length(longest_prompt, args.max_completion_length or 0, context, "teacher"))
+        report.add(checks.context_length(longest_prompt, args.max_completion_length or 0, context_of(text), "teacher"))
     return text.vocab_size, stops
 
 
@@ -152,8 +169,9 @@ def teacher_generation(spec: Any, args: OPDConfig) -> GenerationConfig | None:
     if isinstance(spec, nn.Module):
         return getattr(unwrap_adapter(spec), "generation_config", None)
     try:
-        name = spec.model if isinstance(spec, ServedTeacher) else spec
-        return GenerationConfig.from_pretrained(name)
+        if isinstance(spec, ServedTeacher):
+            return GenerationConfig.from_pretrained(spec.model)
+        return GenerationConfig.from_pretrained(spec, **hub_kwargs(args))
     except (OSError, ValueError):
         return None
 

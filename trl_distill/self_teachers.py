@@ -61,8 +61,13 @@ class AdapterOff:
     @torch.no_grad()
     def score(self, rollouts: Rollouts) -> HiddenStates:
         """Forwards of the base model in eval mode."""
-        with self._student.disable_adapter():
-            return _looked_at(self._student, self._accelerator, rollouts, self._batch_size)
+        trained = [(parameter, parameter.requires_grad) for parameter in self._student.parameters()]
+        try:
+            with self._student.disable_adapter():
+                return _looked_at(self._student, self._accelerator, rollouts, self._batch_size)
+        finally:
+            for parameter, requires_grad in trained:  # PEFT switches all of the adapter on again
+                parameter.requires_grad_(requires_grad)
 
 
 class MovingAverage:

@@ -160,14 +160,7 @@ class ParkedTeacher(LocalTeacher):
 def in_parts(
     forward: Callable[[Rollouts], HiddenStates], rollouts: Rollouts, batch_size: int | None = None
 ) -> HiddenStates:
-    """
-    Judge `batch_size` rows at a time; without rows, run one that counts for nothing.
-
-    Other processes may have rows, and wait for this one to gather sharded weights with them.
-    """
-    if len(rollouts) == 0:
-        ids, mask = rollouts.input_ids, rollouts.mask
-        rollouts = Rollouts(ids.new_zeros(1, 2), ids.new_ones(1, 2), mask.new_zeros(1, 1))
+    """Judge `batch_size` rows at a time."""
     size = batch_size or len(rollouts)
     return HiddenStates.cat([forward(rollouts.rows(slice(i, i + size))) for i in range(0, len(rollouts), size)])
 
@@ -219,6 +212,11 @@ def load_teacher_tokenizer(spec: str | nn.Module, args: OPDConfig) -> PreTrained
     """The tokenizer that lies beside the teacher, `None` where there is none."""
     name = spec if isinstance(spec, str) else get_config_model_id(unwrap_adapter(spec).config)
     return load_tokenizer(name, **_hub_kwargs(_init_kwargs(args)))
+
+
+def hub_kwargs(args: OPDConfig) -> dict[str, Any]:
+    """Where and how the teacher's files are fetched."""
+    return _hub_kwargs(_init_kwargs(args))
 
 
 def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -327,9 +327,13 @@ class OPDTrainer(Assembly):
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except TeacherUnavailable as error:
-            if self.state.global_step == 0:
-                raise
+            assert self.panel is not None
+            if self.state.global_step == 0 or not (self.panel.agreed or self.accelerator.num_processes == 1):
+                raise  # nothing to save, or not all processes would take part in saving it
             folder = self.save_now()
+            for teacher, _ in self.panel.members:
+                if isinstance(teacher, MovingAverage) and self.accelerator.is_main_process:
+                    teacher.save(folder)
             raise TeacherUnavailable(
                 f"{error} Training stopped after step {self.state.global_step}. Everything so far is in {folder}: "
                 "start again with `resume_from_checkpoint=True` when the teacher is back."
