@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import VOCAB, make_model, relative_error
 
+from trl_distill import heads as heads_module
 from trl_distill import objective
 from trl_distill.estimators import check_signals, make_estimator
 from trl_distill.heads import LMHead
@@ -26,11 +27,84 @@ def heads():
     return hidden, LMHead(student), signal
 
 
+def by_definition(divergence: str, q: torch.Tensor, p: torch.Tensor, alpha: float) -> torch.Tensor:
+    """From probabilities `(N, V)`, as the papers write them."""
+
+    def kl(a, b):
+        return (a * (a / b).log()).sum(-1)
+
+    mean = alpha * p + (1 - alpha) * q
+    return {
+        "reverse_kl": lambda: kl(q, p),
+        "forward_kl": lambda: kl(p, q),
+        "jsd": lambda: alpha * kl(p, mean) + (1 - alpha) * kl(q, mean),
+        "skewed_forward_kl": lambda: kl(p, alpha * p + (1 - alpha) * q),
+        "skewed_reverse_kl": lambda: kl(q, alpha * q + (1 - alpha) * p),
+        "mixed": lambda: alpha * kl(p, q) + (1 - alpha) * kl(q, p),
+    }[divergence]()
+
+
+def summed_up(log_probs: torch.Tensor) -> torch.Tensor:
+    """Probabilities in which the stop ids are one."""
+    others = [v for v in range(log_probs.shape[-1]) if v not in STOPS]
+    return torch.cat([log_probs[:, others].exp(), log_probs[:, STOPS].exp().sum(-1, keepdim=True)], dim=-1)
+
+
+FORMS = [
+    *[(name, alpha) for name in ("jsd", "mixed") for alpha in (0.1, 0.5, 0.9)],
+    *[(name, alpha) for name in ("skewed_forward_kl", "skewed_reverse_kl") for alpha in (0.0, 0.1, 0.6)],
+    *[("reverse_kl", 0.0), ("forward_kl", 0.0)],
+]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("family", ["tied", "bias", "softcap", "scale"])
+@pytest.mark.parametrize(("divergence", "alpha"), FORMS)
+def test_divergences_against_their_definitions(divergence, alpha, family, merged, monkeypatch):
+    """Value and gradients in states, weight and bias, in tiles of two rows; the teacher's vocabulary is larger."""
+    monkeypatch.setattr(heads_module, "LOGITS_TILE", 2 * VOCAB)
+    generator = torch.Generator().manual_seed(3)
+    student = make_model(family, seed=1)
+    teacher = make_model("softcap", seed=2, hidden_size=24, vocab_size=VOCAB + 3)
+    hidden = torch.randn(5, 16, generator=generator).requires_grad_()
+    head, signal = LMHead(student), HiddenStates(torch.randn(5, 24, generator=generator), LMHead(teacher))
+    estimator = make_estimator("full", divergence, 0.7, 0, alpha=alpha, stops=STOPS if merged else None)
+    weights = torch.rand(5, generator=generator)
+    leaves = [hidden, *(x for x in head.parameters() if x is not None)]
+    found = estimator.measure(hidden, head, signal, torch.zeros(5).long(), None)
+    log_q = (head.logits(hidden) / 0.7).log_softmax(-1)
+    log_p = (signal.head.logits(signal.hidden)[:, :VOCAB] / 0.7).log_softmax(-1).detach()
+    q, p = (summed_up(log_q), summed_up(log_p)) if merged else (log_q.exp(), log_p.exp())
+    expected = by_definition(divergence, q, p, alpha)
+    torch.testing.assert_close(found["divergence"], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["entropy"], -(log_q.exp() * log_q).sum(-1), rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad((weights * found["divergence"]).sum(), leaves, retain_graph=True)
+    naive = torch.autograd.grad((weights * expected).sum(), leaves)
+    for a, b in zip(ours, naive, strict=True):
+        assert relative_error(a, b) < 1e-4
+
+
+def test_endpoints_of_alpha():
+    """As the literature and TRL have them: 0 and 1 of the JSD are the two KLs, 0 of a skewed form is the plain one."""
+    generator = torch.Generator().manual_seed(0)
+    log_q, log_p = torch.randn(2, 4, 9, generator=generator).log_softmax(-1)
+    forward, reverse = (objective.summands(name, log_q, log_p) for name in ("forward_kl", "reverse_kl"))
+    for name, alpha, expected in (
+        ("jsd", 0.0, forward),
+        ("jsd", 1.0, reverse),
+        ("skewed_forward_kl", 0.0, forward),
+        ("skewed_reverse_kl", 0.0, reverse),
+        ("mixed", 1.0, forward),
+        ("mixed", 0.0, reverse),
+    ):
+        torch.testing.assert_close(objective.summands(name, log_q, log_p, alpha).sum(-1), expected.sum(-1))
+    with pytest.raises(ValueError, match="no divergence 'kl'"):
+        objective.summands("kl", log_q, log_p)
+
+
 def merged_kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
     """KL between two distributions in which the stop ids are summed up first; from the definition."""
-    others = [v for v in range(log_a.shape[-1]) if v not in STOPS]
-    a, b = (torch.cat([x[:, others].exp(), x[:, STOPS].exp().sum(-1, keepdim=True)], dim=-1) for x in (log_a, log_b))
-    return (a * (a.log() - b.log())).sum(-1)
+    return by_definition("reverse_kl", summed_up(log_a), summed_up(log_b), 0.0)
 
 
 def given(hidden, head, signal, temperature=1.0):

@@ -115,6 +115,7 @@ class Assembly(Seams):
             args.divergence,
             args.kl_temperature or args.temperature,
             args.kl_top_k,
+            alpha=args.alpha,
             stops=sorted(merged) if args.merge_stop_tokens else [],
             log_p_temperature=args.temperature if self.has_rewards else None,
         )

@@ -17,7 +17,15 @@ from ._compat import DICT_FIELDS, post_init_without_group_check
 
 logger = logging.getLogger(__name__)
 
-DIVERGENCES = ("reverse_kl", "forward_kl")
+# Divergences, and the default of their alpha where they have one
+DIVERGENCES = {
+    "reverse_kl": None,
+    "forward_kl": None,
+    "jsd": 0.5,
+    "skewed_forward_kl": 0.1,
+    "skewed_reverse_kl": 0.1,
+    "mixed": 0.5,
+}
 KL_ESTIMATORS = ("full", "topk", "sampled")
 SCHEDULES = ("constant", "linear", "cosine", "step")
 GENERATIONS_WITH_REWARDS = 8  # GRPO's own default
@@ -74,8 +82,12 @@ class OPDConfig(GRPOConfig):
     > Parameters that control the divergence
 
         divergence (`str`, *optional*, defaults to `"reverse_kl"`):
-            What is minimised at each token: `"reverse_kl"`, KL(student ‖ teacher), or `"forward_kl"`,
-            KL(teacher ‖ student).
+            What is minimised at each token: `"reverse_kl"`, KL(student ‖ teacher); `"forward_kl"`,
+            KL(teacher ‖ student); `"jsd"`, `"skewed_forward_kl"`, `"skewed_reverse_kl"` or `"mixed"`, see
+            [`~trl_distill.objective.summands`].
+        divergence_alpha (`float`, *optional*):
+            The divergence's own parameter, in [0, 1]. Defaults to 0.5 for `"jsd"` and `"mixed"`, 0.1 for the skewed
+            ones.
         kl_estimator (`str`, *optional*, defaults to `"full"`):
             How it is computed: `"full"`, exactly, over the whole vocabulary; `"topk"`, exactly over the student's
             `kl_top_k` most likely ids and by the sampled token for the rest; `"sampled"`, by the sampled token alone.
@@ -174,9 +186,13 @@ class OPDConfig(GRPOConfig):
     divergence: str = field(
         default="reverse_kl",
         metadata={
-            "help": "What is minimised at each token: KL(student || teacher), or forward.",
+            "help": "What is minimised at each token: KL(student || teacher), or another divergence.",
             "choices": list(DIVERGENCES),
         },
+    )
+    divergence_alpha: float | None = field(
+        default=None,
+        metadata={"help": "The divergence's parameter. Defaults to 0.5 for jsd and mixed, 0.1 for the skewed ones."},
     )
     kl_estimator: str = field(
         default="full",
@@ -236,6 +252,21 @@ class OPDConfig(GRPOConfig):
             raise ValueError(f"`kl_top_k` is {self.kl_top_k}; it counts ids. 0 is the sampled token alone.")
         if not 0 <= self.kl_discount <= 1:
             raise ValueError(f"`kl_discount` is {self.kl_discount}; a discount lies in [0, 1].")
+        if self.divergence_alpha is not None:
+            if DIVERGENCES[self.divergence] is None:
+                raise ValueError(
+                    f"`divergence_alpha` is {self.divergence_alpha}, but divergence={self.divergence!r} has no "
+                    "parameter. Leave it out, or use 'jsd', 'skewed_forward_kl', 'skewed_reverse_kl' or 'mixed'."
+                )
+            skewed = self.divergence.startswith("skewed")
+            if not 0 <= self.divergence_alpha <= 1 or (skewed and self.divergence_alpha == 1):
+                bounds = "[0, 1), since at 1 both sides are the same" if skewed else "[0, 1]"
+                raise ValueError(f"`divergence_alpha` is {self.divergence_alpha}; it lies in {bounds}.")
+        if self.kl_estimator == "topk" and DIVERGENCES[self.divergence] is not None:
+            raise ValueError(
+                f"kl_estimator='topk' has no form for divergence={self.divergence!r}. Use kl_estimator='full', or "
+                "'reverse_kl' or 'forward_kl'."
+            )
         if self.kl_estimator == "sampled" and self.divergence != "reverse_kl":
             raise ValueError(
                 f"kl_estimator='sampled' estimates the reverse KL alone; divergence={self.divergence!r} is an average "
@@ -323,6 +354,12 @@ class OPDConfig(GRPOConfig):
         for name, default in ignored.items():
             if getattr(self, name) != default:
                 logger.warning(f"`{name}` shapes the policy loss, and without rewards there is none: it has no effect.")
+
+    @property
+    def alpha(self) -> float:
+        """`divergence_alpha`, or its default; 0 where the divergence has none."""
+        given = self.divergence_alpha
+        return (DIVERGENCES[self.divergence] or 0.0) if given is None else given
 
     @property
     def prompts_per_generation(self) -> int:

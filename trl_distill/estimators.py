@@ -62,19 +62,26 @@ class Full:
     needs_log_probs = False
     takes: tuple[type, ...] = (HiddenStates,)
 
-    def __init__(self, divergence: str, temperature: float, stops: list[int], log_p_temperature: float | None = None):
-        self.divergence, self.temperature, self.stops = divergence, temperature, stops
+    def __init__(
+        self,
+        divergence: str,
+        alpha: float,
+        temperature: float,
+        stops: list[int],
+        log_p_temperature: float | None = None,
+    ):
+        self.divergence, self.alpha, self.temperature, self.stops = divergence, alpha, temperature, stops
         self.log_p_temperature = log_p_temperature
 
     def measure(self, hidden, head, signal, sampled, log_q) -> Measured:
-        divergence, entropy = exact_divergence(hidden, head, signal, self.divergence, self.temperature)
+        divergence, entropy = exact_divergence(hidden, head, signal, self.divergence, self.temperature, self.alpha)
         shared = min(head.vocab_size, signal.head.vocab_size)
         if self.stops:
             of_student = _log_probs_of_few(hidden, head, self.stops, shared, self.temperature)
             with torch.no_grad():
                 of_teacher = _log_probs_of_few(signal.hidden, signal.head, self.stops, shared, self.temperature)
-            pair = (of_student, of_teacher.to(of_student.device))
-            divergence = objective.as_one_class(divergence, *(pair if self.divergence == "reverse_kl" else pair[::-1]))
+            of_teacher = of_teacher.to(of_student.device)
+            divergence = objective.as_one_class(divergence, of_student, of_teacher, self.divergence, self.alpha)
         measured = {"divergence": divergence, "entropy": entropy}
         if self.log_p_temperature is not None and log_q is not None:  # for the log: do reward and teacher agree?
             measured["log_p"] = _log_p(signal, sampled, shared, self.log_p_temperature)
@@ -205,6 +212,7 @@ def make_estimator(
     divergence: str,
     temperature: float,
     k: int,
+    alpha: float = 0.0,
     stops: list[int] | None = None,
     log_p_temperature: float | None = None,
 ) -> Estimator:
@@ -216,7 +224,7 @@ def make_estimator(
     """
     stops = stops or []
     table: dict[str, Callable[[], Estimator]] = {
-        "full": lambda: Full(divergence, temperature, stops, log_p_temperature),
+        "full": lambda: Full(divergence, alpha, temperature, stops, log_p_temperature),
         "topk": lambda: TopK(k, divergence, temperature, stops),
         "sampled": lambda: Sampled(temperature, stops),
     }

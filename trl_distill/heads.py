@@ -7,8 +7,9 @@ that of `estimators.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,14 +17,16 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ._compat import ChunkedDivergenceFunction, ChunkedLogProbFunction, gathered_head
+from .objective import summands
 from .signals import HiddenStates
 
 
-# The value of the kernel's `beta` that selects each divergence
-KERNEL_BETA = {"reverse_kl": 1.0, "forward_kl": 0.0}
+# Divergences that TRL's kernel has, as the value of its `beta`; `None`: that is the divergence's alpha
+KERNEL_BETA = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": None}
 
 # Tiles of what is projected here rather than in TRL's kernel: tokens, ids, and elements of gathered rows of a head
 TOKEN_TILE, VOCAB_TILE, ROW_TILE = 1024, 32768, 2**24
+LOGITS_TILE = 2**26  # elements of whole logits at a time, for divergences that the kernel lacks: 256 MiB in fp32
 
 
 class LMHead:
@@ -105,6 +108,7 @@ def exact_divergence(
     signal: HiddenStates,  # (N, H_t)
     divergence: str = "reverse_kl",
     temperature: float = 1.0,
+    alpha: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Divergence between the next-token distributions of student and teacher over the whole shared vocabulary.
@@ -116,8 +120,9 @@ def exact_divergence(
         student_hidden: hidden states of the N judged positions.
         student_head: the student's output layer.
         signal: the teacher's hidden states at the same N positions, and its output layer.
-        divergence: a key of `KERNEL_BETA`.
+        divergence: a name of [`~trl_distill.objective.summands`].
         temperature: softmax temperature of both.
+        alpha: the divergence's own parameter.
 
     Returns:
         `tuple` of two `torch.Tensor` of shape `(N,)`, fp32, in nats: the divergence, with gradient to the student's
@@ -134,6 +139,12 @@ def exact_divergence(
     shared = teacher_head.vocab_size
     if shared < student_head.vocab_size:  # the kernel itself cuts a teacher that is larger
         weight, bias = weight[:shared], None if bias is None else bias[:shared]
+    if divergence not in KERNEL_BETA:
+        how = _How(student_head, teacher_head, functools.partial(summands, divergence, alpha=alpha), temperature)
+        return _TiledDivergence.apply(
+            student_hidden.to(weight.device), weight, bias, teacher_hidden.to(weight.device), how
+        )
+    kernel_beta = KERNEL_BETA[divergence]
     return ChunkedDivergenceFunction.apply(
         student_hidden.to(weight.device),
         weight,
@@ -141,13 +152,111 @@ def exact_divergence(
         teacher_hidden.to(weight.device),
         teacher_weight,
         teacher_bias,
-        KERNEL_BETA[divergence],
+        alpha if kernel_beta is None else kernel_beta,
         temperature,
         student_head.logit_scale,
         student_head.softcap,
         teacher_head.logit_scale,
         teacher_head.softcap,
     )
+
+
+class _How(NamedTuple):
+    """What a tiled divergence is computed with, beside tensors."""
+
+    student: LMHead
+    teacher: LMHead
+    summands: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    temperature: float
+
+
+class _TiledDivergence(torch.autograd.Function):
+    """
+    Any sum over ids of a function of both log-probabilities, for `(N, H)` hidden states, in tiles of whole logits.
+
+    Logits are computed again in the backward pass, so that none outlive their tile. As in the kernel, projections run
+    in autocast's dtype and everything else in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, teacher_hidden, how):
+        ctx.save_for_backward(hidden, weight, bias, teacher_hidden)
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.how, ctx.dtype = how, dtype
+        value, entropy = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
+        for rows, logits, log_p in _tiles(hidden, weight, bias, teacher_hidden, how, dtype):
+            log_q = _log_probs(logits, how.student, how.temperature)
+            value[rows] = how.summands(log_q, log_p).sum(-1)
+            entropy[rows] = -(log_q.exp() * log_q).sum(-1)
+        ctx.mark_non_differentiable(entropy)
+        return value, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, bias, teacher_hidden = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
+        grad_weight = grad_bias = None
+        for rows, logits, log_p in _tiles(hidden, weight, bias, teacher_hidden, ctx.how, ctx.dtype):
+            with torch.enable_grad():
+                logits.requires_grad_()
+                log_q = _log_probs(logits, ctx.how.student, ctx.how.temperature)
+                value = ctx.how.summands(log_q, log_p).sum(-1)
+            (found,) = torch.autograd.grad(value, logits, grad[rows])
+            if grad_hidden is not None:
+                grad_hidden[rows] = (found.to(ctx.dtype) @ weight.to(ctx.dtype)).to(hidden.dtype)
+            if wants_weight:  # made here, where ZeRO-3 has gathered the weight and its shape is known
+                grad_weight = torch.zeros_like(weight, dtype=torch.float32) if grad_weight is None else grad_weight
+                grad_weight += found.to(ctx.dtype).T @ hidden[rows].to(ctx.dtype)
+            if wants_bias:
+                grad_bias = torch.zeros_like(bias, dtype=torch.float32) if grad_bias is None else grad_bias
+                grad_bias += found.sum(0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+def _tiles(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    teacher_hidden: torch.Tensor,
+    how: _How,
+    dtype: torch.dtype,
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """
+    Rows, the student's logits before scale and cap, and the teacher's log-probabilities, `(n, V)` in fp32.
+
+    At least one tile, so that heads which ZeRO-3 has sharded are gathered on every process.
+    """
+
+    def logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        bias = None if bias is None else bias.to(dtype)
+        return nn.functional.linear(states.to(dtype), weight.to(dtype), bias).float()
+
+    teacher_weight, teacher_bias = how.teacher.parameters()
+    with gathered_head(weight, bias), gathered_head(teacher_weight, teacher_bias):
+        shared = weight.shape[0]  # a larger teacher is cut to the student's ids, and renormalised
+        cut = teacher_weight[:shared], None if teacher_bias is None else teacher_bias[:shared]
+        size = max(1, LOGITS_TILE // shared)
+        for start in range(0, max(len(hidden), 1), size):
+            rows = slice(start, start + size)
+            with torch.no_grad():
+                log_p = _log_probs(logits(teacher_hidden[rows], *cut), how.teacher, how.temperature)
+                of_student = logits(hidden[rows], weight, bias)
+            yield rows, of_student, log_p
+
+
+def _log_probs(logits: torch.Tensor, head: LMHead, temperature: float) -> torch.Tensor:
+    logits = head.logit_scale * logits
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return (logits / temperature).log_softmax(-1)
 
 
 def log_probs_of(
