@@ -118,7 +118,7 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
             sys.exit(f"{error}")  # it says what to change; a traceback would hide that
         show(getattr(error, "report", Report()), error)
     if script_args.check_only:
-        show(trainer.preflight)
+        show(getattr(trainer, "preflight", Report()))  # without a teacher there is nothing to compare
     resume = args.resume_from_checkpoint
     if resume == "auto":
         resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir or "") else None

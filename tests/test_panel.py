@@ -273,6 +273,21 @@ def test_what_the_user_froze_stays_frozen(make, student):
     assert {name: parameter.requires_grad for name, parameter in trainer.model.named_parameters()} == before
 
 
+def test_columns_that_would_be_dropped_or_missing_at_evaluation(make, pair, prompts, tmp_path, student, tokenizer):
+    hints = prompts.add_column("teacher_prompt", ["h"] * len(prompts))
+    with pytest.raises(ValueError, match="`remove_unused_columns=True` drops the columns"):
+        make(train_dataset=hints, remove_unused_columns=True)
+    with pytest.raises(ValueError, match="no `teacher` column"):
+        OPDTrainer(
+            model=student,
+            teacher_model=pair,
+            args=config(tmp_path),
+            train_dataset=prompts.add_column("teacher", ["math"] * len(prompts)),
+            eval_dataset=prompts,
+            processing_class=tokenizer,
+        )
+
+
 def test_streaming_rows_may_bring_prompts_that_are_not_known_yet(make, prompts):
     rows = [{"prompt": text, "teacher_prompt": f"h {text}"} for text in prompts["prompt"]]
     streaming = IterableDataset.from_generator(lambda: iter(rows))

@@ -121,7 +121,8 @@ class Assembly(Seams):
         )
         self.panel = make_panel(specs, args, self.accelerator, self.model, text_config.vocab_size)
         check_signals(args.kl_estimator, self.estimator, self.panel.teachers, args.kl_temperature or args.temperature)
-        self.ref_model = getattr(self.teacher, "model", None)  # where TRL keeps the model that the KL is taken to
+        if isinstance(self.teacher, LocalTeacher):
+            self.ref_model = self.teacher.model  # where TRL keeps the model that the KL is taken to
         add_student_forward(student, self.estimator.measure, fp32_head=args.cast_lm_head_to_fp32)
         for teacher, columns in self.panel.members:
             if isinstance(teacher, LocalTeacher):

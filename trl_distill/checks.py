@@ -76,14 +76,19 @@ def check_eval_datasets(datasets: Any) -> None:
         _check_prompts(dataset, "evaluation")
 
 
-def check_teacher_columns(dataset: Any, names: list[str]) -> None:
+def check_teacher_columns(dataset: Any, names: list[str], removed: bool = False) -> None:
     """With several teachers, every row must say who judges it; and a `teacher_prompt` must be a prompt."""
     columns = getattr(dataset, "column_names", None)
     if columns is None or not isinstance(dataset, Dataset | IterableDataset):
         return
+    if removed and ("teacher_prompt" in columns or len(names) > 1):
+        raise ValueError(
+            "`remove_unused_columns=True` drops the columns `teacher` and `teacher_prompt` before they are read. Set "
+            "it to False, as it is by default."
+        )
     if len(names) > 1 and "teacher" not in columns:
         raise ValueError(
-            f"There are several teachers ({', '.join(names)}), but the training dataset has no `teacher` column that "
+            f"There are several teachers ({', '.join(names)}), but a dataset has no `teacher` column that "
             "says who judges a row: a name, or weights by name."
         )
     if not isinstance(dataset, Dataset):
@@ -241,7 +246,7 @@ def same_tokenizer(
         return Finding("tokenizer", "error", found, advice)
     special = [
         f"{name} {getattr(student, name)!r} against {getattr(teacher, name)!r}"
-        for name in ("bos_token", "pad_token", "unk_token")
+        for name in ("bos_token", "unk_token")  # padding is never attended to
         if getattr(student, name) != getattr(teacher, name)
     ]
     if special:

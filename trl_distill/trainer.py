@@ -145,7 +145,9 @@ class OPDTrainer(Assembly):
             if environment_factory is None:  # an environment may own the prompts
                 checks.check_train_dataset(train_dataset, args.prompts_per_generation)
                 checks.check_eval_datasets(eval_dataset)
-                checks.check_teacher_columns(train_dataset, list(specs))
+                evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+                for dataset in (train_dataset, *evaluated):
+                    checks.check_teacher_columns(dataset, list(specs), bool(args.remove_unused_columns))
             if not self.has_rewards:
                 reward_funcs = [no_reward]
 
