@@ -261,6 +261,11 @@ def test_the_moving_average_is_saved_and_resumed(make, prompts, tmp_path):
         make(**settings, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_adapter_off_refuses_an_adapter_that_trains_the_base(make):
+    with pytest.raises(ValueError, match="this teacher would drift"):
+        make(teacher_model="adapter-off", peft_config=LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"))
+
+
 def test_what_the_user_froze_stays_frozen(make, student):
     """PEFT switches a whole adapter on again when it leaves `disable_adapter`."""
     model = get_peft_model(student, lora())

@@ -6,7 +6,7 @@ They judge with the student's own forward, in eval mode. What they are good for 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -55,6 +55,12 @@ class AdapterOff:
             raise ValueError(
                 "The teacher is the student with its adapter off, but the LM head is trained itself, so that there is "
                 "no frozen one to judge with. Leave it out of `modules_to_save` and `target_modules`."
+            )
+        biases = {getattr(config, "bias", "none") for config in cast(Any, student).peft_config.values()}
+        if biases - {"none"}:
+            raise ValueError(
+                "The teacher is the student with its adapter off, but the adapter trains biases of the base model too, "
+                "so that this teacher would drift. Set `bias='none'` in the `peft_config`."
             )
         self._student, self._accelerator, self._batch_size = student, accelerator, batch_size
 
