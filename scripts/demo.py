@@ -41,6 +41,7 @@ from trl_distill import OPDConfig, OPDTrainer
 from trl_distill.objective import reverse_kl
 
 
+STEPS = 250  # unless `--steps` says else
 MODELS = Path(__file__).parent / "demo_models"
 console = Console()
 
@@ -212,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
     parser.add_argument("--models", type=Path, default=MODELS)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, help="optimizer steps: 250, with --rewards 500 for each run")
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--held_out", type=int, default=1000, help="problems for the table")
     parser.add_argument("--seed", type=int, default=0)
@@ -224,6 +225,7 @@ def main() -> None:
         from demo_rewards import compare
 
         return compare(options)
+    options.steps = options.steps or STEPS
     start = time.perf_counter()
     student, teacher, tokenizer = load(options.models)
     held_out, glance = problems(options.held_out, seed=10_000 + options.seed), problems(250, seed=20_000 + options.seed)

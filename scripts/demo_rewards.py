@@ -3,7 +3,7 @@
     python scripts/demo.py --rewards            # one to two hours on two cores; stopped and called again, it goes on
 
 The reward is 1 for a right final answer and 0 otherwise; it knows nothing about the steps. All recipes see the same
-problems, two answers each, for the same number of steps. A table and `rewards.png` compare the accuracy on held-out
+problems and as many answers, for the same number of steps. A table and `rewards.png` compare the accuracy on held-out
 problems; each finished run leaves its numbers in a file of its own, which later calls read instead of training again.
 
 Left out: a search for the best settings of each recipe. The reward alone has a smaller learning rate, since in trials
@@ -24,29 +24,36 @@ from demo_task import correct, problems
 from rich.table import Table
 
 
-STEPS = 500
+STEPS = 500  # unless `--steps` says else
 SEEDS = (0, 1, 2)
-SWITCH = 300  # step at which "distil, then RL" turns from the teacher to the reward
-RECIPES: dict[str, dict[str, Any]] = {
-    "reward only": {"reward_funcs": [correct], "beta": 0.0, "learning_rate": 5e-5, "num_generations": 8},
-    "teacher only": {"num_generations": 2},
-    "both": {"reward_funcs": [correct], "beta": 0.1, "num_generations": 2},
-    "distil, then RL": {
-        "reward_funcs": [correct],
-        "reward_start_step": SWITCH,
-        "beta_schedule": "step",
-        "beta_schedule_steps": SWITCH,
-        "beta_end": 0.01,
-        "num_generations": 2,
-    },
-}
+
+
+def recipes(steps: int) -> dict[str, dict[str, Any]]:
+    """By name, what differs from the demo's settings."""
+    switch = steps * 3 // 5  # step at which "distil, then RL" turns from the teacher to the reward
+    return {
+        "reward only": {"reward_funcs": [correct], "beta": 0.0, "learning_rate": 5e-5, "num_generations": 8},
+        "teacher only": {"num_generations": 2},
+        "both": {"reward_funcs": [correct], "beta": 0.1, "num_generations": 2},
+        "distil, then RL": {
+            "reward_funcs": [correct],
+            "reward_start_step": switch,
+            "beta_schedule": "step",
+            "beta_schedule_steps": switch,
+            "beta_end": 0.01,
+            "num_generations": 2,
+        },
+    }
 
 
 def run(options: argparse.Namespace, recipe: str, seed: int, path: Path) -> dict[str, Any]:
-    """Train one recipe on one seed, or read what an earlier call found."""
-    settings = {**RECIPES[recipe], "max_steps": STEPS, "seed": seed}
+    """Train one recipe on one seed, or read what an earlier call with the same options found."""
+    settings = {**recipes(options.steps)[recipe], "max_steps": options.steps, "seed": seed}
+    asked = {"steps": options.steps, "learning_rate": options.learning_rate, "held_out": options.held_out}
     if path.exists():
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if found["options"] == asked:
+            return found
     start = time.perf_counter()
     student, teacher, tokenizer = load(options.models)
     held_out, glance = problems(options.held_out, seed=10_000 + seed), problems(250, seed=20_000 + seed)
@@ -60,6 +67,7 @@ def run(options: argparse.Namespace, recipe: str, seed: int, path: Path) -> dict
     result = {
         "recipe": recipe,
         "seed": seed,
+        "options": asked,
         **measure(student, teacher, tokenizer, held_out, seed),
         "seconds": round(time.perf_counter() - start),
         "curve": watch.accuracy,
@@ -96,7 +104,7 @@ def draw(results: dict[str, list[dict[str, Any]]], teacher: float, path: Path) -
         mean = statistics.mean(run["accuracy"] for run in runs)
         axis.plot(steps, [statistics.mean(v) for v in at], color=colour, linewidth=2, label=f"{recipe} {mean:.1%}")
     axis.set(
-        xlabel="optimizer step (64 answers each)", ylabel="accuracy on 250 problems", ylim=(0, 1.02), xlim=(0, STEPS)
+        xlabel="optimizer step (64 answers each)", ylabel="accuracy on 250 problems", ylim=(0, 1.02), xlim=(0, None)
     )
     axis.set_title(f"Mean and range of {len(SEEDS)} seeds; numbers: {len(SEEDS)} × 1000 held-out problems", fontsize=10)
     axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.48))
@@ -109,14 +117,17 @@ def draw(results: dict[str, list[dict[str, Any]]], teacher: float, path: Path) -
 def compare(options: argparse.Namespace) -> None:
     """Run what has not been run yet, then table and picture."""
     folder = options.output_dir / "rewards"
+    options.steps = options.steps or STEPS
     results: dict[str, list[dict[str, Any]]] = {}
-    for recipe in RECIPES:
+    for recipe in recipes(options.steps):
         name = recipe.replace(", ", "-").replace(" ", "-")
         results[recipe] = [run(options, recipe, seed, folder / f"{name}-{seed}.json") for seed in SEEDS]
     console.print("Measuring teacher and untrained student ...")
     known = baselines(options)
     teacher = statistics.mean(known["teacher"])
-    table = Table(title=f"{options.held_out} held-out problems per seed, one sampled answer each; {STEPS} steps")
+    table = Table(
+        title=f"{options.held_out} held-out problems per seed, one sampled answer each; {options.steps} steps"
+    )
     for column in ("", "accuracy", "by seed", "KL to the teacher, nats per token"):
         table.add_column(column, justify="left" if not column else "right")
     rows: dict[str, tuple[list[float], list[float] | None]] = {name: (values, None) for name, values in known.items()}

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from demo import MODELS, console, sample
-from demo_task import problems
+from demo_task import MAX_COMPLETION_LENGTH, problems
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -79,7 +79,7 @@ def fit(pair: Pair, prompts: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         log_q, log_p = pair.log_probs(rollouts)
         known = features(log_q, log_p, mask)
         future = future_kl(known[..., 1], mask, 1.0)
-    mean, regression = torch.zeros(mask.shape[1], 4), torch.zeros(mask.shape[1], 4)
+    mean, regression = torch.zeros(MAX_COMPLETION_LENGTH, 4), torch.zeros(MAX_COMPLETION_LENGTH, 4)
     for t in range(mask.shape[1]):
         alive = mask[:, t]
         if alive.sum() < 8:

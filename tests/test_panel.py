@@ -18,13 +18,16 @@ from trl_distill import AdapterOff, MovingAverage, OPDTrainer, ServedTeacher, Te
 from trl_distill.panel import weights_of
 
 
+PASSED = ("train_dataset", "peft_config", "model", "environment_factory")  # beside the configuration
+
+
 @pytest.fixture
 def make(tmp_path, tokenizer, prompts, student, teacher):
     with torch.no_grad():  # stop early now and then, so that completions are ragged
         student.model.embed_tokens.weight[EOS] *= 1.5
 
     def build(**changes):
-        given = {name: changes.pop(name) for name in ("train_dataset", "peft_config", "model") if name in changes}
+        given = {name: changes.pop(name) for name in PASSED if name in changes}
         teacher_model = changes.pop("teacher_model", "copy")
         return OPDTrainer(
             **{
@@ -259,6 +262,29 @@ def test_the_moving_average_is_saved_and_resumed(make, prompts, tmp_path):
     (tmp_path / "checkpoint-2" / "teacher_ema.safetensors").unlink()
     with pytest.raises(ValueError, match="from a run without `teacher_ema`"):
         make(**settings, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_two_moving_averages_have_files_of_their_own(make, prompts, tmp_path):
+    rows = prompts.add_column("teacher", ["slow", "fast"] * (len(prompts) // 2))
+    rows = rows.add_column("teacher_prompt", ["h"] * len(prompts))
+    averages = {"slow": MovingAverage(0.9), "fast": MovingAverage(0.5)}
+    trainer = make(teacher_model=averages, train_dataset=rows, save_strategy="steps", save_steps=2)
+    trainer.train()
+    for teacher in averages.values():
+        kept = {name: average.clone() for name, average in teacher.averages.items()}
+        teacher.load(str(tmp_path / "checkpoint-2"))
+        assert all(torch.equal(teacher.averages[name], average) for name, average in kept.items())
+    assert not all(map(torch.equal, averages["slow"].averages.values(), averages["fast"].averages.values()))
+
+
+def test_a_prompt_for_the_teacher_beside_environments(make, prompts):
+    class Nothing:
+        def reset(self, **_):
+            return None
+
+    rows = prompts.add_column("teacher_prompt", ["h"] * len(prompts))
+    with pytest.raises(ValueError, match="environments add to the prompts"):
+        make(train_dataset=rows, environment_factory=Nothing)
 
 
 def test_adapter_off_refuses_an_adapter_that_trains_the_base(make):
@@ -560,6 +586,22 @@ def test_nothing_is_trained_on_a_wrong_answer(make, served, fault):
     with pytest.raises(TeacherAnswerError):
         trainer.train()
     assert torch.equal(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), before)
+
+
+def test_a_wrong_answer_leaves_a_checkpoint(make, served, tmp_path):
+    trainer = make(teacher_model=ServedTeacher(served.url, "teacher"), kl_estimator="sampled", max_steps=3)
+    score, asked = trainer.teacher.score, []
+
+    def score_until_the_second_batch(rollouts):
+        asked.append(len(rollouts))
+        if len(asked) == 2:
+            served.fail("cut")
+        return score(rollouts)
+
+    trainer.teacher.score = score_until_the_second_batch
+    with pytest.raises(TeacherAnswerError, match=r"stopped after step 1\. Everything so far is in .*checkpoint-1"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
 
 
 # -- the demo's models, every kind and estimator ---------------------------------------------------------------------

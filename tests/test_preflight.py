@@ -36,6 +36,13 @@ def other_special():
     [
         (lambda: checks.same_tokenizer(make_tokenizer(), make_tokenizer()), "ok", "The same 29 ids"),
         (lambda: checks.same_tokenizer(make_tokenizer(), make_tokenizer(WORDS[::-1])), "error", "differ in 28 of 29"),
+        (lambda: checks.same_tokenizer(make_tokenizer(), make_tokenizer([*WORDS, "+"])), "warning", "only one of"),
+        (lambda: checks.same_tokenizer(make_tokenizer([*WORDS, "+"]), make_tokenizer()), "warning", "29: '+'"),
+        (
+            lambda: checks.same_tokenizer(make_tokenizer([*WORDS, "+"]), make_tokenizer([*WORDS, "-", "+"])),
+            "error",
+            "differ in 2 of 30",
+        ),
         (lambda: checks.same_tokenizer(make_tokenizer(), None), "warning", "came without a tokenizer"),
         (lambda: checks.same_tokenizer(make_tokenizer(), other_special()), "warning", "unk_token '.' against 'a'"),
         (lambda: checks.vocabulary(make_tokenizer(), 29, 29), "ok", "29 rows each"),
@@ -47,6 +54,7 @@ def other_special():
         (lambda: checks.chat_templates(with_template("x"), with_template("x")), "ok", "render a conversation alike"),
         (lambda: checks.chat_templates(with_template("x"), with_template("y")), "warning", "is not its own"),
         (lambda: checks.chat_templates(with_template("x"), make_tokenizer()), "ok", "none of its own"),
+        (lambda: checks.chat_templates(with_template("x"), with_template("y"), False), "ok", "Prompts are text"),
         (lambda: checks.context_length(100, 28, 128, "teacher"), "ok", "128 positions"),
         (lambda: checks.context_length(100, 29, -1, "teacher"), "ok", "no limit known"),
         (lambda: checks.context_length(100, 29, 128, "teacher"), "error", "Lower `max_completion_length` to 28"),
@@ -115,6 +123,34 @@ def test_other_stop_tokens_are_merged_and_said(tmp_path, tokenizer, prompts, stu
     assert caplog.text.count(said) == 1
     assert ("completions will grow" in caplog.text) is not merge
     trainer.train()
+
+
+def test_ids_that_mean_nothing_to_the_tokenizer_are_no_stop_tokens(tmp_path, tokenizer, prompts, student, teacher):
+    """A configuration's default is no stop token of either side, so there is nothing to merge."""
+    student.generation_config.eos_token_id = [1, 5]
+    trainer = OPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config(tmp_path),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    assert trainer.estimator.stops == []
+    assert trainer.eos_token_ids == [1, 5]  # TRL's business
+
+
+def test_under_vllm_merged_stop_tokens_end_rollouts_too(tmp_path, tokenizer, prompts, student, teacher):
+    trainer = OPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config(tmp_path),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    trainer.use_vllm, trainer.vllm_generation = True, SimpleNamespace(generation_kwargs={"stop_token_ids": [7]})
+    trainer.end_rollouts_with([1, 28])
+    assert trainer.eos_token_ids == [1, 28]
+    assert trainer.vllm_generation.generation_kwargs == {"stop_token_ids": [1, 7, 28]}
 
 
 def test_prompts_beyond_the_context_stop_the_run(tmp_path, tokenizer, prompts, student, teacher):

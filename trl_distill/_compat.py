@@ -197,6 +197,16 @@ class Seams(GRPOTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         return ReplayingSampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
+    def end_rollouts_with(self, ids: list[int]) -> None:
+        """Let any of these ids end a completion, whoever generates it."""
+        self.eos_token_ids = ids
+        if not self.use_vllm:
+            self.generation_config.eos_token_id = ids
+            self.generation_kwargs["eos_token_id"] = ids
+            return
+        kwargs = self.vllm_generation.generation_kwargs
+        kwargs["stop_token_ids"] = sorted({*(kwargs.get("stop_token_ids") or []), *ids})
+
     def save_now(self) -> str:
         """Write a checkpoint of the current step, whatever the save strategy, and say where it lies."""
         self._save_checkpoint(self.model_wrapped, trial=None)

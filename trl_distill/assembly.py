@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
 
 from . import checks
@@ -18,7 +19,7 @@ from .estimators import Estimator, check_signals, make_estimator
 from .forwards import add_student_forward, last_hidden_state, unwrap_adapter
 from .heads import LMHead
 from .panel import Panel, make_panel
-from .preflight import LONGEST_OF, Report, context_of, examine, probe_kl, prompts_to_look_at
+from .preflight import LONGEST_OF, Report, context_of, examine, probe_kl, prompts_to_look_at, real_stops
 from .self_teachers import ADAPTER_OFF, AdapterOff, FollowStudent, MovingAverage
 from .served import ServedTeacher
 from .signals import HiddenStates
@@ -74,8 +75,9 @@ class Assembly(Seams):
         self.preflight = report
         student = unwrap_adapter(self.model)
         text_config = student.config.get_text_config()
-        stops, merged = set(self.eos_token_ids), set()
+        stops, merged = real_stops(set(self.eos_token_ids), self.tokenizer), set()
         prompts, hints = (self._first_prompts(column) for column in ("prompt", "teacher_prompt"))
+        conversational = not any(isinstance(p, str) for p in prompts_to_look_at(self.train_dataset)[:1])
         if prompts:
             report.add(
                 checks.context_length(
@@ -84,10 +86,10 @@ class Assembly(Seams):
             )
         longest = max(map(len, prompts + hints), default=None)
         for spec in specs.values():
-            size, theirs = examine(report, spec, args, self.tokenizer, student, longest)
+            size, theirs = examine(report, spec, args, self.tokenizer, student, longest, conversational)
             if theirs:
                 report.add(checks.stop_tokens(self.tokenizer, stops, theirs, args.merge_stop_tokens))
-            if theirs - stops or (theirs and stops - theirs):
+            if theirs and theirs != stops:
                 merged |= stops | theirs
             if size is not None and not report.count("error"):
                 self._stay_inside_vocabulary(size, text_config.vocab_size)
@@ -103,7 +105,7 @@ class Assembly(Seams):
             )
         report.stop_on_errors()
         if merged and args.merge_stop_tokens:
-            self._stop_at(sorted(merged))
+            self._stop_at(sorted(merged.union(self.eos_token_ids)))
         if args.kl_estimator == "topk" and args.divergence == "forward_kl" and not self.in_fp32:
             raise ValueError(
                 "kl_estimator='topk' with divergence='forward_kl' takes the difference of nearly equal masses, which "
@@ -129,6 +131,8 @@ class Assembly(Seams):
                 with teacher.at_work() as model:
                     self._check_head(model, "teacher")
             if isinstance(teacher, MovingAverage):
+                if self.panel.several:
+                    teacher.file_name = f"teacher_ema.{columns[0]}.safetensors"
                 self.add_callback(FollowStudent(teacher))
             if isinstance(teacher, ServedTeacher):
                 teacher.check()
@@ -190,13 +194,13 @@ class Assembly(Seams):
 
     def _stop_at(self, ids: list[int]) -> None:
         """Let rollouts, and the student that is saved, end with any of these ids: all mean the end to the teacher."""
-        if self.use_vllm:
-            logger.warning("vLLM ends rollouts with the student's own stop tokens alone, not with the teacher's.")
-            return
-        self.eos_token_ids = ids
-        self.generation_config.eos_token_id = ids
-        self.generation_kwargs["eos_token_id"] = ids
+        self.end_rollouts_with(ids)
         unwrap_adapter(self.model).generation_config.eos_token_id = ids
+        if is_peft_model(self.model):
+            logger.warning(
+                "An adapter's folder holds no stop tokens. Whoever loads it generates with "
+                f"`generate(..., eos_token_id={ids})`, or merges it into its base first."
+            )
 
     def _stay_inside_vocabulary(self, teacher_size: int, student_size: int) -> None:
         """Keep rollouts to ids that the teacher has an opinion on, where its vocabulary is padded less."""

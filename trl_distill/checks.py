@@ -231,6 +231,16 @@ def same_tokenizer(
     of_student = {index: token for token, index in student.get_vocab().items()}
     of_teacher = {index: token for token, index in teacher.get_vocab().items()}
     differing = [i for i in sorted(of_student.keys() | of_teacher.keys()) if of_student.get(i) != of_teacher.get(i)]
+    moved = {of_student.get(i) for i in differing} & {of_teacher.get(i) for i in differing} - {None}
+    clashing = [i for i in differing if i in of_student and i in of_teacher]
+    if differing and not clashing and not moved:
+        shown = ", ".join(f"{i}: {of_student.get(i, of_teacher.get(i))!r}" for i in differing[:5])
+        return Finding(
+            "tokenizer",
+            "warning",
+            f"{len(differing)} ids are known to only one of the two tokenizers; all others agree. The first: {shown}.",
+            "Make sure that prompts and answers do without them.",
+        )
     if differing:
         shown = "; ".join(f"{i}: {of_student.get(i)!r} against {of_teacher.get(i)!r}" for i in differing[:5])
         found = (
@@ -305,8 +315,12 @@ PROBE_CONVERSATION = [
 ]
 
 
-def chat_templates(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None) -> Finding:
+def chat_templates(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, conversational: bool = True
+) -> Finding:
     """Whether both render a conversation alike: the teacher reads prompts in the student's template."""
+    if not conversational:
+        return Finding("chat template", "ok", "Prompts are text; none is used.")
     if teacher is None or getattr(teacher, "chat_template", None) is None:
         return Finding("chat template", "ok", "The teacher brings none of its own; it reads the student's.")
 
@@ -326,8 +340,8 @@ def chat_templates(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenize
         "warning",
         f"The teacher reads prompts in the student's chat template, which is not its own: {of_student!r} against "
         f"{of_teacher!r}.",
-        "Distil in the format that the teacher was trained on: give the student its template "
-        "(`chat_template_path`), thinking mode included (`chat_template_kwargs`).",
+        "Distil in the format that the teacher was trained on: give the student's tokenizer its template "
+        "(`processing_class.chat_template`), thinking mode included (`chat_template_kwargs`).",
     )
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ._compat import FusedCausalLMOutput
 from .heads import LMHead
-from .signals import HiddenStates, Judgement, Rollouts
+from .signals import HiddenStates, Judgement, Rollouts, TokenLogProbs
 
 
 @dataclass
@@ -107,6 +107,8 @@ def add_student_forward(
         measured = []
         for judgement in judgements:
             mask, signal, states = judgement.mask.to(device), judgement.signal, _judged(hidden, judgement.mask)
+            if isinstance(signal, TokenLogProbs):
+                signal = signal.map(lambda tensor: tensor.to(device))
             if fp32_head:
                 states, signal = states.float(), signal.float()
             with context:

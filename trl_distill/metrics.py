@@ -21,7 +21,7 @@ def means(accelerator: Accelerator, quantities: dict[str, tuple[torch.Tensor, to
             outside the mask may be anything, NaN included.
 
     Returns:
-        `dict[str, float]`: the means; 0.0 where nothing counts at all.
+        `dict[str, float]`: the means; without those for which nothing counts on any process.
     """
     sums = [
         part
@@ -29,7 +29,7 @@ def means(accelerator: Accelerator, quantities: dict[str, tuple[torch.Tensor, to
         for part in (values.detach().float().masked_fill(~mask.bool(), 0.0).sum(), mask.float().sum())
     ]
     totals = accelerator.reduce(torch.stack(sums), reduction="sum").view(-1, 2).tolist()
-    return {name: total / max(count, 1.0) for name, (total, count) in zip(quantities, totals, strict=True)}
+    return {name: total / count for name, (total, count) in zip(quantities, totals, strict=True) if count}
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ import itertools
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import nn
 
 from .checks import weights_of
@@ -19,7 +18,7 @@ from .config import OPDConfig
 from .self_teachers import ADAPTER_OFF, AdapterOff, MovingAverage
 from .served import ServedTeacher
 from .signals import HiddenStates, Judgement, Rollouts, Signal, TeacherUnavailable
-from .teachers import Teacher, load_teacher
+from .teachers import Teacher, is_sharded, load_teacher
 
 
 _row_ids = itertools.count()  # never the same twice, so that a stale entry cannot be taken for another row's
@@ -39,7 +38,7 @@ class Panel:
     def __init__(self, teachers: dict[str, Teacher], accelerator: Any, uses: int = 1, together: bool = False):
         self.teachers, self.names = teachers, list(teachers)
         self.accelerator, self.uses, self.together = accelerator, uses, together
-        self.agreed = False  # whether all processes know that a teacher stays away
+        self.agreed = False  # whether all processes know that a teacher failed
         # names of the same teacher share one forward
         self.members: list[tuple[Teacher, list[int]]] = []
         for column, teacher in enumerate(teachers.values()):
@@ -175,12 +174,12 @@ class Panel:
         kinds = [failure is not None, failure is not None and not isinstance(failure, TeacherUnavailable)]
         failed = torch.tensor([float(kind) for kind in kinds], device=self.accelerator.device)
         some, for_good = (self.accelerator.reduce(failed, reduction="sum") > 0).tolist()
+        self.agreed = some
         if failure is not None and for_good:
             raise failure
         if for_good:
             raise RuntimeError("A teacher failed on another process; its message is there.")
         if some:
-            self.agreed = True
             raise failure or TeacherUnavailable("The teacher did not answer another process; its message is there.")
 
 
@@ -256,8 +255,7 @@ def make_panel(
                 if hasattr(spec, "bind"):
                     spec.bind(student, accelerator, args.teacher_batch_size or args.per_device_train_batch_size)
         teachers[name] = made[key]
-    together = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-    return Panel(teachers, accelerator, uses=args.num_iterations, together=together)
+    return Panel(teachers, accelerator, uses=args.num_iterations, together=is_sharded(accelerator))
 
 
 def teacher_rollouts(inputs: dict[str, Any]) -> Rollouts:

@@ -96,22 +96,19 @@ def _plain(text: str) -> Any:
 def stop_ids(
     model_config: Any, generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> set[int]:
-    """
-    Every id that ends a turn of a model: of its generation settings, else its configuration, and of its tokenizer.
-
-    Configurations have defaults that mean nothing to the tokenizer, so an id counts only where it is a special or an
-    added token.
-    """
+    """Every id that ends a turn of a model, by its generation settings, else its configuration, and its tokenizer."""
 
     def ids_of(source: Any) -> set[Any]:
         ids = getattr(source, "eos_token_id", None)
         return (set(ids) if isinstance(ids, Iterable) else {ids}) - {None}
 
     found = ids_of(generation) or ids_of(model_config)
-    if tokenizer is None:
-        return found
-    marked = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-    return (found & marked) | ids_of(tokenizer)
+    return found if tokenizer is None else real_stops(found, tokenizer) | ids_of(tokenizer)
+
+
+def real_stops(ids: set[int], tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Those that are special or added tokens: configurations have defaults that mean nothing to the tokenizer."""
+    return ids & (set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values()))
 
 
 def context_of(config: Any) -> int | None:
@@ -129,6 +126,7 @@ def examine(
     tokenizer: PreTrainedTokenizerBase,
     student: PreTrainedModel,
     longest_prompt: int | None,
+    conversational: bool = True,
 ) -> tuple[int | None, set[int]]:
     """
     Compare a teacher with the student before it is loaded.
@@ -140,6 +138,7 @@ def examine(
         tokenizer: the student's.
         student: the student, without adapter.
         longest_prompt (`int`, *optional*): in tokens, where it is known.
+        conversational (`bool`): whether prompts go through a chat template.
 
     Returns:
         The size of the teacher's vocabulary, where it is known, and the ids that end a turn for it.
@@ -151,7 +150,7 @@ def examine(
     teacher = load_tokenizer(spec.model) if isinstance(spec, ServedTeacher) else load_teacher_tokenizer(spec, args)
     report.add(
         checks.same_tokenizer(tokenizer, teacher, args.assume_same_tokenizer, served),
-        checks.chat_templates(tokenizer, teacher),
+        checks.chat_templates(tokenizer, teacher, conversational),
     )
     stops = stop_ids(config, teacher_generation(spec, args), teacher)
     if config is None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, is_peft_model
+from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
@@ -18,11 +18,10 @@ from transformers import TrainerCallback
 from .forwards import unwrap_adapter
 from .heads import FrozenHead
 from .signals import HiddenStates, Rollouts
-from .teachers import in_parts
+from .teachers import in_parts, is_sharded
 
 
 ADAPTER_OFF = "adapter-off"  # what to write where a name is expected
-AVERAGES = "teacher_ema.safetensors"
 
 
 class AdapterOff:
@@ -88,6 +87,7 @@ class MovingAverage:
     """
 
     gives = HiddenStates
+    file_name = "teacher_ema.safetensors"  # beside a checkpoint
 
     def __init__(self, decay: float):
         if not 0 < decay < 1:
@@ -96,10 +96,10 @@ class MovingAverage:
 
     def bind(self, student: nn.Module, accelerator: Accelerator, batch_size: int | None = None) -> None:
         """Start at the student that is trained; called by the trainer. Raises `ValueError` where it is sharded."""
-        if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        if is_sharded(accelerator):
             raise ValueError(
-                "`teacher_ema` averages whole parameters, which DeepSpeed and FSDP cut up. Use plain data parallelism "
-                "(`torchrun`), or a fixed teacher."
+                "`teacher_ema` averages whole parameters, which ZeRO-3 and FSDP cut up. Use plain data parallelism "
+                "(`torchrun`), ZeRO-2, or a fixed teacher."
             )
         self._student, self._accelerator, self._batch_size = student, accelerator, batch_size
         trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
@@ -110,17 +110,20 @@ class MovingAverage:
     def follow(self) -> None:
         """One step after the student. New tensors, since signals that are still in use hold the old ones."""
         for name, parameter in self._parameters.items():
-            self.averages[name] = torch.lerp(self.averages[name], parameter.detach().float(), 1 - self.decay)
+            average = self.averages[name].to(parameter.device)  # an engine may have moved the student since
+            self.averages[name] = torch.lerp(average, parameter.detach().float(), 1 - self.decay)
 
     def save(self, folder: str) -> None:
         """Write the averages beside a checkpoint."""
-        save_file(self.averages, os.path.join(folder, AVERAGES))
+        save_file(self.averages, os.path.join(folder, self.file_name))
 
     def load(self, folder: str) -> None:
         """Go on from a checkpoint. Raises `ValueError` where it holds no averages, or others."""
-        path = os.path.join(folder, AVERAGES)
+        path = os.path.join(folder, self.file_name)
         if not os.path.isfile(path):
-            raise ValueError(f"The checkpoint {folder} has no {AVERAGES}: it is from a run without `teacher_ema`.")
+            raise ValueError(
+                f"The checkpoint {folder} has no {self.file_name}: it is from a run without `teacher_ema`."
+            )
         averages = load_file(path)
         if averages.keys() != self.averages.keys():
             raise ValueError(f"{path} holds the averages of other parameters than those that are trained now.")
@@ -132,7 +135,7 @@ class MovingAverage:
         own = {name: parameter.data for name, parameter in self._parameters.items()}
         try:
             for name, parameter in self._parameters.items():
-                parameter.data = self.averages[name].to(parameter.dtype)
+                parameter.data = self.averages[name].to(parameter)
             torch.clear_autocast_cache()  # casts of the student's weights
             signal = _looked_at(self._student, self._accelerator, rollouts, self._batch_size)
             weight, bias = signal.head.parameters()

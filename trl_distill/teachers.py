@@ -40,6 +40,13 @@ class Teacher(Protocol):
         ...
 
 
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether parameters are cut up among processes, so that every forward takes all of them: ZeRO-3 and FSDP."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.state.deepspeed_plugin.zero_stage == 3
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
 class LocalTeacher:
     """
     A model in this process, frozen, in eval mode, prepared as TRL prepares its reference model.
@@ -118,10 +125,10 @@ class ParkedTeacher(LocalTeacher):
 
     def _placed(self, model: nn.Module) -> Any:
         base = unwrap_adapter(model)
-        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        if is_sharded(self.accelerator):
             raise ValueError(
-                "`teacher_offload=True` parks a whole teacher, but DeepSpeed and FSDP place the teacher themselves. "
-                "Leave it out, and let the engine offload: `offload_param` under ZeRO-3."
+                "`teacher_offload=True` parks a whole teacher, but ZeRO-3 and FSDP cut it up. Leave it out, and "
+                "let the engine offload: `offload_param` under ZeRO-3."
             )
         if getattr(base, "is_quantized", False) or getattr(base, "hf_device_map", None):
             raise ValueError(
@@ -133,7 +140,7 @@ class ParkedTeacher(LocalTeacher):
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
         head = {id(parameter) for parameter in base.get_output_embeddings().parameters()}  # tied embeddings included
-        self._parked = [(p, self._pinned(p.data)) for p in model.parameters() if id(p) not in head]
+        self._parked = self._homes([p for p in model.parameters() if id(p) not in head])
         for parameter in base.get_output_embeddings().parameters():
             parameter.data = parameter.data.to(device)
         for parameter, home in self._parked:
@@ -143,8 +150,20 @@ class ParkedTeacher(LocalTeacher):
     def _arrived(self, home: torch.Tensor) -> torch.Tensor:
         return home.to(self.accelerator.device, non_blocking=True)
 
-    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory() if self.accelerator.device.type == "cuda" else tensor
+    def _homes(self, parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """
+        Where each parameter lives. Pinned where that speeds up the way to the accelerator: one piece of memory for each
+        dtype, since every piece is rounded up to a power of two.
+        """
+        if self.accelerator.device.type != "cuda":
+            return [(p, p.data) for p in parameters]
+        homes = []
+        for dtype in {p.dtype for p in parameters}:
+            alike = [p for p in parameters if p.dtype == dtype]
+            memory = torch.empty(sum(p.numel() for p in alike), dtype=dtype, pin_memory=True)
+            pieces = memory.split([p.numel() for p in alike])
+            homes += [(p, piece.view(p.shape).copy_(p.data)) for p, piece in zip(alike, pieces, strict=True)]
+        return homes
 
     @contextmanager
     def at_work(self) -> Iterator[nn.Module]:

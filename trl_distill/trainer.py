@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import textwrap
 from typing import Any
 
@@ -27,7 +26,7 @@ from .forwards import DistilledOutput, JudgedModel
 from .metrics import forces, means
 from .panel import read_specs
 from .self_teachers import MovingAverage
-from .signals import Judgement, Rollouts, TeacherUnavailable
+from .signals import Judgement, Rollouts, TeacherAnswerError, TeacherUnavailable
 from .teachers import Teacher
 
 
@@ -148,6 +147,11 @@ class OPDTrainer(Assembly):
                 evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
                 for dataset in (train_dataset, *evaluated):
                     checks.check_teacher_columns(dataset, list(specs), bool(args.remove_unused_columns))
+            elif "teacher_prompt" in (getattr(train_dataset, "column_names", None) or ()):
+                raise ValueError(
+                    "The dataset has a `teacher_prompt` column, but environments add to the prompts what is observed, "
+                    "which the teacher would not be shown. Drop the column, or the environments."
+                )
             if not self.has_rewards:
                 reward_funcs = [no_reward]
 
@@ -172,7 +176,11 @@ class OPDTrainer(Assembly):
         finally:
             args.beta = beta
         if specs:
-            self.add_teachers(specs)
+            try:
+                self.add_teachers(specs)
+            except (ValueError, TeacherAnswerError, TeacherUnavailable) as error:
+                vars(error).setdefault("report", self.preflight)  # what was found until then, for `--check_only`
+                raise
 
     def beta_at(self, step: int) -> float:
         """Weight of the teacher's term at an optimizer step."""
@@ -184,14 +192,11 @@ class OPDTrainer(Assembly):
 
     def rollouts_written(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
         """Say who judges which row, with which prompt, and ask those teachers that judge whole generation batches."""
-        args, training = self.args, self.mode == "train"
-        span = math.ceil(args.micro_steps_per_generation / args.gradient_accumulation_steps) if training else 1
-        first = self.state.global_step
-        if self.panel is None or not any(self.beta_at(step) for step in range(first, first + span)):
+        if self.panel is None or self.beta_at(self.state.global_step) == 0:  # a weight of 0 stays 0
             return
         batch |= self._teacher_prompts(rows, batch)
         batch |= self.panel.seat(rows, batch["prompt_ids"].device)
-        self.panel.prepare(batch, training)
+        self.panel.prepare(batch, self.mode == "train")
 
     def _teacher_prompts(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Prompts of the teacher's own, `(B, P')`, left-padded; rows without one keep the student's."""
@@ -318,7 +323,9 @@ class OPDTrainer(Assembly):
         As [`~transformers.Trainer.train`].
 
         Raises:
-            TeacherUnavailable: a teacher stayed away; what was trained so far is in a checkpoint, which it names.
+            TeacherUnavailable: a teacher stayed away.
+            TeacherAnswerError: a server's answer cannot be used. In both cases what was trained so far is in a
+                checkpoint, which the message names.
         """
         last = resume_from_checkpoint
         if last is True:
@@ -328,18 +335,29 @@ class OPDTrainer(Assembly):
                 teacher.load(str(last))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        except TeacherUnavailable as error:
-            assert self.panel is not None
-            if self.state.global_step == 0 or not (self.panel.agreed or self.accelerator.num_processes == 1):
+        except Exception as error:
+            of_teacher = isinstance(error, TeacherUnavailable | TeacherAnswerError)
+            known_to_all = self.panel is not None and self.panel.agreed
+            alone = of_teacher and self.accelerator.num_processes == 1
+            if self.state.global_step == 0 or not (known_to_all or alone):
                 raise  # nothing to save, or not all processes would take part in saving it
-            folder = self.save_now()
-            for teacher, _ in self.panel.members:
-                if isinstance(teacher, MovingAverage) and self.accelerator.is_main_process:
-                    teacher.save(folder)
-            raise TeacherUnavailable(
-                f"{error} Training stopped after step {self.state.global_step}. Everything so far is in {folder}: "
-                "start again with `resume_from_checkpoint=True` when the teacher is back."
-            ) from error
+            advice = (
+                f"Training stopped after step {self.state.global_step}. Everything so far is in {self._save_all()}: "
+                "start again with `resume_from_checkpoint=True` when the teacher answers as it should."
+            )
+            if not of_teacher:
+                error.add_note(advice)
+                raise
+            kind = TeacherUnavailable if isinstance(error, TeacherUnavailable) else TeacherAnswerError
+            raise kind(f"{error} {advice}") from error
+
+    def _save_all(self) -> str:
+        """A checkpoint of the current step, moving averages included; returns its folder."""
+        folder = self.save_now()
+        for teacher, _ in self.panel.members if self.panel is not None else ():
+            if isinstance(teacher, MovingAverage) and self.accelerator.is_main_process:
+                teacher.save(folder)
+        return folder
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.has_rewards:  # the placeholder's zeros say nothing

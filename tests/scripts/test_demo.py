@@ -94,14 +94,13 @@ def test_recipes_are_compared_and_a_second_call_goes_on(tmp_path, monkeypatch, c
     """With very few steps: every recipe runs, the table names them, and what has been run is not run again."""
     import demo_rewards
 
-    monkeypatch.setattr(demo_rewards, "STEPS", 2)
     monkeypatch.setattr(demo_rewards, "SEEDS", (0,))
     options = argparse.Namespace(
         output_dir=tmp_path, models=MODELS, steps=2, learning_rate=1e-3, held_out=50, seed=0, rewards=True
     )
     demo_rewards.compare(options)
     first = capsys.readouterr().out
-    assert all(name in first for name in ("teacher", "student before", *demo_rewards.RECIPES))
+    assert all(name in first for name in ("teacher", "student before", *demo_rewards.recipes(2)))
     assert (tmp_path / "rewards" / "rewards.png").stat().st_size > 10_000
     summary = json.loads((tmp_path / "rewards" / "summary.json").read_text())
     assert all(len(row["accuracy"]) == 1 for row in summary.values())
@@ -109,3 +108,6 @@ def test_recipes_are_compared_and_a_second_call_goes_on(tmp_path, monkeypatch, c
     (tmp_path / "rewards" / "summary.json").unlink()
     demo_rewards.compare(options)
     assert json.loads((tmp_path / "rewards" / "summary.json").read_text()) == summary
+    options.learning_rate = 1e-2
+    with pytest.raises(TypeError):  # other options are another run
+        demo_rewards.compare(options)

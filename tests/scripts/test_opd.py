@@ -142,6 +142,15 @@ def test_check_only_shows_all_errors_at_once(run, saved, capsys):
     assert "could not be found" in capsys.readouterr().out
 
 
+def test_check_only_keeps_what_was_found_before_a_setting_stopped_it(run, capsys):
+    with pytest.raises(SystemExit):
+        run("--check_only", "--kl_estimator", "topk", "--divergence", "forward_kl", "--dtype", "bfloat16")
+    shown = capsys.readouterr().out
+    assert "16-bit logits lose" in shown
+    for check in ("tokenizer", "vocabulary", "stop tokens"):
+        assert check in shown
+
+
 def test_adapter_off_by_its_name(run, capsys):
     lora = ("--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj")
     run("--teacher_model_name_or_path", "adapter-off", "--assume_different_teacher", *lora)
