@@ -46,16 +46,18 @@ def parameters(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@pytest.mark.parametrize(("beta", "divergence"), [(1.0, "reverse_kl"), (0.5, "jsd"), (0.0, "forward_kl")])
 def test_losses_and_gradient_norms_equal_those_of_trls_distillation_trainer(
-    tmp_path, tokenizer, prompts, student, teacher
+    tmp_path, tokenizer, prompts, student, teacher, beta, divergence
 ):
     with torch.no_grad():  # stop now and then, so that lengths are ragged and the normaliser matters
         student.model.embed_tokens.weight[EOS] *= 1.5
     shared = {"gradient_accumulation_steps": 2, "max_steps": 5, "max_grad_norm": 1e9}
-    ours = run(copy.deepcopy(student), copy.deepcopy(teacher), config(tmp_path, **shared), prompts, tokenizer)
+    args = config(tmp_path, divergence=divergence, **shared)
+    ours = run(copy.deepcopy(student), copy.deepcopy(teacher), args, prompts, tokenizer)
     theirs_config = DistillationConfig(
         output_dir=str(tmp_path),
-        beta=1.0,
+        beta=beta,
         per_device_train_batch_size=4,
         max_completion_length=8,
         learning_rate=1e-2,

@@ -162,12 +162,40 @@ class Seams(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's rollouts, with advantages over the mean of the others, and each row's reward beside them."""
-        self._rewards_per_func = None
-        output = super()._generate_and_score_completions(inputs)
-        if self._rewards_per_func is not None:
-            self._add_rewards(output, len(inputs))
+        output = self.given_batch(inputs)
+        if output is None:
+            self._rewards_per_func = None
+            output = super()._generate_and_score_completions(inputs)
+            if self._rewards_per_func is not None:
+                self._add_rewards(output, len(inputs))
+        else:
+            output |= self._counted(output)
         self.rollouts_written(inputs, output)
         return output
+
+    def given_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """
+        A generation batch that need not be generated; `None`, as here, where the student shall write it.
+
+        Args:
+            rows (`list` of `dict`): as in [`~Seams.rollouts_written`].
+
+        Returns:
+            `dict` of `torch.Tensor`, *optional*: "prompt_ids", "completion_ids" and their masks at least.
+        """
+        return None
+
+    def _counted(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What TRL derives from the tokens of a batch: their number, for the loss and for the log; advantages of 0."""
+        counts = torch.stack([batch["prompt_mask"].sum(), batch["completion_mask"].sum()])
+        prompt, completion = self.accelerator.reduce(counts, reduction="sum").tolist()
+        self.state.num_input_tokens_seen += prompt + completion
+        self._metrics[self.mode]["num_tokens"] = [self.state.num_input_tokens_seen]
+        device = batch["prompt_ids"].device
+        return {
+            "num_items_in_batch": torch.tensor(completion, device=device),
+            "advantages": torch.zeros(len(batch["prompt_ids"]), device=device),
+        }
 
     def rollouts_written(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
         """
@@ -250,6 +278,11 @@ class Seams(GRPOTrainer):
     def drop_reward_column(self, name: str) -> None:
         """Leave the reward function `name` out of the completions table."""
         self._logs["rewards"].pop(name, None)
+
+    @property
+    def averages_over_rows(self) -> bool:
+        """Whether the loss is divided by a number of rows, instead of tokens."""
+        return self.loss_type in ("grpo", "sapo", "dr_grpo", "luspo")
 
     # -- the normaliser ----------------------------------------------------------------------------------------------
 

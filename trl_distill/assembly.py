@@ -5,11 +5,13 @@ What is checked is in `checks.py` and `preflight.py`, what becomes of it once tr
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from torch import nn
 
 from . import checks
@@ -18,6 +20,7 @@ from .config import OPDConfig
 from .estimators import Estimator, check_signals, make_estimator
 from .forwards import add_student_forward, last_hidden_state, unwrap_adapter
 from .heads import LMHead
+from .off_policy import token_ids
 from .panel import Panel, make_panel
 from .preflight import LONGEST_OF, Report, context_of, examine, probe_kl, prompts_to_look_at, real_stops
 from .self_teachers import ADAPTER_OFF, AdapterOff, FollowStudent, MovingAverage
@@ -36,12 +39,14 @@ class Assembly(Seams):
     Attributes:
         panel ([`~trl_distill.panel.Panel`], *optional*): the teachers; `None` where the trainer is plain GRPO.
         estimator ([`~trl_distill.estimators.Estimator`]): of the divergence.
+        off_policy_estimator ([`~trl_distill.estimators.Estimator`]): of that on the dataset's completions.
         preflight ([`~trl_distill.preflight.Report`]): what was found before the first step.
         same_vocabulary (`bool`): whether the divergence is taken over all ids of the student.
     """
 
     panel: Panel | None = None
     estimator: Estimator
+    off_policy_estimator: Estimator
     preflight: Report
     same_vocabulary: bool = True
 
@@ -93,6 +98,8 @@ class Assembly(Seams):
                 merged |= stops | theirs
             if size is not None and not report.count("error"):
                 self._stay_inside_vocabulary(size, text_config.vocab_size)
+        if args.lmbda < 1:
+            self._look_at_completions(report)
         report.add(
             checks.sampling(args.biased_sampling),
             checks.groups(args.num_generations, args.prompts_per_generation, self.has_rewards),
@@ -112,20 +119,25 @@ class Assembly(Seams):
                 "16-bit logits lose. Set `cast_lm_head_to_fp32=True`, or use kl_estimator='full'."
             )
         self._check_head(student, "student")
-        self.estimator = make_estimator(
+        make = functools.partial(
+            make_estimator,
+            temperature=args.kl_temperature or args.temperature,
+            k=args.kl_top_k,
+            stops=sorted(merged) if args.merge_stop_tokens else [],
+        )
+        self.estimator = make(
             args.kl_estimator,
             args.divergence,
-            args.kl_temperature or args.temperature,
-            args.kl_top_k,
-            alpha=args.alpha,
-            stops=sorted(merged) if args.merge_stop_tokens else [],
+            alpha=args.alpha_of(args.divergence),
             log_p_temperature=args.temperature if self.has_rewards else None,
         )
+        off_policy = args.off_policy_divergence
+        self.off_policy_estimator = make("full", off_policy, alpha=args.alpha_of(off_policy))
         self.panel = make_panel(specs, args, self.accelerator, self.model, text_config.vocab_size)
         check_signals(args.kl_estimator, self.estimator, self.panel.teachers, args.kl_temperature or args.temperature)
         if isinstance(self.teacher, LocalTeacher):
             self.ref_model = self.teacher.model  # where TRL keeps the model that the KL is taken to
-        add_student_forward(student, self.estimator.measure, fp32_head=args.cast_lm_head_to_fp32)
+        add_student_forward(student, fp32_head=args.cast_lm_head_to_fp32)
         for teacher, columns in self.panel.members:
             if isinstance(teacher, LocalTeacher):
                 with teacher.at_work() as model:
@@ -144,6 +156,16 @@ class Assembly(Seams):
         """Token ids of the first prompts in a column; empty where they cannot be known before they are used."""
         prompts = [] if self.has_environments else prompts_to_look_at(self.train_dataset, column)[:limit]
         return self.token_ids_of(prompts) if prompts else []
+
+    def _look_at_completions(self, report: Report) -> None:
+        """Whether the dataset's completions fit, as far as they are known before they are used."""
+        rows, limit, kwargs = self.train_dataset, self.max_completion_length, self.chat_template_kwargs
+        if not isinstance(rows, Dataset) or limit is None:
+            return
+        rows = rows.select(range(min(LONGEST_OF, len(rows))))
+        found = [token_ids(row, self.tokenizer, self.eos_token_ids, limit + 1, dict(kwargs)) for row in rows]  # type: ignore[arg-type]
+        cut = sum(len(completion) > limit for _, completion in found)
+        report.add(checks.completions(cut, len(found), limit))
 
     def _difference(self, teacher: Teacher, places: list[int]) -> checks.Finding:
         """Measure KL(student ‖ teacher) on a few prompts: 0 means that the wrong model was loaded."""

@@ -7,13 +7,11 @@ others return a [`Finding`], and `preflight.py` decides what becomes of them. Tr
 from __future__ import annotations
 
 import logging
-import math
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 
@@ -48,105 +46,6 @@ def check_text_only(config: PretrainedConfig, whose: str) -> None:
             f"The {whose} is a vision-language model ({config.model_type}). Distilling those has not been run yet and "
             "is refused; use a text model."
         )
-
-
-def check_train_dataset(dataset: Any, prompts_per_generation: int) -> None:
-    """
-    A training dataset must have a `prompt` column and fill at least one generation batch.
-
-    Args:
-        dataset: `Dataset` or `IterableDataset`; of the latter only the column names, where known, are checked.
-        prompts_per_generation (`int`): prompts that one generation batch takes.
-    """
-    if isinstance(dataset, DatasetDict | IterableDatasetDict):
-        raise ValueError(f"The training dataset has several splits. Take one: `dataset['{next(iter(dataset))}']`.")
-    _check_prompts(dataset, "training")
-    if isinstance(dataset, Dataset) and len(dataset) < prompts_per_generation:
-        raise ValueError(
-            f"The training dataset has {len(dataset)} prompts, but one generation batch takes "
-            f"{prompts_per_generation}, and incomplete ones are dropped: not a single step would be made. Lower "
-            "`per_device_train_batch_size`, `gradient_accumulation_steps` or `generation_batch_size`, or give more "
-            "prompts."
-        )
-
-
-def check_eval_datasets(datasets: Any) -> None:
-    """Evaluation datasets, one or several by name, need prompts too: found out now, not at the first evaluation."""
-    for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
-        _check_prompts(dataset, "evaluation")
-
-
-def check_teacher_columns(dataset: Any, names: list[str], removed: bool = False) -> None:
-    """With several teachers, every row must say who judges it; and a `teacher_prompt` must be a prompt."""
-    columns = getattr(dataset, "column_names", None)
-    if columns is None or not isinstance(dataset, Dataset | IterableDataset):
-        return
-    if removed and ("teacher_prompt" in columns or len(names) > 1):
-        raise ValueError(
-            "`remove_unused_columns=True` drops the columns `teacher` and `teacher_prompt` before they are read. Set "
-            "it to False, as it is by default."
-        )
-    if len(names) > 1 and "teacher" not in columns:
-        raise ValueError(
-            f"There are several teachers ({', '.join(names)}), but a dataset has no `teacher` column that "
-            "says who judges a row: a name, or weights by name."
-        )
-    if not isinstance(dataset, Dataset):
-        return
-    if len(names) > 1:
-        for i, value in enumerate(dataset["teacher"]):
-            weights_of(value, names, f"Row {i} of the training dataset")
-    if "teacher_prompt" in columns:
-        prompts = enumerate(dataset["teacher_prompt"])
-        bad = next((i for i, p in prompts if p is not None and (not p or not isinstance(p, str | list))), None)
-        if bad is not None:
-            raise ValueError(
-                f"Row {bad} of the training dataset has the teacher prompt {dataset[bad]['teacher_prompt']!r}; it is "
-                "text or a list of messages, or `None` where the teacher sees the student's prompt."
-            )
-
-
-def weights_of(value: Any, names: list[str], where: str) -> list[float]:
-    """
-    Weights by teacher of one row's `teacher`: a name, or weights by name.
-
-    Args:
-        value: what the row has in its `teacher` column.
-        names (`list[str]`): of the teachers.
-        where (`str`): begins the message of an error.
-    """
-    known = ", ".join(repr(name) for name in names)
-    given = {value: 1.0} if isinstance(value, str) else value
-    if not isinstance(given, dict):
-        raise ValueError(f"{where} has the `teacher` {value!r}. Name one of {known}, or give weights by name.")
-    given = {name: weight for name, weight in given.items() if weight is not None}  # what Arrow fills structs with
-    unknown = [name for name in given if name not in names]
-    if unknown:
-        raise ValueError(f"{where} names the teacher {unknown[0]!r}, which is not known. Known are: {known}.")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in given.values()) or sum(given.values()) <= 0:
-        raise ValueError(f"{where} has the teachers {given}; weights must not be negative, nor all of them 0.")
-    return [float(given.get(name, 0.0)) for name in names]
-
-
-def _check_prompts(dataset: Any, purpose: str) -> None:
-    if not isinstance(dataset, Dataset | IterableDataset):
-        return  # TRL says what it takes
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError(f"The {purpose} dataset is empty. Check the split and the filters that made it.")
-    columns = dataset.column_names
-    if columns is not None and "prompt" not in columns:
-        raise ValueError(
-            f"The {purpose} dataset has no 'prompt' column; it has {sorted(columns)}. Rename the column that holds the "
-            "prompts: `dataset.rename_column('...', 'prompt')`."
-        )
-    if isinstance(dataset, Dataset):
-        prompts = enumerate(dataset["prompt"])
-        bad = next((i for i, prompt in prompts if not prompt or not isinstance(prompt, str | list)), None)
-        if bad is not None:
-            raise ValueError(
-                f"Row {bad} of the {purpose} dataset has the prompt {dataset[bad]['prompt']!r}; a prompt is text or a "
-                "list of messages, and not empty. Drop such rows: `dataset.filter(lambda row: row['prompt'])`."
-            )
 
 
 def check_logits(expected: torch.Tensor, computed: torch.Tensor, whose: str) -> None:
@@ -410,6 +309,19 @@ def teacher_differs(
 
 ROUNDING_KL = 1e-3  # nats per token; between equal weights in 16 bits, a few times 1e-4
 SAME_MODEL_KL = 1e-6  # nats per token; fp32 rounding is below it, and any training step above
+
+
+def completions(cut: int, looked_at: int, limit: int) -> Finding:
+    """How many of the dataset's completions are longer than rollouts may be, and lose their end."""
+    if not cut:
+        return Finding("completions", "ok", f"{looked_at} looked at; none is longer than {limit} tokens.")
+    return Finding(
+        "completions",
+        "warning",
+        f"{cut} of {looked_at} completions that were looked at are longer than {limit} tokens and are cut, so that "
+        "their end is not learnt.",
+        "Raise `max_completion_length`, or filter the dataset.",
+    )
 
 
 def checkpoint_boundary(save_steps: float, accumulation: int, generate_every: int) -> Finding:

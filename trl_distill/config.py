@@ -86,8 +86,8 @@ class OPDConfig(GRPOConfig):
             KL(teacher ‖ student); `"jsd"`, `"skewed_forward_kl"`, `"skewed_reverse_kl"` or `"mixed"`, see
             [`~trl_distill.objective.summands`].
         divergence_alpha (`float`, *optional*):
-            The divergence's own parameter, in [0, 1]. Defaults to 0.5 for `"jsd"` and `"mixed"`, 0.1 for the skewed
-            ones.
+            The divergence's own parameter, in [0, 1], and that of `off_policy_divergence`. Defaults to 0.5 for `"jsd"`
+            and `"mixed"`, 0.1 for the skewed ones.
         kl_estimator (`str`, *optional*, defaults to `"full"`):
             How it is computed: `"full"`, exactly, over the whole vocabulary; `"topk"`, exactly over the student's
             `kl_top_k` most likely ids and by the sampled token for the rest; `"sampled"`, by the sampled token alone.
@@ -99,6 +99,12 @@ class OPDConfig(GRPOConfig):
             true gradient of the sequence KL, which is noisy on long completions.
         kl_temperature (`float`, *optional*):
             Softmax temperature of both models in the divergence. `None` is the sampling temperature.
+        lmbda (`float`, *optional*, defaults to `1.0`):
+            Share of generation batches that are on-policy, evenly spaced. The others train on the dataset's
+            `completion` column, without generation and rewards. Below 1 with `kl_estimator="full"` and `kl_discount=0`
+            only: everything else assumes that the student wrote the tokens.
+        off_policy_divergence (`str`, *optional*, defaults to `"forward_kl"`):
+            What is minimised there; a name as for `divergence`.
 
     > Parameters with another default than GRPO's
 
@@ -216,6 +222,17 @@ class OPDConfig(GRPOConfig):
             "help": "Softmax temperature of both models in the divergence. Defaults to the sampling temperature."
         },
     )
+    lmbda: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of generation batches that are on-policy; the others train on the dataset's `completion` "
+            "column."
+        },
+    )
+    off_policy_divergence: str = field(
+        default="forward_kl",
+        metadata={"help": "What is minimised on the dataset's completions.", "choices": list(DIVERGENCES)},
+    )
     num_generations: int | None = field(
         default=None, metadata={"help": "Completions per prompt. Defaults to 8 with rewards, 1 without."}
     )
@@ -237,7 +254,12 @@ class OPDConfig(GRPOConfig):
                 f"`beta` is {self.beta}, but a negative weight would drive the student away from the teacher. Use a "
                 "positive value, or 0 for plain GRPO."
             )
-        choices = (("divergence", DIVERGENCES), ("kl_estimator", KL_ESTIMATORS), ("beta_schedule", SCHEDULES))
+        choices: tuple[tuple[str, Any], ...] = (
+            ("divergence", DIVERGENCES),
+            ("off_policy_divergence", DIVERGENCES),
+            ("kl_estimator", KL_ESTIMATORS),
+            ("beta_schedule", SCHEDULES),
+        )
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; this version has {', '.join(allowed)}.")
@@ -252,13 +274,15 @@ class OPDConfig(GRPOConfig):
             raise ValueError(f"`kl_top_k` is {self.kl_top_k}; it counts ids. 0 is the sampled token alone.")
         if not 0 <= self.kl_discount <= 1:
             raise ValueError(f"`kl_discount` is {self.kl_discount}; a discount lies in [0, 1].")
+        self._check_off_policy()
         if self.divergence_alpha is not None:
-            if DIVERGENCES[self.divergence] is None:
+            used = [name for name in self._divergences if DIVERGENCES[name] is not None]
+            if not used:
                 raise ValueError(
                     f"`divergence_alpha` is {self.divergence_alpha}, but divergence={self.divergence!r} has no "
                     "parameter. Leave it out, or use 'jsd', 'skewed_forward_kl', 'skewed_reverse_kl' or 'mixed'."
                 )
-            skewed = self.divergence.startswith("skewed")
+            skewed = any(name.startswith("skewed") for name in used)
             if not 0 <= self.divergence_alpha <= 1 or (skewed and self.divergence_alpha == 1):
                 bounds = "[0, 1), since at 1 both sides are the same" if skewed else "[0, 1]"
                 raise ValueError(f"`divergence_alpha` is {self.divergence_alpha}; it lies in {bounds}.")
@@ -313,6 +337,29 @@ class OPDConfig(GRPOConfig):
                 "its reference model. Set `sync_ref_model=False`."
             )
 
+    def _check_off_policy(self) -> None:
+        """On text that the student did not write, only what is a function of the prefix alone is right."""
+        if not 0 <= self.lmbda <= 1:
+            raise ValueError(f"`lmbda` is {self.lmbda}; it is a share, in [0, 1].")
+        if self.lmbda == 1:
+            return
+        if self.beta == 0:
+            raise ValueError(
+                f"`lmbda` is {self.lmbda}, but `beta` is 0: there is no teacher to learn from on the dataset's "
+                "completions. Set `beta`, or `lmbda=1`."
+            )
+        if self.kl_estimator != "full" or self.kl_discount != 0:
+            raise ValueError(
+                f"`lmbda` is {self.lmbda}, so some batches are not written by the student, but "
+                f"kl_estimator={self.kl_estimator!r} with kl_discount={self.kl_discount:g} learns from its samples. "
+                "Use kl_estimator='full' with kl_discount=0, or `lmbda=1`."
+            )
+
+    @property
+    def _divergences(self) -> list[str]:
+        """Those that are used."""
+        return [self.divergence, *([self.off_policy_divergence] if self.lmbda < 1 else [])]
+
     def _check_one_teacher(self) -> None:
         """The ways to name a teacher exclude each other."""
         named = [
@@ -355,11 +402,12 @@ class OPDConfig(GRPOConfig):
             if getattr(self, name) != default:
                 logger.warning(f"`{name}` shapes the policy loss, and without rewards there is none: it has no effect.")
 
-    @property
-    def alpha(self) -> float:
+    def alpha_of(self, divergence: str) -> float:
         """`divergence_alpha`, or its default; 0 where the divergence has none."""
-        given = self.divergence_alpha
-        return (DIVERGENCES[self.divergence] or 0.0) if given is None else given
+        default = DIVERGENCES[divergence]
+        if default is None:
+            return 0.0
+        return default if self.divergence_alpha is None else self.divergence_alpha
 
     @property
     def prompts_per_generation(self) -> int:

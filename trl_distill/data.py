@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 
@@ -55,6 +55,35 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
             f"The dataset {name!r} could not be found: it is no local file or folder, and the hub did not give it. "
             f"({error})"
         ) from None
+
+
+def with_prompts(dataset: Any) -> Any:
+    """
+    A dataset of whole conversations (a `messages` column, no `prompt`) as prompts and completions; others as they are.
+
+    The completion is the last message, where the assistant has written it, and the prompt everything before; where the
+    user has the last word there is none.
+
+    Args:
+        dataset: `Dataset`, `IterableDataset`, several of them by name, or anything else, which passes through.
+    """
+    if isinstance(dataset, dict):
+        return type(dataset)({name: with_prompts(single) for name, single in dataset.items()})
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(dataset, Dataset | IterableDataset) or columns is None:
+        return dataset
+    if "messages" not in columns or "prompt" in columns:
+        return dataset
+    return dataset.map(_split_messages, remove_columns=["messages"])
+
+
+def _split_messages(row: dict[str, Any]) -> dict[str, Any]:
+    messages = row["messages"] or []
+    answered = bool(messages) and messages[-1]["role"] == "assistant"
+    return {
+        "prompt": messages[:-1] if answered else messages,
+        "completion": messages[-1:] if answered else None,
+    }
 
 
 def take_split(splits: Any, split: str, purpose: str) -> Any:

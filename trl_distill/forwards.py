@@ -59,20 +59,18 @@ def add_teacher_forward(model: nn.Module) -> None:
     base.forward = types.MethodType(forward, base)
 
 
-def add_student_forward(
-    model: nn.Module, measure: Callable[..., dict[str, torch.Tensor]], fp32_head: bool = False
-) -> None:
+def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
     """
     Teach a student's forward to answer with what an estimator measures against the judgements of teachers.
 
-    `model(input_ids, attention_mask, rollouts=..., judgements=[...])` returns a [`DistilledOutput`]. With TRL's
+    `model(input_ids, attention_mask, rollouts=..., judgements=[...], measure=...)` returns a [`DistilledOutput`];
+    `measure` is an estimator's, see [`~trl_distill.estimators.Estimator`]. With TRL's
     `fused_lm_head=True` (and `labels`) it also carries what TRL's forward computes, from the same backbone pass;
     without, no log-probabilities are computed. With `rollouts` alone it answers as a teacher would, with
     [`HiddenStates`]; without, the model behaves as before.
 
     Args:
         model: the student, on top of TRL's fused LM head; its forward is extended in place.
-        measure: an estimator's `measure`, see [`~trl_distill.estimators.Estimator`].
         fp32_head (`bool`): project in fp32, outside autocast (TRL's `cast_lm_head_to_fp32`).
     """
     base = unwrap_adapter(model)
@@ -85,12 +83,13 @@ def add_student_forward(
         *args: Any,
         rollouts: Rollouts | None = None,
         judgements: list[Judgement] | None = None,
+        measure: Callable[..., dict[str, torch.Tensor]] | None = None,
         fused_lm_head: bool = False,
         **kwargs: Any,
     ) -> Any:
         if rollouts is None:
             return fused_forward(self, *args, fused_lm_head=fused_lm_head, **kwargs)
-        if judgements is None:
+        if judgements is None or measure is None:
             output = self.base_model(*args, use_cache=False, **kwargs)
             return HiddenStates(_judged(output.last_hidden_state, rollouts.mask), LMHead(self))
         device = self.get_output_embeddings().weight.device  # of a model that is split across devices, the last
@@ -127,14 +126,14 @@ class JudgedModel:
     forward.
     """
 
-    def __init__(self, model: nn.Module, rollouts: Rollouts, judgements: list[Judgement]):
-        self._model, self._rollouts, self._judgements = model, rollouts, judgements
+    def __init__(self, model: nn.Module, rollouts: Rollouts, judgements: list[Judgement], measure: Callable[..., Any]):
+        self._model = functools.partial(model, rollouts=rollouts, judgements=judgements, measure=measure)
         self._output: DistilledOutput | None = None
 
     def __call__(self, **inputs: Any) -> DistilledOutput:
         if self._output is not None:
             raise RuntimeError("TRL called the student twice for one micro-batch; the divergence would be ambiguous.")
-        self._output = self._model(**inputs, rollouts=self._rollouts, judgements=self._judgements)
+        self._output = self._model(**inputs)
         return self._output
 
     @property

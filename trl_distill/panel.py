@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checks import weights_of
 from .config import OPDConfig
+from .data_checks import weights_of
 from .self_teachers import ADAPTER_OFF, AdapterOff, MovingAverage
 from .served import ServedTeacher
 from .signals import HiddenStates, Judgement, Rollouts, Signal, TeacherUnavailable

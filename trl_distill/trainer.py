@@ -18,12 +18,16 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
-from . import checks, objective
+from . import objective
 from ._compat import get_config_model_id, probe_environments
 from .assembly import Assembly
 from .config import OPDConfig
+from .data import with_prompts
+from .data_checks import check_datasets
+from .estimators import Estimator
 from .forwards import DistilledOutput, JudgedModel
 from .metrics import forces, means
+from .off_policy import completion_batch, is_on_policy
 from .panel import read_specs
 from .self_teachers import MovingAverage
 from .signals import Judgement, Rollouts, TeacherAnswerError, TeacherUnavailable
@@ -73,6 +77,8 @@ class OPDTrainer(Assembly):
     Raises:
         ValueError: before anything is trained, where teacher, student, dataset or settings do not fit together.
     """
+
+    _generation: int | None = None  # number of the current generation batch
 
     _tag_names = ["trl", "trl_distill", "on-policy-distillation"]
     _name = "On-Policy Distillation"
@@ -135,23 +141,16 @@ class OPDTrainer(Assembly):
         self.leave_one_out = (
             args.beta > 0 and args.scale_rewards == "none" and args.multi_objective_aggregation == "sum_then_normalize"
         )
+        if environment_factory is None:
+            train_dataset, eval_dataset = with_prompts(train_dataset), with_prompts(eval_dataset)
         specs: dict[str, Any] = {}
         if args.beta == 0 and teacher_model is not None:
             logger.warning("`beta` is 0, so this is plain GRPO: the teacher is not loaded.")
         if args.beta > 0:
             specs = read_specs(teacher_model, args)
             self.check_before_loading(model, specs, args)
-            if environment_factory is None:  # an environment may own the prompts
-                checks.check_train_dataset(train_dataset, args.prompts_per_generation)
-                checks.check_eval_datasets(eval_dataset)
-                evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-                for dataset in (train_dataset, *evaluated):
-                    checks.check_teacher_columns(dataset, list(specs), bool(args.remove_unused_columns))
-            elif "teacher_prompt" in (getattr(train_dataset, "column_names", None) or ()):
-                raise ValueError(
-                    "The dataset has a `teacher_prompt` column, but environments add to the prompts what is observed, "
-                    "which the teacher would not be shown. Drop the column, or the environments."
-                )
+            writers = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
+            check_datasets(train_dataset, eval_dataset, list(specs), args, writers)
             if not self.has_rewards:
                 reward_funcs = [no_reward]
 
@@ -190,6 +189,31 @@ class OPDTrainer(Assembly):
         steps = args.beta_schedule_steps or self.state.max_steps
         return objective.scheduled_beta(args.beta_schedule, args.beta, args.beta_end, step, steps)
 
+    def given_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """The dataset's completions, where `lmbda` says that it is their turn."""
+        args = self.args
+        if args.lmbda == 1 or self.mode == "eval" or self.beta_at(self.state.global_step) == 0:
+            return None
+        if self._generation is None:  # the first since training began, or was resumed
+            done = self.state.global_step * args.gradient_accumulation_steps
+            self._generation = done // args.micro_steps_per_generation - 1
+        self._generation += 1
+        on_policy = is_on_policy(self._generation, args.lmbda)
+        self.record("distill/on_policy", float(on_policy))
+        if on_policy:
+            return None
+        batch = completion_batch(
+            rows,
+            first=self.accelerator.process_index * len(rows),
+            group=self.num_generations,
+            tokenizer=self.tokenizer,
+            stops=self.eos_token_ids,
+            limit=self.max_completion_length,
+            template_kwargs=dict(self.chat_template_kwargs),  # type: ignore[arg-type]
+            mask_truncated=self.mask_truncated_completions,
+        )
+        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+
     def rollouts_written(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
         """Say who judges which row, with which prompt, and ask those teachers that judge whole generation batches."""
         if self.panel is None or self.beta_at(self.state.global_step) == 0:  # a weight of 0 stays 0
@@ -223,18 +247,20 @@ class OPDTrainer(Assembly):
         if rewarded and self.state.global_step < self.args.reward_start_step:
             rewarded, for_policy = False, {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
         self.record("distill/beta", beta)
+        if "row_weight" in inputs:
+            return self._off_policy_loss(model, inputs, beta)
         if beta == 0.0:
             return self.policy_loss(model, for_policy)
         rollouts = Rollouts.from_inputs(inputs)
         judgements = self.panel.judge(inputs, self.mode == "train")
-        judged = JudgedModel(model, rollouts, judgements)
+        judged = JudgedModel(model, rollouts, judgements, self.estimator.measure)
         if rewarded or self.has_side_terms:
             policy = self.policy_loss(judged, for_policy)
         else:
             policy = torch.zeros((), device=self.accelerator.device)
             with self.accelerator.autocast():
                 judged(**self._student_inputs(rollouts))
-        per_token, by_teacher = self._kl_term(judged.output, judgements, rollouts, inputs)
+        per_token, by_teacher = self._kl_term(self.estimator, judged.output, judgements, rollouts, inputs)
         divergence = beta * self.reduce_per_token(per_token, rollouts.mask, inputs)
         losses = {"distill/loss": divergence}
         if self.has_rewards and not self.has_side_terms:  # with side terms TRL logs it itself
@@ -252,6 +278,24 @@ class OPDTrainer(Assembly):
         self._log_step(quantities, losses, entropy_key)
         return policy + divergence
 
+    def _off_policy_loss(self, model: Any, inputs: dict[str, Any], beta: float) -> torch.Tensor:
+        """Beta times the divergence on completions of the dataset; rewards, entropy bonus and MoE loss have no part."""
+        rollouts = Rollouts.from_inputs(inputs)
+        judgements = self.panel.judge(inputs, training=True) if self.panel is not None else []
+        estimator = self.off_policy_estimator
+        judged = JudgedModel(model, rollouts, judgements, estimator.measure)
+        with self.accelerator.autocast():
+            judged(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask)
+        per_token, by_teacher = self._kl_term(estimator, judged.output, judgements, rollouts, inputs)
+        weights = inputs["row_weight"][:, None] if self.averages_over_rows else 1.0
+        loss = beta * self.reduce_per_token(per_token * weights, rollouts.mask, inputs)
+        of_tokens, _ = forces(judged.output, judgements, per_token, rollouts.mask, {}, beta)
+        kl = f"distill/off_policy/{self.args.off_policy_divergence}"
+        quantities = {kl: (per_token, rollouts.mask)} | {f"{kl}/{name}": found for name, found in by_teacher.items()}
+        quantities["distill/off_policy/entropy"] = (of_tokens["entropy"], rollouts.mask)
+        self._log_step(quantities, {"distill/loss": loss}, None)
+        return loss
+
     def _student_inputs(self, rollouts: Rollouts) -> dict[str, Any]:
         """Arguments of the student's forward where there is no policy loss to call it."""
         inputs: dict[str, Any] = {"input_ids": rollouts.input_ids, "attention_mask": rollouts.attention_mask}
@@ -263,7 +307,12 @@ class OPDTrainer(Assembly):
         return inputs
 
     def _kl_term(
-        self, output: DistilledOutput, judgements: list[Judgement], rollouts: Rollouts, inputs: dict[str, Any]
+        self,
+        estimator: Estimator,
+        output: DistilledOutput,
+        judgements: list[Judgement],
+        rollouts: Rollouts,
+        inputs: dict[str, Any],
     ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         """
         The teachers' term for each completion token, `(B, C)`: value in nats, gradient of the objective.
@@ -289,7 +338,7 @@ class OPDTrainer(Assembly):
         by_teacher = {name: (per_token, torch.zeros_like(mask)) for name in self.panel.names if self.panel.several}
         for judgement, found in zip(judgements, output.measured, strict=True):
             measured = {name: values.to(device) for name, values in found.items()}
-            alone = self.estimator.term(measured, log_q, ratio, weight) * judgement.mask
+            alone = estimator.term(measured, log_q, ratio, weight) * judgement.mask
             per_token = per_token + judgement.weight[:, None] * alone
             by_teacher |= {name: (alone, mask & rows[:, None]) for name, rows in judgement.rows.items()}
         if self.args.kl_discount > 0:
@@ -327,6 +376,7 @@ class OPDTrainer(Assembly):
             TeacherAnswerError: a server's answer cannot be used. In both cases what was trained so far is in a
                 checkpoint, which the message names.
         """
+        self._generation = None
         last = resume_from_checkpoint
         if last is True:
             last = get_last_checkpoint(self.args.output_dir)

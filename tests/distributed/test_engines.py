@@ -51,7 +51,7 @@ def saved_weights(folder: Path) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("options", [("full",), ("full", "rewards")], ids="-".join)
+@pytest.mark.parametrize("options", [("full",), ("full", "rewards"), ("full", "off_policy")], ids="-".join)
 def test_ddp_equals_one_process(saved, options):
     (single,) = launch(saved, torchrun(1), 1, *options)
     expected = saved_weights(saved)
@@ -60,6 +60,8 @@ def test_ddp_equals_one_process(saved, options):
     assert_same_run(both, single)
     if "rewards" in options:
         assert all(row["reward_std"] > 0 for row in single["steps"])
+    if "off_policy" in options:
+        assert [row["distill/on_policy"] for row in single["steps"]] == [0.0, 1.0, 0.0]
     torch.testing.assert_close(saved_weights(saved), expected, rtol=1e-4, atol=1e-6)
 
 

@@ -1,10 +1,10 @@
 """One process of a distributed run: trains a tiny student and writes what it saw as JSON.
 
-    torchrun --nproc_per_node 2 tests/distributed/worker.py FOLDER PER_DEVICE_BATCH ESTIMATOR [rewards] [routed]
+    torchrun --nproc_per_node 2 tests/distributed/worker.py FOLDER PER_DEVICE_BATCH ESTIMATOR [OPTION ...]
     accelerate launch --config_file deepspeed_configs/zero3_cpu.yaml tests/distributed/worker.py ... (the same)
 
-FOLDER holds `student` and `teacher`, saved with their tokenizer. The result goes to `FOLDER/result-RANK.json`, the
-trained student to `FOLDER/out`.
+OPTIONs are those of `main`: rewards, routed, off_policy. FOLDER holds `student` and `teacher`, saved with their
+tokenizer. The result goes to `FOLDER/result-RANK.json`, the trained student to `FOLDER/out`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trl_distill import OPDTrainer
 
 
 LOGGED = ("loss", "grad_norm", "distill/reverse_kl", "entropy", "reward", "reward_std", "objective", "policy_loss")
-LOGGED += ("distill/reverse_kl/math", "distill/reverse_kl/code")
+LOGGED += ("distill/reverse_kl/math", "distill/reverse_kl/code", "distill/off_policy/forward_kl", "distill/on_policy")
 
 
 GROUP = 8  # with two processes it lies on both
@@ -47,12 +47,21 @@ def written_out(prompts, trainer) -> dict[str, list]:
     }
 
 
-def main(folder: Path, per_device_batch: int, estimator: str, rewards: bool = False, routed: bool = False) -> None:
+def main(
+    folder: Path,
+    per_device_batch: int,
+    estimator: str,
+    rewards: bool = False,
+    routed: bool = False,
+    off_policy: bool = False,
+) -> None:
     torch.set_num_threads(1)
     prompts = Dataset.from_dict({"prompt": [" ".join("abcdefgh"[i % 8 :][: 1 + i % 5]) + " z" for i in range(32)]})
     teacher = str(folder / "teacher")
     if routed:  # with two processes, one has all rows of the one teacher, the other those of the other
         prompts = prompts.add_column("teacher", (["math"] * 4 + ["code"] * 4) * 4)
+    if off_policy:
+        prompts = prompts.add_column("completion", [" ".join("abcaefgh"[i % 7 :]) for i in range(32)])
     trainer = OPDTrainer(
         model=str(folder / "student"),
         teacher_model={"math": teacher, "code": str(folder / "second")} if routed else teacher,
@@ -63,7 +72,8 @@ def main(folder: Path, per_device_batch: int, estimator: str, rewards: bool = Fa
             max_steps=3,
             kl_estimator=estimator,
             kl_top_k=4,
-            num_generations=GROUP if rewards else 1,
+            num_generations=GROUP if rewards else 2 if off_policy else 1,
+            lmbda=0.5 if off_policy else 1.0,
             shuffle_dataset=not routed,
             max_grad_norm=1e9,
             ddp_backend="gloo",

@@ -1,0 +1,115 @@
+"""Off-policy batches: completions of the dataset in the place of rollouts, and when it is their turn.
+
+They are tokenised as TRL's SFT tokenises prompt and completion, and cut, ended and masked like rollouts. What is
+minimised on them is left to the trainer, reading datasets to `data.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+from trl import apply_chat_template
+
+
+def is_on_policy(generation: int, lmbda: float) -> bool:
+    """
+    Whether generation batch number `generation`, from 0, is written by the student.
+
+    Evenly spaced: of the first n batches ⌊n λ⌋ are, whatever n is. A function of the number alone, so that all
+    processes choose alike and a resumed run goes on as it would have.
+    """
+    written = [math.floor(n * lmbda + 1e-9) for n in (generation, generation + 1)]  # 10 · 0.3 is below 3 in floats
+    return written[1] > written[0]
+
+
+def token_ids(
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[int],
+    limit: int | None,
+    template_kwargs: dict[str, Any] | None = None,
+) -> tuple[list[int], list[int]]:
+    """
+    Ids of a row's prompt, and of its completion up to and with its first stop token, which is added where none is.
+
+    Args:
+        row (`dict`): "prompt" and "completion", both text or both messages.
+        tokenizer: the student's.
+        stops (`list[int]`): ids that end a completion; the tokenizer's own is the one that is added.
+        limit (`int`, *optional*): tokens of a completion with its stop token; longer ones are cut, as rollouts are.
+        template_kwargs (`dict`, *optional*): for the chat template.
+
+    Raises:
+        ValueError: the row has no completion.
+    """
+    if not row.get("completion"):
+        raise ValueError(
+            f"A row has the completion {row.get('completion')!r}, but `lmbda` below 1 trains on the dataset's "
+            "completions. Drop such rows, or set `lmbda=1`."
+        )
+    example = {"prompt": row["prompt"], "completion": row["completion"]}
+    conversational = not isinstance(row["prompt"], str)
+    if conversational:
+        example = apply_chat_template(example, tokenizer, **(template_kwargs or {}))
+
+    def encoded(text: str) -> list[int]:  # a template writes special tokens itself
+        return tokenizer(text, add_special_tokens=not conversational)["input_ids"]
+
+    prompt, whole = encoded(example["prompt"]), encoded(example["prompt"] + example["completion"])
+    if whole[: len(prompt)] == prompt:
+        completion = whole[len(prompt) :]
+    else:  # the two meet inside of a token; a rollout goes on from the whole prompt
+        completion = tokenizer(example["completion"], add_special_tokens=False)["input_ids"]
+    ends = [place for place, token in enumerate(completion) if token in stops]
+    completion = completion[: ends[0] + 1] if ends else [*completion, tokenizer.eos_token_id]
+    return prompt, completion[:limit]
+
+
+def completion_batch(
+    rows: list[dict[str, Any]],
+    first: int,
+    group: int,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[int],
+    limit: int | None,
+    template_kwargs: dict[str, Any] | None = None,
+    mask_truncated: bool = False,
+) -> dict[str, torch.Tensor]:
+    """
+    A generation batch of the dataset's completions, in the form of TRL's rollouts.
+
+    Args:
+        rows (`list` of `dict`): of this process; each prompt `group` times in a row, over all processes.
+        first (`int`): place of the first of them among the rows of all processes.
+        group (`int`): `num_generations`. Of equal rows only the first counts; the others are masked.
+        tokenizer, stops, limit, template_kwargs: as in [`token_ids`].
+        mask_truncated (`bool`): a completion that was cut does not count (TRL's `mask_truncated_completions`).
+
+    Returns:
+        `dict` of `torch.Tensor`: "prompt_ids" and "prompt_mask" `(B, P)`, left-padded; "completion_ids" and
+        "completion_mask" `(B, C)`, right-padded; and "row_weight" `(B,)`, `group` for rows that count and 0 for others:
+        what a loss is multiplied by that is averaged over rows.
+    """
+    counts = [(first + i) % group == 0 for i in range(len(rows))]
+    prompts, completions, masks = [], [], []
+    for row, counted in zip(rows, counts, strict=True):
+        prompt, completion = token_ids(row, tokenizer, stops, limit, template_kwargs)
+        cut = completion[-1] not in stops
+        most = None if counted else 1  # of a row that does not count, a token is enough
+        prompts.append(torch.tensor(prompt[:most]))
+        completions.append(torch.tensor(completion[:most]))
+        masks.append(torch.full_like(completions[-1], counted and not (cut and mask_truncated)))
+    pad = functools.partial(pad_sequence, batch_first=True)
+    return {
+        "prompt_ids": pad(prompts, padding_value=tokenizer.pad_token_id, padding_side="left"),
+        "prompt_mask": pad([torch.ones_like(p) for p in prompts], padding_side="left"),
+        "completion_ids": pad(completions, padding_value=tokenizer.pad_token_id),
+        "completion_mask": pad(masks),
+        "row_weight": torch.tensor([float(group) * counted for counted in counts]),
+    }
