@@ -8,8 +8,9 @@
 Arguments are TRL's own: those of `ScriptArguments`, `ModelConfig` (`--use_peft`, `--lora_r`, `--dtype` ...) and
 `OPDConfig`, which holds all of `GRPOConfig`; they may also stand in a YAML file given as `--config`. Rewards come by
 import path: `--reward_funcs my_module.my_reward` (importable from here), or a name from `trl.rewards`.
-`--resume_from_checkpoint auto` goes on from the last checkpoint in `--output_dir`, if there is one. Without a GPU add
-`--use_cpu --bf16 false`. `--check_only` compares teacher and student, prints a table and stops.
+`--resume_from_checkpoint auto` goes on from the last complete checkpoint in `--output_dir`, if there is one. SIGTERM
+saves a checkpoint after the current step and exits with status 75. Without a GPU add `--use_cpu --bf16 false`.
+`--check_only` compares teacher and student, prints a table and stops.
 
 Other teachers: `--teacher_models '{"math": "a", "code": "b"}'`, `--teacher_server_urls http://...`,
 `--teacher_ema 0.99`, `--teacher_model_name_or_path adapter-off`; see docs/teachers.md.
@@ -30,12 +31,13 @@ from dataclasses import dataclass, field
 warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
 
 from rich.console import Console
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from trl_distill import OPDConfig, OPDTrainer, TeacherAnswerError, TeacherUnavailable
+from trl_distill.checkpoints import CheckpointError, last_complete
 from trl_distill.checks import Finding
 from trl_distill.data import load_splits, take_split
+from trl_distill.guards import EXIT_STOPPED, NonFiniteLossError, RunawayError, StopOnSigterm
 from trl_distill.preflight import PreflightError, Report
 
 
@@ -103,6 +105,7 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
         **(args.model_init_kwargs or {}),  # type: ignore[dict-item]
     }
 
+    stop = StopOnSigterm()
     try:
         trainer = OPDTrainer(
             model=model_args.model_name_or_path,
@@ -110,6 +113,7 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
             args=args,
             train_dataset=train,
             eval_dataset=evaluate,
+            callbacks=[stop],
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
@@ -121,11 +125,19 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
         show(getattr(trainer, "preflight", Report()))  # without a teacher there is nothing to compare
     resume = args.resume_from_checkpoint
     if resume == "auto":
-        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir or "") else None
+        resume = last_complete(args.output_dir)
     try:
-        trainer.train(resume_from_checkpoint=resume)
-    except (TeacherAnswerError, TeacherUnavailable) as error:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=resume)
+    except (CheckpointError, NonFiniteLossError, RunawayError, TeacherAnswerError, TeacherUnavailable) as error:
         sys.exit(f"{error}")
+    if stop.stopped:
+        where = last_complete(args.output_dir)
+        trainer.accelerator.print(
+            f"Stopped by SIGTERM after {trainer.state.global_step} steps. Everything so far is in {where}: go on with "
+            "`--resume_from_checkpoint auto`."
+        )
+        sys.exit(EXIT_STOPPED)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

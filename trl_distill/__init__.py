@@ -1,7 +1,9 @@
 """On-policy distillation of language models, on top of TRL: the student writes, the teacher judges every token."""
 
 from ._version import __version__
+from .checkpoints import CheckpointError
 from .config import OPDConfig
+from .guards import NonFiniteLossError, RunawayError, StopOnSigterm
 from .heads import LMHead
 from .self_teachers import AdapterOff, MovingAverage
 from .served import ServedTeacher
@@ -12,13 +14,17 @@ from .trainer import OPDTrainer
 
 __all__ = [
     "AdapterOff",
+    "CheckpointError",
     "HiddenStates",
     "LMHead",
     "MovingAverage",
+    "NonFiniteLossError",
     "OPDConfig",
     "OPDTrainer",
     "Rollouts",
+    "RunawayError",
     "ServedTeacher",
+    "StopOnSigterm",
     "Teacher",
     "TeacherAnswerError",
     "TeacherUnavailable",

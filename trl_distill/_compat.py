@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
@@ -26,6 +28,7 @@ from trl.trainer.utils import (
     maybe_gather_lm_head_ctx,
 )
 
+from .checkpoints import CheckpointError, last_complete, mark_complete, unmark, what_is_missing
 from .objective import leave_one_out
 
 
@@ -143,7 +146,12 @@ class Seams(GRPOTrainer):
     # -- hooks: TRL calls the private name, subclasses override the public one ---------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        return self.rollout_loss(model, inputs)
+        loss = self.rollout_loss(model, inputs)
+        self.loss_computed(loss, inputs)
+        return loss
+
+    def loss_computed(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Called with each micro-batch and its loss, before anything is learnt from it."""
 
     def rollout_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Loss of one micro-batch, scaled for gradient accumulation. Here: TRL's policy loss."""
@@ -235,10 +243,43 @@ class Seams(GRPOTrainer):
         kwargs = self.vllm_generation.generation_kwargs
         kwargs["stop_token_ids"] = sorted({*(kwargs.get("stop_token_ids") or []), *ids})
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """TRL's checkpoint, marked once it is complete; older ones are deleted only then."""
+        folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if self.args.should_save:
+            unmark(folder)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.checkpoint_written(folder)
+        except Exception as error:  # a full disk has many names: OSError, SafetensorError, RuntimeError
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # makes room, where the disk is full
+            last = last_complete(self.args.output_dir)
+            raise CheckpointError(
+                f"The checkpoint of step {self.state.global_step} could not be written: {error}. What there was of it "
+                f"is deleted. {f'The last complete one is {last}' if last else 'There is no earlier one'}. Make "
+                "room and start again with `resume_from_checkpoint=True`."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(
+                self._get_output_dir(trial), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True
+            )
+
+    def checkpoint_written(self, folder: str) -> None:
+        """Called on every process when TRL has written its part of a checkpoint; what is added belongs to it."""
+
     def save_now(self) -> str:
         """Write a checkpoint of the current step, whatever the save strategy, and say where it lies."""
-        self._save_checkpoint(self.model_wrapped, trial=None)
-        return os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if what_is_missing(folder) is not None:
+            self._save_checkpoint(self.model_wrapped, trial=None)
+        return folder
 
     # -- attributes --------------------------------------------------------------------------------------------------
 
@@ -268,6 +309,10 @@ class Seams(GRPOTrainer):
     def record(self, name: str, value: float) -> None:
         """Add one value to the metric `name`; TRL logs the mean of what was added since the last log."""
         self._metrics[self.mode][name].append(value)
+
+    def last_recorded(self, name: str) -> float:
+        """What was added to the metric `name` last."""
+        return self._metrics[self.mode][name][-1]
 
     def forget(self, *prefixes: str) -> None:
         """Drop all metrics whose name starts with one of `prefixes` from the next log."""

@@ -15,7 +15,6 @@ from datasets import Dataset
 from torch import nn
 
 from . import checks
-from ._compat import Seams
 from .config import OPDConfig
 from .estimators import Estimator, check_signals, make_estimator
 from .forwards import add_student_forward, last_hidden_state, unwrap_adapter
@@ -27,12 +26,13 @@ from .self_teachers import ADAPTER_OFF, AdapterOff, FollowStudent, MovingAverage
 from .served import ServedTeacher
 from .signals import HiddenStates
 from .teachers import LocalTeacher, Teacher, student_config, teacher_config
+from .watched import Watched
 
 
 logger = logging.getLogger(__name__)
 
 
-class Assembly(Seams):
+class Assembly(Watched):
     """
     A trainer with teachers, an estimator and a student whose forward answers to both.
 

@@ -106,6 +106,15 @@ class OPDConfig(GRPOConfig):
         off_policy_divergence (`str`, *optional*, defaults to `"forward_kl"`):
             What is minimised there; a name as for `divergence`.
 
+    > Parameters that end a run early
+
+        stop_above_truncation (`float`, *optional*):
+            Stop, with a checkpoint, where a larger share of completions than this is cut in three generation batches in
+            a row.
+        stop_above_repetition (`float`, *optional*):
+            Stop, with a checkpoint, where a larger share of the completions' 4-grams than this has stood in the same
+            completion before, in three generation batches in a row.
+
     > Parameters with another default than GRPO's
 
         num_generations (`int`, *optional*):
@@ -233,6 +242,13 @@ class OPDConfig(GRPOConfig):
         default="forward_kl",
         metadata={"help": "What is minimised on the dataset's completions.", "choices": list(DIVERGENCES)},
     )
+    stop_above_truncation: float | None = field(
+        default=None, metadata={"help": "Stop where more completions than this share are cut, three batches in a row."}
+    )
+    stop_above_repetition: float | None = field(
+        default=None,
+        metadata={"help": "Stop where more 4-grams than this share repeat earlier ones, three batches in a row."},
+    )
     num_generations: int | None = field(
         default=None, metadata={"help": "Completions per prompt. Defaults to 8 with rewards, 1 without."}
     )
@@ -326,6 +342,9 @@ class OPDConfig(GRPOConfig):
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it counts optimizer steps, from {least}.")
         if self.teacher_batch_size is not None and self.teacher_batch_size < 1:
             raise ValueError(f"`teacher_batch_size` is {self.teacher_batch_size}; it counts rows, from 1.")
+        for name in ("stop_above_truncation", "stop_above_repetition"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it is a share, in [0, 1).")
         if self.teacher_ema is not None and not 0 < self.teacher_ema < 1:
             raise ValueError(f"`teacher_ema` is {self.teacher_ema}; it is a decay, in (0, 1), such as 0.99.")
         self._check_one_teacher()

@@ -148,17 +148,13 @@ class MovingAverage:
 
 
 class FollowStudent(TrainerCallback):
-    """Moves a [`MovingAverage`] after each optimizer step, and saves it with each checkpoint."""
+    """Moves a [`MovingAverage`] after each optimizer step."""
 
     def __init__(self, teacher: MovingAverage):
         self.teacher = teacher
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.teacher.follow()
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self.teacher.save(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
 
 
 def _looked_at(

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
 from . import objective
@@ -216,6 +215,8 @@ class OPDTrainer(Assembly):
 
     def rollouts_written(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
         """Say who judges which row, with which prompt, and ask those teachers that judge whole generation batches."""
+        if self.mode == "train" and "row_weight" not in batch:
+            self.watch(batch)
         if self.panel is None or self.beta_at(self.state.global_step) == 0:  # a weight of 0 stays 0
             return
         batch |= self._teacher_prompts(rows, batch)
@@ -275,6 +276,7 @@ class OPDTrainer(Assembly):
             entropy_key = None  # TRL has logged it
         else:
             entropy_key = self._entropy_key if judged.output.log_probs is None else "entropy"
+        self.terms = losses
         self._log_step(quantities, losses, entropy_key)
         return policy + divergence
 
@@ -293,7 +295,8 @@ class OPDTrainer(Assembly):
         kl = f"distill/off_policy/{self.args.off_policy_divergence}"
         quantities = {kl: (per_token, rollouts.mask)} | {f"{kl}/{name}": found for name, found in by_teacher.items()}
         quantities["distill/off_policy/entropy"] = (of_tokens["entropy"], rollouts.mask)
-        self._log_step(quantities, {"distill/loss": loss}, None)
+        self.terms = {"distill/loss": loss}
+        self._log_step(quantities, self.terms, None)
         return loss
 
     def _student_inputs(self, rollouts: Rollouts) -> dict[str, Any]:
@@ -367,47 +370,24 @@ class OPDTrainer(Assembly):
         same = self.same_vocabulary and self.args.kl_temperature in (None, self.args.temperature)
         return "entropy" if same else "distill/entropy"
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """
-        As [`~transformers.Trainer.train`].
-
-        Raises:
-            TeacherUnavailable: a teacher stayed away.
-            TeacherAnswerError: a server's answer cannot be used. In both cases what was trained so far is in a
-                checkpoint, which the message names.
-        """
+    def begins(self, checkpoint: str | None) -> None:
         self._generation = None
-        last = resume_from_checkpoint
-        if last is True:
-            last = get_last_checkpoint(self.args.output_dir)
-        for teacher, _ in self.panel.members if self.panel is not None and last else ():
+        for teacher, _ in self.panel.members if self.panel is not None and checkpoint else ():
             if isinstance(teacher, MovingAverage):
-                teacher.load(str(last))
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        except Exception as error:
-            of_teacher = isinstance(error, TeacherUnavailable | TeacherAnswerError)
-            known_to_all = self.panel is not None and self.panel.agreed
-            alone = of_teacher and self.accelerator.num_processes == 1
-            if self.state.global_step == 0 or not (known_to_all or alone):
-                raise  # nothing to save, or not all processes would take part in saving it
-            advice = (
-                f"Training stopped after step {self.state.global_step}. Everything so far is in {self._save_all()}: "
-                "start again with `resume_from_checkpoint=True` when the teacher answers as it should."
-            )
-            if not of_teacher:
-                error.add_note(advice)
-                raise
-            kind = TeacherUnavailable if isinstance(error, TeacherUnavailable) else TeacherAnswerError
-            raise kind(f"{error} {advice}") from error
+                teacher.load(str(checkpoint))
 
-    def _save_all(self) -> str:
-        """A checkpoint of the current step, moving averages included; returns its folder."""
-        folder = self.save_now()
+    def known_to_all(self, error: Exception) -> bool:
+        of_teacher = isinstance(error, TeacherUnavailable | TeacherAnswerError)
+        return (
+            super().known_to_all(error)
+            or (self.panel is not None and self.panel.agreed)
+            or (of_teacher and self.accelerator.num_processes == 1)
+        )
+
+    def checkpoint_written(self, folder: str) -> None:
         for teacher, _ in self.panel.members if self.panel is not None else ():
             if isinstance(teacher, MovingAverage) and self.accelerator.is_main_process:
                 teacher.save(folder)
-        return folder
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.has_rewards:  # the placeholder's zeros say nothing

@@ -1,0 +1,119 @@
+"""A trainer that stops rather than train on nonsense, and leaves a checkpoint or evidence where it does.
+
+What is complete is in `checkpoints.py`, what runs away in `guards.py`; what is minimised is left to `trainer.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._compat import Seams
+from .checkpoints import last_complete
+from .guards import Guard, NonFiniteLossError, RunawayError, repetition, save_evidence
+from .metrics import means
+from .signals import TeacherAnswerError, TeacherUnavailable
+
+
+class Watched(Seams):
+    """
+    `GRPOTrainer` that resumes from complete checkpoints, checks each loss, and watches completions.
+
+    Attributes:
+        terms (`Mapping[str, torch.Tensor]`): the parts of the last loss, for the evidence; set by a subclass.
+    """
+
+    terms: Mapping[str, torch.Tensor] = {}
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        As [`~transformers.Trainer.train`].
+
+        Raises:
+            TeacherUnavailable: a teacher stayed away.
+            TeacherAnswerError: a server's answer cannot be used.
+            RunawayError: a guard has stopped the run. In these cases what was trained so far is in a checkpoint, which
+                the message names.
+            NonFiniteLossError: the loss is no number; the message says where what it was computed from is.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
+        self.begins(str(resume_from_checkpoint) if resume_from_checkpoint else None)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except Exception as error:
+            if self.state.global_step == 0 or not self.known_to_all(error):
+                raise  # nothing to save, or not all processes would take part in saving it
+            advice = (
+                f"Training stopped after step {self.state.global_step}. Everything so far is in {self.save_now()}: "
+                "start again with `resume_from_checkpoint=True` when this is mended."
+            )
+            kinds = (TeacherUnavailable, TeacherAnswerError, RunawayError)
+            kind = next((kind for kind in kinds if isinstance(error, kind)), None)
+            if kind is None:  # of a teacher of the user's own
+                error.add_note(advice)
+                raise
+            raise kind(f"{error} {advice}") from error
+
+    def begins(self, checkpoint: str | None) -> None:
+        """Called before training begins, or goes on from `checkpoint`."""
+
+    def known_to_all(self, error: Exception) -> bool:
+        """Whether all processes have met this error at the same place, so that all can write a checkpoint."""
+        return isinstance(error, RunawayError)
+
+    def loss_computed(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Stop on all processes where the loss of one is no number, with what it was computed from."""
+        if self.mode == "eval":
+            return
+        wrong = self.accelerator.reduce((~loss.detach().isfinite()).float(), reduction="sum")
+        if wrong.item() == 0:
+            return
+        texts = [
+            {"prompt": self.tokenizer.decode(p[p_mask.bool()]), "completion": self.tokenizer.decode(c[c_mask.bool()])}
+            for p, p_mask, c, c_mask in zip(
+                *(inputs[f"{part}_{what}"] for part in ("prompt", "completion") for what in ("ids", "mask")),
+                strict=True,
+            )
+        ]
+        terms = {name: term.item() for name, term in {"loss": loss, **self.terms}.items()}
+        step, process = self.state.global_step, self.accelerator.process_index
+        folder = save_evidence(Path(self.args.output_dir), process, step, terms, texts)
+        last = last_complete(self.args.output_dir)
+        go_on = f"The last complete checkpoint is {last}" if last else "There is no checkpoint yet"
+        raise NonFiniteLossError(
+            f"The loss after step {step} is {loss.item()} on process {process}, and nothing was trained on it. "
+            f"Prompts, completions and both terms are in {folder}. {go_on}. Look for a learning rate that is too high, "
+            "fp16, or a reward that is no number."
+        )
+
+    def watch(self, batch: dict[str, Any]) -> None:
+        """Let the guards see a generation batch that the student has written."""
+        shares = repetition(batch["completion_ids"], batch["completion_mask"])
+        found = means(self.accelerator, {"distill/repetition": (shares, torch.ones_like(shares))})
+        self.record("distill/repetition", found["distill/repetition"])
+        for name, guard in self._guards.items():
+            guard.check(self.last_recorded(name))
+
+    @functools.cached_property
+    def _guards(self) -> dict[str, Guard]:
+        """By the metric that each looks at."""
+        args = self.args
+        return {
+            "completions/clipped_ratio": Guard(
+                "the completions are cut",
+                args.stop_above_truncation,
+                "Raise `max_completion_length`, or lower the learning rate.",
+            ),
+            "distill/repetition": Guard(
+                "the completions' 4-grams repeat earlier ones",
+                args.stop_above_repetition,
+                "Look at the completions, and lower the learning rate.",
+            ),
+        }
