@@ -37,6 +37,7 @@ from trl_distill import OPDConfig, OPDTrainer, TeacherAnswerError, TeacherUnavai
 from trl_distill.checkpoints import CheckpointError, last_complete
 from trl_distill.checks import Finding
 from trl_distill.data import load_splits, take_split
+from trl_distill.deepspeed_ops import build_ops
 from trl_distill.guards import EXIT_STOPPED, NonFiniteLossError, RunawayError, StopOnSigterm
 from trl_distill.preflight import PreflightError, Report
 
@@ -146,5 +147,6 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
 
 
 if __name__ == "__main__":
+    build_ops()  # before DeepSpeed does so in silence
     parser = TrlParser([OPDScriptArguments, OPDConfig, ModelConfig])  # type: ignore[list-item]
     main(*parser.parse_args_and_config())

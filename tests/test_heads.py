@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import FAMILIES, VOCAB, batch, config, gradients, in_training, make_model, relative_error
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_distill import OPDTrainer, heads
 from trl_distill._compat import ChunkedDivergenceFunction
+from trl_distill.forwards import add_teacher_forward
 from trl_distill.objective import reverse_kl
 from trl_distill.signals import Rollouts
+from trl_distill.teachers import shard_layers
 
 
 def make_trainer(tmp_path, tokenizer, prompts, student, teacher, **changes):
@@ -212,6 +217,70 @@ def test_sharded_teacher_head_is_gathered(tmp_path, tokenizer, prompts, student,
         torch.testing.assert_close(trainer.rollout_loss(trainer.model, batch()), expected)
     finally:
         dist.destroy_process_group()
+
+
+def test_fsdp2_shards_the_teacher_layer_by_layer(teacher):
+    """A forward gathers one layer at a time; the signal is that of the whole model."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
+
+    inputs = batch()
+    rollouts = Rollouts.from_inputs(inputs)
+    add_teacher_forward(teacher)
+    with torch.no_grad():
+        expected = teacher(rollouts.input_ids, rollouts.attention_mask, rollouts=rollouts).hidden
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = {("shard",): init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))}
+        plugin = SimpleNamespace(mixed_precision_policy=None, cpu_offload=OffloadPolicy())
+        accelerator = SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin),
+            torch_device_mesh=mesh,
+            parallelism_config=SimpleNamespace(fsdp_dim_names=["shard"]),
+        )
+        shard_layers(teacher, accelerator)
+        layers = list(teacher.model.layers)
+        assert all(isinstance(layer, FSDPModule) for layer in layers)
+        fully_shard(teacher, mesh=mesh[("shard",)])  # as TRL does with the rest
+        whole = []
+        for layer in layers:
+            layer.register_forward_pre_hook(
+                lambda *_: whole.append([not isinstance(other.mlp.up_proj.weight, DTensor) for other in layers])
+            )
+        with torch.no_grad():
+            found = teacher(rollouts.input_ids, rollouts.attention_mask, rollouts=rollouts).hidden
+        assert whole == [[layer is other for other in layers] for layer in layers]
+        torch.testing.assert_close(found, expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "mixed"])
+def test_heads_are_gathered_once_in_each_pass_not_for_each_tile(
+    tmp_path, tokenizer, prompts, student, teacher, monkeypatch, divergence
+):
+    """What ZeRO-3 would have to gather: the two heads in the forward pass, and again in the backward pass."""
+    whole, gathered = [], []
+
+    @contextmanager
+    def gathering(*tensors):
+        """As TRL's: what is whole already is not gathered again."""
+        new = [t for t in tensors if t is not None and t.data_ptr() not in whole]
+        gathered.extend(new)
+        whole.extend(t.data_ptr() for t in new)
+        yield
+        for tensor in new:
+            whole.remove(tensor.data_ptr())
+
+    monkeypatch.setattr(heads, "gathered_head", gathering)
+    monkeypatch.setattr("trl.kernels.chunked_divergence.maybe_gather_lm_head_ctx", gathering)
+    for name, size in (("TOKEN_TILE", 2), ("LOGITS_TILE", 2 * VOCAB)):
+        monkeypatch.setattr(heads, name, size)
+    monkeypatch.setattr("trl.kernels.chunked_divergence.TOKEN_CHUNK_SIZE", 2)
+    trainer = make_trainer(tmp_path, tokenizer, prompts, student, teacher, divergence=divergence)
+    gathered.clear()
+    trainer.rollout_loss(trainer.model, batch()).backward()
+    assert [tuple(t.shape) for t in gathered] == [(VOCAB, 16), (VOCAB, 24)] * 2
 
 
 class LargestTensor(TorchDispatchMode):

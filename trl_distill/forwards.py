@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ._compat import FusedCausalLMOutput
 from .heads import LMHead
-from .signals import HiddenStates, Judgement, Rollouts, TokenLogProbs
+from .signals import HiddenStates, Judgement, Rollouts
 
 
 @dataclass
@@ -106,12 +106,16 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
         measured = []
         for judgement in judgements:
             mask, signal, states = judgement.mask.to(device), judgement.signal, _judged(hidden, judgement.mask)
-            if isinstance(signal, TokenLogProbs):
-                signal = signal.map(lambda tensor: tensor.to(device))
             if fp32_head:
                 states, signal = states.float(), signal.float()
-            with context:
-                found = measure(states, LMHead(self), signal, sampled[mask], None if log_q is None else log_q[mask])
+            with ExitStack() as stack:
+                stack.enter_context(context)
+                head = stack.enter_context(LMHead(self).whole())
+                if isinstance(signal, HiddenStates):
+                    signal = replace(signal, head=stack.enter_context(signal.head.whole()))
+                else:
+                    signal = signal.map(lambda tensor: tensor.to(device))
+                found = measure(states, head, signal, sampled[mask], None if log_q is None else log_q[mask])
             measured.append({name: _scatter(values, mask) for name, values in found.items()})
         return DistilledOutput(**fields, measured=measured)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +69,14 @@ class LMHead:
             weight = weight.full_tensor()
             bias = None if bias is None else bias.full_tensor()
         return weight, bias
+
+    @contextmanager
+    def whole(self) -> Iterator[LMHead]:
+        """This head with weights that are gathered once, by ZeRO-3 or FSDP2, for as long as the context lasts."""
+        weight, bias = self.parameters()
+        with gathered_head(weight, bias):
+            sharded = isinstance(self._model.get_output_embeddings().weight, DTensor)
+            yield FrozenHead(self._model, weight, bias) if sharded else self
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """All logits `(..., V)`, for a few positions only: what the kernel is taken to compute."""

@@ -47,6 +47,26 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
+def shard_layers(model: nn.Module, accelerator: Accelerator) -> None:
+    """
+    Shard a frozen model layer by layer under FSDP2, so that a forward gathers one layer at a time.
+
+    TRL shards its reference model at the root alone, which gathers all of it at once.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    plugin, mesh = accelerator.state.fsdp_plugin, getattr(accelerator, "torch_device_mesh", None)
+    layers = set(getattr(unwrap_adapter(model), "_no_split_modules", None) or ())
+    for module in [module for module in model.modules() if type(module).__name__ in layers]:
+        fully_shard(
+            module,
+            mesh=None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)],
+            reshard_after_forward=True,
+            mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+            **({"offload_policy": plugin.cpu_offload} if plugin.cpu_offload else {}),
+        )
+
+
 class LocalTeacher:
     """
     A model in this process, frozen, in eval mode, prepared as TRL prepares its reference model.
@@ -83,6 +103,7 @@ class LocalTeacher:
                     "FSDP version 1 flattens the teacher's LM head, which the divergence needs whole. Set "
                     "`fsdp_version: 2` in the accelerate configuration."
                 )
+            shard_layers(model, accelerator)
             return prepare_fsdp(model, accelerator)
         return accelerator.prepare_model(model, evaluation_mode=True)
 

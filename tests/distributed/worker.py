@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 tests/distributed/worker.py FOLDER PER_DEVICE_BATCH ESTIMATOR [OPTION ...]
     accelerate launch --config_file deepspeed_configs/zero3_cpu.yaml tests/distributed/worker.py ... (the same)
 
-OPTIONs are those of `main`: rewards, routed, off_policy. FOLDER holds `student` and `teacher`, saved with their
+OPTIONs are listed in `main`. FOLDER holds `student` and `teacher`, saved with their
 tokenizer. The result goes to `FOLDER/result-RANK.json`, the trained student to `FOLDER/out`.
 """
 
@@ -20,8 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from datasets import Dataset
 from helpers import config
+from safetensors.torch import save_file
 
 from trl_distill import OPDTrainer
+from trl_distill.deepspeed_ops import build_ops
 
 
 LOGGED = ("loss", "grad_norm", "distill/reverse_kl", "entropy", "reward", "reward_std", "objective", "policy_loss")
@@ -47,24 +49,49 @@ def written_out(prompts, trainer) -> dict[str, list]:
     }
 
 
-def main(
-    folder: Path,
-    per_device_batch: int,
-    estimator: str,
-    rewards: bool = False,
-    routed: bool = False,
-    off_policy: bool = False,
-) -> None:
+def student_of(folder: Path, lora: bool) -> dict:
+    """The student, or an adapter on it whose weights do not hang on the order of random numbers."""
+    if not lora:
+        return {"model": str(folder / "student")}
+    from peft import LoraConfig
+
+    return {"model": str(folder / "student"), "peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"])}
+
+
+def set_adapter(trainer: OPDTrainer) -> None:
+    """Write known weights into an adapter, which no engine has sharded yet: initialisation draws random ones."""
+    for i, (name, parameter) in enumerate(trainer.model.named_parameters()):
+        if "lora_" in name:
+            parameter.data.copy_(torch.linspace(-0.3, 0.3, parameter.numel()).roll(i).view_as(parameter))
+
+
+def live_weights(trainer: OPDTrainer) -> dict[str, torch.Tensor]:
+    """What is trained, as it is in memory at the end."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return {name: tensor.clone().cpu() for name, tensor in state.items()} if state else {}
+
+
+def main(folder: Path, per_device_batch: int, estimator: str, options: set[str]) -> None:
     torch.set_num_threads(1)
+    unknown = options - {"rewards", "routed", "off_policy", "lora", "save", "resume", "offload", "ema"}
+    if unknown:
+        raise SystemExit(f"There is no option {unknown}.")
+    rewards, off_policy = "rewards" in options, "off_policy" in options
     prompts = Dataset.from_dict({"prompt": [" ".join("abcdefgh"[i % 8 :][: 1 + i % 5]) + " z" for i in range(32)]})
     teacher = str(folder / "teacher")
-    if routed:  # with two processes, one has all rows of the one teacher, the other those of the other
+    if "routed" in options:  # with two processes, one has all rows of the one teacher, the other those of the other
         prompts = prompts.add_column("teacher", (["math"] * 4 + ["code"] * 4) * 4)
     if off_policy:
         prompts = prompts.add_column("completion", [" ".join("abcaefgh"[i % 7 :]) for i in range(32)])
+    if "ema" in options:
+        prompts = prompts.add_column("teacher_prompt", ["h"] * 32)
     trainer = OPDTrainer(
-        model=str(folder / "student"),
-        teacher_model={"math": teacher, "code": str(folder / "second")} if routed else teacher,
+        **student_of(folder, "lora" in options),
+        teacher_model={"math": teacher, "code": str(folder / "second")}
+        if "routed" in options
+        else None
+        if "ema" in options
+        else teacher,
         reward_funcs=[letters] if rewards else None,
         args=config(
             folder / "out",
@@ -74,23 +101,32 @@ def main(
             kl_top_k=4,
             num_generations=GROUP if rewards else 2 if off_policy else 1,
             lmbda=0.5 if off_policy else 1.0,
-            shuffle_dataset=not routed,
+            shuffle_dataset="routed" not in options,
+            teacher_offload="offload" in options,
+            teacher_ema=0.8 if "ema" in options else None,
             max_grad_norm=1e9,
+            save_strategy="steps" if "save" in options else "no",
+            save_steps=1,
             ddp_backend="gloo",
             use_cpu=os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",  # would switch DeepSpeed off
         ),
         train_dataset=prompts,
         rollout_func=written_out if rewards else None,
     )
-    trainer.train()
+    set_adapter(trainer)
+    trainer.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-1") if "resume" in options else None)
     trainer.save_model(str(folder / "out"))
-    accelerator, teacher = trainer.accelerator, trainer.teacher.model
+    live = live_weights(trainer)
+    accelerator = trainer.accelerator
+    if accelerator.is_main_process:
+        save_file(live, folder / "live.safetensors")
+    held = list(getattr(trainer.teacher, "model", trainer.model).parameters())
     result = {
         "distributed_type": accelerator.distributed_type.value,
         "processes": accelerator.num_processes,
         "zero_stage": accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None,
-        "teacher_parameters_held": sum(getattr(p, "ds_tensor", p).numel() for p in teacher.parameters()),
-        "teacher_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in teacher.parameters()),
+        "teacher_parameters_held": sum(getattr(p, "ds_tensor", p).numel() for p in held),
+        "teacher_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in held),
         "steps": [
             {key: row[key] for key in LOGGED if key in row} for row in trainer.state.log_history if "loss" in row
         ],
@@ -99,4 +135,5 @@ def main(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], **dict.fromkeys(sys.argv[4:], True))
+    build_ops()
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], set(sys.argv[4:]))

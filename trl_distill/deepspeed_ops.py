@@ -1,0 +1,66 @@
+"""DeepSpeed's compiled ops: built once, aloud, and never waited for in vain.
+
+DeepSpeed compiles what it needs on first use, minutes of silence in every process. A build that is killed leaves a lock
+file behind, for which later runs wait for ever. Here one process builds under a lock that the system releases when its
+holder dies, and clears such files away.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+
+def extensions_folder() -> Path:
+    """Where compiled ops go: `TORCH_EXTENSIONS_DIR`, a folder of this Python environment, or one of the user's."""
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    root = Path(sys.prefix) if os.access(sys.prefix, os.W_OK) else Path.home() / ".cache"
+    return root / "torch_extensions"
+
+
+def build_ops() -> None:
+    """
+    Build what this process will need under DeepSpeed, or wait while another does; seconds where it is done already.
+
+    To be called before anything touches DeepSpeed; does nothing in a process that `accelerate launch` has not started
+    for it. Without a GPU that is an op for communication, with an optimizer in CPU memory CPU Adam.
+
+    Raises:
+        RuntimeError: there is no compiler.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return
+    from deepspeed.accelerator import get_accelerator
+
+    builders = []
+    if get_accelerator().device_name() == "cpu":
+        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+        builders.append(ShareMemCommBuilder())
+    if os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") == "cpu":
+        from deepspeed.ops.op_builder import CPUAdamBuilder
+
+        builders.append(CPUAdamBuilder())
+    folder = extensions_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja is there
+    with open(folder / "trl_distill.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for builder in builders:
+            built = any(folder.rglob(f"{builder.name}.so"))
+            if not built and shutil.which("g++") is None:
+                raise RuntimeError(
+                    f"DeepSpeed compiles {builder.name} on first use, but there is no `g++`. Install it."
+                )
+            if not built:
+                print(f"Building DeepSpeed's {builder.name} into {folder} (once, 1 to 4 minutes) ...", flush=True)
+            for left in folder.rglob(f"{builder.name}/lock"):  # of a build that was killed
+                left.unlink()
+            with open(folder / f"{builder.name}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+                builder.load()
