@@ -171,6 +171,7 @@ class OPDTrainer(Assembly):
             )
         finally:
             args.beta = beta
+        self.track(specs)
         if specs:
             self.add_teachers(specs)
 
