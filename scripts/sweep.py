@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import importlib.util
 import json
 import os
 import re
@@ -32,7 +33,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sweep_draw import Drawn, check_overrides, command_line, draw, label, logged_name, read_sweep, shown, size_of
-from sweep_report import FAILURE, RESULT, SWEEP, last_means, report
+from sweep_files import FAILURE, PARAMETERS, RESULT, SWEEP, last_means, write
 
 
 LAST_LINES = 15  # of a failed run's log, for the record
@@ -53,13 +54,6 @@ class Job:
     def state(self) -> Path:
         """What the program leaves when it has come to its end: the trainer's state, with the log."""
         return self.folder / "out" / "trainer_state.json"
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """All of it or nothing: a file that is there is whole."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(path)
 
 
 @contextmanager
@@ -103,7 +97,7 @@ def job_of(options: argparse.Namespace, sweep: dict[str, Any], index: int, earli
     """The run with this number: as it was drawn by an earlier call, or drawn now and noted."""
     folder = options.output_dir / f"{index:03d}"
     folder.mkdir(exist_ok=True)
-    noted = folder / "parameters.json"
+    noted = folder / PARAMETERS
     if not noted.is_file():
         drawn = draw(sweep, index, earlier, options.seed)
         assert drawn is not None  # `size_of` has counted
@@ -217,18 +211,21 @@ def main(arguments: list[str] | None = None) -> int:
         total = size_of(sweep, options.runs)
         if options.last < 1 or options.seed < 0:
             raise ValueError(f"`--last` is {options.last} and `--seed` {options.seed}; from 1 and from 0.")
+        if importlib.util.find_spec("matplotlib") is None:  # better now than after the last run
+            raise ValueError("The picture needs matplotlib: pip install 'trl_distill[sweeps]'.")
         if not Path(sweep["program"]).is_file():
             raise ValueError(f"There is no {sweep['program']} here. Start from the folder that the sweep means.")
     except ValueError as error:
         console.print(str(error), markup=False)
         return 2
-    signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C: what runs is ended, what is finished stays
     options.output_dir.mkdir(parents=True, exist_ok=True)
     identity = {"sweep": sweep, "seed": options.seed, "last": options.last, "overrides": options.overrides}
     try:
         with locked(options.output_dir) as lock:
             keep_identity(options.output_dir, identity)
             run_all(options, sweep, total, lock)
+            from sweep_report import report  # here, since it imports PyTorch
+
             rows = report(options.output_dir, console)
     except ValueError as error:
         console.print(str(error), markup=False)
@@ -240,4 +237,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C: what runs is ended, what is finished stays
     sys.exit(main())

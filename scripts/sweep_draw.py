@@ -52,7 +52,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
         config = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"The sweep {str(path)!r} cannot be read: {error}") from None
-    if not isinstance(config, dict):
+    if not isinstance(config, dict) or not isinstance(config.get("parameters", {}), dict):
         raise ValueError(f"The sweep {str(path)!r} holds no settings; see scripts/sweeps/beta.yaml for what it needs.")
     wrong = schema_violations_from_proposed_config(config)
     missing = [name for name in ("program", "method", "metric", "parameters") if name not in config]
@@ -87,7 +87,7 @@ def draw(config: dict[str, Any], index: int, earlier: Sequence[Drawn], seed: int
         state = RunState.failed if run.metric is None else RunState.finished
         metrics = {} if run.metric is None else {name: run.metric}
         settings = {key: {"value": value} for key, value in run.parameters.items()}
-        runs.append(SweepRun(config=settings, state=state, summary_metrics=metrics))
+        runs.append(SweepRun(config=settings, state=state, summaryMetrics=metrics))  # pydantic 2 drops the field's name
     random.seed(f"{seed}/{index}")
     np.random.seed([seed, index])
     with warnings.catch_warnings():

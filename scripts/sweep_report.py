@@ -11,54 +11,20 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from sweep_draw import label, logged_name
+from sweep_files import SWEEP, Row, collect
 
 from trl_distill.config import DIVERGENCES
 from trl_distill.plots import Point, metric_figure, pareto_figure, pareto_front, ranking_figure
 
 
-SWEEP, RESULT, FAILURE = "sweep.json", "result.json", "failure.json"  # of the sweep; of each run
 DIVERGENCE_KEYS = tuple(f"distill/{name}" for name in DIVERGENCES)
 MAIN = ("reward", *DIVERGENCE_KEYS, "distill/sequence_kl", "objective", "entropy")
-NEVER = ("step", "epoch", "total_flos")  # logged, but no metrics
-
-
-@dataclass(frozen=True)
-class Row:
-    """One run: its number, what was drawn for it, its metrics, and what went wrong."""
-
-    run: str
-    settings: dict[str, Any]
-    metrics: dict[str, float]
-    failure: str = ""
-
-
-def last_means(log_history: list[dict[str, Any]], last: int) -> dict[str, float]:
-    """Each logged quantity as the mean of its last `last` values; what is no number, or NaN, does not count."""
-    values: dict[str, list[float]] = {}
-    for entry in log_history:
-        for name, value in entry.items():
-            if name not in NEVER and isinstance(value, int | float) and value == value:
-                values.setdefault(name, []).append(value)
-    return {name: sum(found[-last:]) / len(found[-last:]) for name, found in values.items()}
-
-
-def collect(folder: Path) -> list[Row]:
-    """All runs of the sweep in `folder` that have ended, in their order."""
-    rows = []
-    for run in sorted(path for path in folder.iterdir() if path.is_dir()):
-        for name in (RESULT, FAILURE):
-            if (run / name).is_file():
-                found = json.loads((run / name).read_text())
-                rows.append(Row(run.name, found["settings"], found.get("metrics", {}), found.get("failure", "")))
-                break
-    return rows
 
 
 def reward_against_kl(rows: list[Row]) -> tuple[str, dict[str, Point]]:
@@ -116,7 +82,7 @@ def report(folder: Path, console: Console) -> list[Row]:
     caption = f"{sweep.get('name', folder.name)}: means of the last {state['last']} logged steps"
     table = Table(title=caption)
     for name in header:
-        table.add_column(name, justify="left" if name in ("run", "") else "right")
+        table.add_column(name, justify="left" if name in ("run", "") else "right", overflow="fold")
     for cell in cells:
         table.add_row(*cell)
     console.print(table)

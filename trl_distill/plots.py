@@ -6,13 +6,14 @@ is left to `scripts/sweep.py` and to the callback that sends the last picture to
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#767676"  # told apart with any colour vision, and by their markers
+BLUE, ORANGE = "#0072b2", "#d55e00"  # told apart with any colour vision, and by their markers
 _STEPS: dict[str, Any] = {"drawstyle": "steps-post"}  # what lies between two runs is not known to be reachable
 
 
@@ -56,18 +57,11 @@ def pareto_figure(points: Sequence[Point], x_label: str, y_label: str, title: st
     if rest:
         hollow = {"color": ORANGE, "marker": "s", "markersize": 8, "markerfacecolor": "none", "linestyle": "none"}
         axis.plot(*_columns(rest), **hollow, label="another run has less KL and more reward")
-    if _spans_decades([point.x for point in points]):
-        axis.set_xscale("log")
-    sides = [
-        (front, (-6, 7), "right", BLUE),
-        (rest, (8, -12), "left", ORANGE),
-    ]
-    for group, offset, side, colour in sides:
-        for p in group:
-            axis.annotate(p.label, (p.x, p.y), offset, textcoords="offset points", ha=side, color=colour, fontsize=10)
+    _decades(axis, [point.x for point in points])
     axis.margins(0.14)
     axis.set(xlabel=x_label, ylabel=y_label)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _label(figure, axis, [(point, BLUE) for point in front] + [(point, ORANGE) for point in rest])
     return figure
 
 
@@ -82,11 +76,10 @@ def metric_figure(points: Sequence[Point], x_label: str, y_label: str, maximize:
     best = (max if maximize else min)(ordered, key=lambda p: p.y)
     axis.plot(*_columns(ordered), color=BLUE, marker="o", markersize=8, linewidth=1, alpha=0.9)
     axis.plot(best.x, best.y, color=ORANGE, marker="D", markersize=11, linestyle="none", label=f"best: {best.label}")
-    if _spans_decades([point.x for point in points]):
-        axis.set_xscale("log")
+    _decades(axis, [point.x for point in points])
     axis.margins(0.08)
     axis.set(xlabel=x_label, ylabel=y_label)
-    axis.legend(frameon=False)
+    figure.legend(loc="outside lower center", frameon=False)
     return figure
 
 
@@ -100,7 +93,6 @@ def ranking_figure(rows: Sequence[tuple[str, float]], label: str, maximize: bool
     ordered = sorted(rows, key=lambda row: row[1], reverse=not maximize)
     names, values = zip(*ordered, strict=True)
     places = range(len(ordered))
-    axis.hlines(places, min(values), values, color=GREY, linewidth=1, alpha=0.6)
     axis.plot(values, places, color=BLUE, marker="o", markersize=8, linestyle="none")
     axis.plot(values[-1], places[-1], color=ORANGE, marker="D", markersize=11, linestyle="none")
     for place, value in zip(places, values, strict=True):
@@ -178,5 +170,37 @@ def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     return [point.x for point in points], [point.y for point in points]
 
 
-def _spans_decades(values: Sequence[float]) -> bool:
-    return min(values) > 0 and math.log10(max(values) / min(values)) > 1
+def _decades(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis where the values span a decade, with ticks that read as plain numbers."""
+    decades = math.log10(max(values) / min(values)) if min(values) > 0 else 0
+    if decades < 1:
+        return
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _label(figure: Any, axis: Any, points: Sequence[tuple[Point, str]]) -> None:
+    """Write each label at the nearest place where it covers no point and no other label, with a line if that is far."""
+    figure.draw_without_rendering()  # settles where the points are on the page
+    inside = axis.get_window_extent()
+    taken: list[Any] = []
+    dots = [axis.transData.transform((point.x, point.y)) for point, _ in points]
+    for point, colour in points:
+        style = {"ha": "center", "va": "center", "color": colour, "fontsize": 10, "textcoords": "offset points"}
+        text = axis.annotate(point.label, (point.x, point.y), (0, 0), **style)
+        for distance, angle in itertools.product(range(14, 110, 12), (120, 90, 60, 150, 30, 270, 300, 240, 330, 210)):
+            turned = math.radians(angle)
+            offset = (1.7 * distance * math.cos(turned), distance * math.sin(turned))  # letters are wide
+            text.set_position(offset)
+            box = text.get_window_extent().padded(6)
+            within = inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1
+            if within and not any(box.contains(*dot) for dot in dots) and not any(map(box.overlaps, taken)):
+                break
+        taken.append(box)
+        if distance > 14:
+            line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 7, "shrinkB": 5}
+            axis.annotate("", (point.x, point.y), offset, textcoords="offset points", arrowprops=line)
