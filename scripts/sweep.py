@@ -38,7 +38,7 @@ from sweep_files import FAILURE, PARAMETERS, RESULT, SWEEP, last_means, write
 
 LAST_LINES = 15  # of a failed run's log, for the record
 GRACE = 30  # seconds for a run to end after an interruption
-console = Console()
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Job:
     parameters: dict[str, Any]
     settings: dict[str, Any]  # of the parameters, what the sweep varies
     command: list[str]
+    names: dict[str, str]  # environment: what wandb calls the run, where it is told to report there
 
     @property
     def state(self) -> Path:
@@ -108,7 +109,13 @@ def job_of(options: argparse.Namespace, sweep: dict[str, Any], index: int, earli
         *(f"--output_dir={folder / 'out'}", "--report_to=none", "--resume_from_checkpoint=auto"),
         *options.overrides,
     ]
-    return Job(folder, parameters, shown(sweep, parameters), command)
+    settings = shown(sweep, parameters)
+    names = {
+        "WANDB_PROJECT": os.environ.get("WANDB_PROJECT", sweep.get("project", "trl_distill")),
+        "WANDB_RUN_GROUP": str(options.output_dir),
+        "WANDB_NAME": label(settings),
+    }
+    return Job(folder, parameters, settings, command, names)
 
 
 def run(job: Job, lock: int, look: Callable[[], None]) -> int:
@@ -116,9 +123,8 @@ def run(job: Job, lock: int, look: Callable[[], None]) -> int:
     with (job.folder / "log.txt").open("a") as log:
         log.write(f"==> {' '.join(job.command)}\n")
         log.flush()
-        named = {"WANDB_NAME": label(job.settings), "WANDB_RUN_GROUP": str(job.folder.parent)}
         process = subprocess.Popen(
-            job.command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock], env={**os.environ, **named}
+            job.command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock], env={**os.environ, **job.names}
         )
         try:
             while process.poll() is None:

@@ -74,10 +74,11 @@ def run_offline(tmp_path, monkeypatch, student, saved, tokenizer, prompts):
         trainer.train()
         folder = Path(wandb.run.dir).parent
         wandb.finish()
+        wandb.teardown()  # waits for the process that writes the file; `finish` alone may return before it is whole
         return folder
 
     yield train
-    wandb.finish()
+    wandb.teardown()
 
 
 def test_a_run_with_rewards_says_all_of_itself(run_offline, saved):
