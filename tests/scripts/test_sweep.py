@@ -1,4 +1,4 @@
-"""Sweeps: what is drawn, that an interrupted one goes on as if nothing had been, and what is made of the results."""
+"""Sweeps: what is drawn, and that an interrupted one goes on as if nothing had been."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ pytest.importorskip("sweeps.run")
 pytest.importorskip("matplotlib")
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-SWEEPS = sorted((SCRIPTS / "sweeps").glob("*.yaml"))
 
 # Stands for opd.py: logs a KL that falls and a reward that rises with beta's fall, each step a checkpoint
 PROGRAM = """
@@ -82,65 +81,6 @@ def results() -> list[dict[str, str]]:
 
 def starts() -> list[str]:
     return Path("starts").read_text().splitlines()
-
-
-# -- the YAMLs that are shipped --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_shipped_sweeps_fit_wandbs_schema_and_their_runs_are_settings_that_exist(path, monkeypatch, tmp_path):
-    """Every command line is parsed by opd.py's own parser, as `wandb agent` would write it."""
-    from opd import OPDConfig, OPDScriptArguments, taken_apart, with_environment
-    from sweep_draw import Drawn, command_line, draw, read_sweep, size_of
-    from trl import ModelConfig, TrlParser
-
-    monkeypatch.setenv("WANDB_RUN_ID", "a1b2c3")
-    config = read_sweep(path)
-    earlier: list[Drawn] = []
-    for index in range(size_of(config, 5 if config["method"] == "random" else None)):
-        drawn = draw(config, index, earlier, seed=0)
-        words = command_line(config, drawn)
-        assert words[:3] == ["/usr/bin/env", sys.executable, "scripts/opd.py"]
-        parser = TrlParser([OPDScriptArguments, OPDConfig, ModelConfig])
-        arguments = taken_apart([*words[3:], "--report_to=none", "--use_cpu", "--bf16=false"])
-        script, args, model = parser.parse_args_and_config(arguments)
-        assert with_environment(args.output_dir) == f"sweeps/{path.stem}/a1b2c3"
-        assert (script.dataset_name, model.model_name_or_path) == ("trl-lib/DeepMath-103K", "Qwen/Qwen3-0.6B")
-        assert args.resolved(bool(script.reward_funcs)).teacher_model_name_or_path == "Qwen/Qwen3-4B"
-        earlier.append(Drawn(drawn, None))
-    assert len({json.dumps(run.parameters) for run in earlier}) == len(earlier)
-
-
-def test_the_command_is_the_one_that_wandbs_agent_makes():
-    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
-    from sweep_draw import command_line, draw, read_sweep
-
-    config = read_sweep(SCRIPTS / "sweeps" / "divergence.yaml")
-    drawn = draw(config, 3, [], seed=0)
-    theirs = utils.create_sweep_command_args({"args": {name: {"value": v} for name, v in drawn.items()}})["args"]
-    assert [word for word in command_line(config, drawn) if word in theirs] == theirs
-    assert "--cast_lm_head_to_fp32=True" in theirs
-    assert utils.create_sweep_command(list(config["command"])) == config["command"]  # $WANDB_RUN_ID is left to opd.py
-
-
-def test_the_divergence_sweep_has_each_pair_that_the_configuration_allows_once():
-    from sweep_draw import in_parts, read_sweep
-
-    from trl_distill import OPDConfig
-    from trl_distill.config import DIVERGENCES, KL_ESTIMATORS
-
-    allowed = set()
-    for divergence in DIVERGENCES:
-        for estimator in KL_ESTIMATORS:
-            try:
-                OPDConfig(divergence=divergence, kl_estimator=estimator, use_cpu=True, bf16=False)
-            except ValueError:
-                continue
-            allowed.add((divergence, estimator))
-    config = read_sweep(SCRIPTS / "sweeps" / "divergence.yaml")
-    pairs = [in_parts(value) for value in config["parameters"]["together"]["values"]]
-    assert len(pairs) == len(allowed)
-    assert {(pair["divergence"], pair["kl_estimator"]) for pair in pairs} == allowed
 
 
 # -- drawing ---------------------------------------------------------------------------------------------------------
@@ -337,129 +277,7 @@ def test_another_sweep_in_the_same_folder_is_refused(sweep, capsys):
     assert starts() == ["000 auto", "001 auto", "002 auto"]
 
 
-# -- reports and pictures --------------------------------------------------------------------------------------------
-
-
-def test_means_skip_what_is_no_number():
-    from sweep_files import last_means
-
-    log = [{"step": 1, "a": 1.0, "b": None}, {"step": 2, "a": float("nan"), "b": 2}, {"step": 3, "a": 3.0, "c": "x"}]
-    assert last_means(log, 2) == {"a": 2.0, "b": 2.0}
-    assert last_means(log, 1) == {"a": 3.0, "b": 2.0}
-
-
-def test_the_front_is_what_no_other_run_beats():
-    from hypothesis import given
-    from hypothesis import strategies as st
-
-    from trl_distill.plots import Point, pareto_front
-
-    numbers = st.integers(0, 5).map(float)
-
-    @given(st.lists(st.builds(Point, st.just(""), numbers, numbers), max_size=12))
-    def check(points):
-        front = pareto_front(points)
-        for point in points:
-            beaten = any(
-                other.x <= point.x and other.y >= point.y and (other.x, other.y) != (point.x, point.y)
-                for other in points
-            )
-            assert (point in front) != beaten
-
-    check()
-
-
-def test_labels_cover_neither_points_nor_each_other():
-    from trl_distill.plots import Point, pareto_figure
-
-    near = [(0.5, 0.21), (0.48, 0.215), (0.52, 0.207), (0.53, 0.2), (0.59, 0.217), (1.8, 0.86), (6.9, 0.98)]
-    figure = pareto_figure([Point(f"beta={i}", x, y) for i, (x, y) in enumerate(near)], "KL", "reward")
-    figure.draw_without_rendering()
-    (axis,) = figure.axes
-    boxes = [text.get_window_extent() for text in axis.texts if text.get_text()]
-    assert len(boxes) == 7
-    for index, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[index + 1 :])
-        assert not any(box.contains(*axis.transData.transform(point)) for point in near)
-
-
-def sweep_of(tmp_path: Path, metric: str, goal: str, runs: list[tuple[dict, dict]]) -> Path:
-    from sweep_files import RESULT, SWEEP
-
-    state = {"sweep": {"name": "toy", "metric": {"name": metric, "goal": goal}}, "last": 5}
-    (tmp_path / SWEEP).write_text(json.dumps(state))
-    for index, (settings, metrics) in enumerate(runs):
-        (tmp_path / f"{index:03d}").mkdir()
-        (tmp_path / f"{index:03d}" / RESULT).write_text(json.dumps({"settings": settings, "metrics": metrics}))
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("metric", "runs", "picture", "texts"),
-    [
-        (
-            "train/reward",
-            [({"beta": b}, {"reward": 1 - b, "distill/reverse_kl": 1 / b}) for b in (0.1, 0.5, 1.0)],
-            "pareto.png",
-            {"beta=0.1", "beta=0.5", "beta=1", "reward", "distill/reverse_kl, nats per token"},
-        ),
-        (
-            "train/distill/reverse_kl",
-            [({"learning_rate": lr}, {"distill/reverse_kl": lr}) for lr in (1e-5, 1e-4, 1e-3)],
-            "metric.png",
-            {"learning_rate", "distill/reverse_kl", "best: learning_rate=0.001"},
-        ),
-        (
-            "train/reward",
-            [({"divergence": d, "kl_estimator": "full"}, {"reward": 0.5}) for d in ("jsd", "mixed")],
-            "metric.png",
-            {"jsd, full", "mixed, full", "reward", "0.5"},
-        ),
-    ],
-)
-def test_each_kind_of_sweep_has_its_picture(tmp_path, monkeypatch, metric, runs, picture, texts):
-    import matplotlib.figure
-    from matplotlib.text import Text
-    from rich.console import Console
-    from sweep_report import report
-
-    drawn: list[str] = []
-    save = matplotlib.figure.Figure.savefig
-
-    def saving(figure, *arguments, **options):
-        save(figure, *arguments, **options)
-        drawn.extend(text.get_text() for text in figure.findobj(Text))
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", saving)
-    report(sweep_of(tmp_path, metric, "maximize", runs), Console())
-    assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-    assert texts <= set(drawn)
-    assert {"metric.png", "pareto.png"} - {picture} == {"metric.png", "pareto.png"} - {
-        path.name for path in tmp_path.glob("*.png")
-    }
-
-
-def test_a_metric_that_no_run_logged_is_said(tmp_path, capsys):
-    from rich.console import Console
-    from sweep_report import report
-
-    report(sweep_of(tmp_path, "train/reward", "maximize", [({"x": 1}, {"loss": 1.0})]), Console())
-    assert "no run has logged train/reward" in " ".join(capsys.readouterr().out.split())
-
-
-# -- opd.py itself ---------------------------------------------------------------------------------------------------
-
-
-def test_output_dir_is_filled_in_from_the_environment(monkeypatch):
-    from opd import with_environment
-
-    monkeypatch.setenv("WANDB_RUN_ID", "abc")
-    assert with_environment("sweeps/$WANDB_RUN_ID") == "sweeps/abc"
-    assert with_environment("out") == "out"
-    monkeypatch.delenv("WANDB_RUN_ID")
-    with pytest.raises(ValueError, match="`wandb agent` sets WANDB_RUN_ID"):
-        with_environment("sweeps/$WANDB_RUN_ID")
-
+# -- with opd.py -------------------------------------------------------------------------------------------------------
 
 TOY = (
     *("--model_name_or_path", "student", "--teacher_model_name_or_path", "teacher", "--dataset_name", "prompts.jsonl"),
