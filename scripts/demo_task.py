@@ -54,3 +54,9 @@ def correct(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     found = [re.search(r"answer (\d+)$", text.strip()) for text in texts]
     return [float(match is not None and match[1] == gold) for match, gold in zip(found, answer, strict=True)]
+
+
+def brief(completions: list[Any], **_: Any) -> list[float]:
+    """Reward function at odds with the teacher: 1.0 for an empty answer, less for each of its characters."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [1 - len(text) / 60 for text in texts]

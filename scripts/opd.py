@@ -9,8 +9,9 @@ Arguments are TRL's own: those of `ScriptArguments`, `ModelConfig` (`--use_peft`
 `OPDConfig`, which holds all of `GRPOConfig`; they may also stand in a YAML file given as `--config`. Rewards come by
 import path: `--reward_funcs my_module.my_reward` (importable from here), or a name from `trl.rewards`.
 `--resume_from_checkpoint auto` goes on from the last complete checkpoint in `--output_dir`, if there is one. SIGTERM
-saves a checkpoint after the current step and exits with status 75. Without a GPU add `--use_cpu --bf16 false`.
-`--check_only` compares teacher and student, prints a table and stops.
+saves a checkpoint after the current step and exits with status 75. In `--output_dir`, `$NAME` is an environment
+variable (`$WANDB_RUN_ID` in a sweep); `--together="--a 1 --b 2"` is several arguments in one, for sweeps. Without a GPU add
+`--use_cpu --bf16 false`. `--check_only` compares teacher and student, prints a table and stops.
 
 Other teachers: `--teacher_models '{"math": "a", "code": "b"}'`, `--teacher_server_urls http://...`,
 `--teacher_ema 0.99`, `--teacher_model_name_or_path adapter-off`; see docs/teachers.md.
@@ -22,6 +23,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
+import string
 import sys
 import warnings
 from collections.abc import Callable
@@ -78,6 +81,24 @@ def import_reward(path: str) -> Callable:
         sys.path.pop(0)
 
 
+def taken_apart(arguments: list[str]) -> list[str]:
+    """`--together="--a 1 --b 2"` as its parts: a grid combines all with all, and not all combinations exist."""
+    flag = "--together="
+    words = [shlex.split(word.removeprefix(flag)) if word.startswith(flag) else [word] for word in arguments]
+    return [part for parts in words for part in parts]
+
+
+def with_environment(output_dir: str) -> str:
+    """The folder's name with its `$NAME` replaced: nothing may be written to one that is called "$WANDB_RUN_ID"."""
+    try:
+        return string.Template(output_dir).substitute(os.environ)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"`--output_dir` is {output_dir!r}, but the environment does not say what to write there ({error}). Set "
+            "the variable (`wandb agent` sets WANDB_RUN_ID), give another folder, or write `$$` for a dollar sign."
+        ) from None
+
+
 def show(report: Report, error: Exception | None = None) -> None:
     """Print the preflight as a table, and leave: with status 1 where the run could not begin."""
     if error is not None and not isinstance(error, PreflightError):
@@ -93,6 +114,7 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
         raise ValueError("There is no student. Name it with `--model_name_or_path`.")
     if script_args.dataset_name is None:
         raise ValueError("There is no dataset. Name it with `--dataset_name`: a hub name, a folder or a `.jsonl` file.")
+    args.output_dir = with_environment(args.output_dir or "")
     rewards = [import_reward(path) for path in script_args.reward_funcs or []]
     splits = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
     train = take_split(splits, script_args.dataset_train_split, "training")
@@ -140,6 +162,7 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
         )
         sys.exit(EXIT_STOPPED)
     trainer.save_model(args.output_dir)
+    trainer.save_state()  # the log, beside the model
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     what = "The adapter" if model_args.use_peft else "The model"
@@ -149,4 +172,4 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
 if __name__ == "__main__":
     build_ops()  # before DeepSpeed does so in silence
     parser = TrlParser([OPDScriptArguments, OPDConfig, ModelConfig])  # type: ignore[list-item]
-    main(*parser.parse_args_and_config())
+    main(*parser.parse_args_and_config(taken_apart(sys.argv[1:])))

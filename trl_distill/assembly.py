@@ -26,6 +26,7 @@ from .self_teachers import ADAPTER_OFF, AdapterOff, FollowStudent, MovingAverage
 from .served import ServedTeacher
 from .signals import HiddenStates
 from .teachers import LocalTeacher, Teacher, student_config, teacher_config
+from .tracking import WandbExtras, name_of
 from .watched import Watched
 
 
@@ -73,6 +74,16 @@ class Assembly(Watched):
                 )
         config = student_config(model, args) if isinstance(model, str) else unwrap_adapter(model).config
         checks.check_text_only(config, "student")
+
+    def track(self, specs: dict[str, Any]) -> None:
+        """Where wandb is logged to, let its run say who was distilled from whom, with which rewards."""
+        if "wandb" in self.args.report_to:
+            facts = {
+                "student": name_of(self.model),
+                "teachers": {name: name_of(spec) for name, spec in specs.items()},
+                "reward_funcs": self.reward_func_names if self.has_rewards else [],
+            }
+            self.add_callback(WandbExtras(facts))
 
     def add_teachers(self, specs: dict[str, Any]) -> None:
         """Check that teachers and student fit, load the teachers, and let the student answer their signals."""

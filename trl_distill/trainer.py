@@ -173,6 +173,7 @@ class OPDTrainer(Assembly):
             )
         finally:
             args.beta = beta
+        self.track(specs)
         if specs:
             try:
                 self.add_teachers(specs)

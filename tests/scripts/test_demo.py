@@ -31,6 +31,15 @@ def test_solutions_satisfy_the_verifier():
         assert correct([[{"role": "assistant", "content": wrong}]], ["9305"]) == [0.0]
 
 
+def test_the_brief_reward_pays_for_every_character_left_out():
+    from demo_task import brief, solution
+
+    whole = solution("2390", "6915")
+    paid = brief([whole, whole[:20], [{"role": "assistant", "content": ""}]])
+    assert paid == sorted(paid)
+    assert 0 < paid[0] < paid[1] < paid[2] == 1
+
+
 def test_problems_repeat_with_the_seed_alone():
     from demo_task import problems
 

@@ -1,0 +1,112 @@
+"""What came out of a sweep: a table on the screen, `table.md`, `results.csv`, and a picture.
+
+    python scripts/sweep_report.py sweeps/beta      # again, from the results that are there
+
+`results.csv` has all metrics, the others the main ones. The picture is reward against KL (`pareto.png`) where the sweep
+varies beta and both were logged, else the sweep's metric (`metric.png`); `trl_distill/plots.py` draws it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from sweep_draw import label, logged_name
+from sweep_files import SWEEP, Row, collect
+
+from trl_distill.config import DIVERGENCES
+from trl_distill.plots import Point, metric_figure, pareto_figure, pareto_front, ranking_figure
+
+
+DIVERGENCE_KEYS = tuple(f"distill/{name}" for name in DIVERGENCES)
+MAIN = ("reward", *DIVERGENCE_KEYS, "distill/sequence_kl", "objective", "entropy")
+
+
+def reward_against_kl(rows: list[Row]) -> tuple[str, dict[str, Point]]:
+    """Where the sweep varies beta: the divergence's key, and by run reward against it, for those that logged both."""
+    kl = next((key for key in DIVERGENCE_KEYS for row in rows if key in row.metrics), "")
+    both = [row for row in rows if "beta" in row.settings and {kl, "reward"} <= row.metrics.keys()]
+    return kl, {row.run: Point(label(row.settings), row.metrics[kl], row.metrics["reward"]) for row in both}
+
+
+def draw_picture(folder: Path, rows: list[Row], sweep: dict[str, Any], caption: str) -> Path | None:
+    """Draw what the sweep shows; `None` where no run has logged it."""
+    metric, maximize = logged_name(sweep["metric"]["name"]), sweep["metric"]["goal"] == "maximize"
+    measured = [(row.settings, row.metrics[metric]) for row in rows if metric in row.metrics]
+    numeric = all(len(found) == 1 and isinstance(next(iter(found.values())), int | float) for found, _ in measured)
+    kl, points = reward_against_kl(rows)
+    if points:
+        path = folder / "pareto.png"
+        figure = pareto_figure([*points.values()], f"{kl}, nats per token", "reward", caption)
+    elif not measured:
+        return None
+    elif numeric:
+        path, ((name, _),) = folder / "metric.png", measured[0][0].items()
+        dots = [Point(label(settings), settings[name], value) for settings, value in measured]
+        figure = metric_figure(dots, name, metric, maximize, caption)
+    else:
+        path = folder / "metric.png"
+        figure = ranking_figure([(label(settings), value) for settings, value in measured], metric, maximize, caption)
+    figure.savefig(path)
+    return path
+
+
+def table_of(rows: list[Row], metric: str) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the short table: what varied, the main metrics, what there is to say of a run."""
+    settings = list(dict.fromkeys(name for row in rows for name in row.settings))
+    logged = {name for row in rows for name in row.metrics}
+    metrics = [name for name in dict.fromkeys((metric, *MAIN)) if name in logged]
+    _, points = reward_against_kl(rows)
+    front = pareto_front(points.values())
+    cells = []
+    for row in rows:
+        values = [row.settings.get(name, "") for name in settings] + [row.metrics.get(name, "") for name in metrics]
+        remark = "failed" if row.failure else "Pareto front" if points.get(row.run) in front else ""
+        cells.append([row.run, *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values), remark])
+    return ["run", *settings, *metrics, ""], cells
+
+
+def report(folder: Path, console: Console) -> list[Row]:
+    """Write `results.csv`, `table.md` and the picture, print the table, and say where they lie."""
+    state = json.loads((folder / SWEEP).read_text())
+    sweep, rows = state["sweep"], collect(folder)
+    if not rows:
+        console.print(f"No run in {folder} has ended yet.")
+        return rows
+    header, cells = table_of(rows, logged_name(sweep["metric"]["name"]))
+    caption = f"{sweep.get('name', folder.name)}: means of the last {state['last']} logged steps"
+    table = Table(title=caption)
+    for name in header:
+        table.add_column(name, justify="left" if name in ("run", "") else "right", overflow="fold")
+    for cell in cells:
+        table.add_row(*cell)
+    console.print(table)
+
+    lines = [header, ["---"] * len(header), *cells]
+    (folder / "table.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    settings = list(dict.fromkeys(name for row in rows for name in row.settings))
+    metrics = sorted({name for row in rows for name in row.metrics})
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", *settings, *metrics, "failure"])
+        for row in rows:
+            found = [row.settings.get(name, "") for name in settings] + [row.metrics.get(name, "") for name in metrics]
+            writer.writerow([row.run, *found, row.failure])
+    for row in rows:
+        if row.failure:
+            console.print(f"Run {row.run} ({label(row.settings)}) failed:\n{row.failure}", markup=False)
+    picture = draw_picture(folder, rows, sweep, caption)
+    drawn = picture.name if picture else f"no picture, since no run has logged {sweep['metric']['name']}"
+    console.print(f"Results are in {folder}: table.md, results.csv, {drawn}")
+    return rows
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / SWEEP).is_file():
+        sys.exit("Give the folder of a sweep, the `--output_dir` of scripts/sweep.py: it holds sweep.json.")
+    report(Path(sys.argv[1]), Console())
