@@ -1,6 +1,7 @@
 """The card of a dataset: a README that says how it was made and counts what each stage kept and why.
 
-The YAML at its head is what `datasets.load_dataset` goes by. The numbers are given by the pipeline.
+The YAML at its head names no data files: `datasets` would then cache by the folder's last name alone, and read an older
+dataset instead of this one. It finds `data/train-*.parquet` by itself. The numbers are given by the pipeline.
 """
 
 from __future__ import annotations
@@ -19,11 +20,6 @@ HEAD = """---
 tags:
 - synthetic
 - trl_distill
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/train-*.parquet
 ---
 """
 

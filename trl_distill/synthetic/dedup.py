@@ -8,6 +8,7 @@ becomes of duplicates, is left to the caller.
 from __future__ import annotations
 
 import sqlite3
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ class Seen:
         self.db = sqlite3.connect(path, isolation_level=None)
         # nothing to recover: a killed run makes the index anew
         self.db.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16384;")
+        self.db.execute("BEGIN")  # one transaction that is never committed: rows reach the disk when the cache is full
         self.db.execute("CREATE TABLE seen (key BLOB PRIMARY KEY) WITHOUT ROWID")
 
     def add(self, key: bytes) -> bool:
@@ -94,10 +96,12 @@ class Duplicates(Seen):
         """Keys under which rows meet that are likely to be similar; 64 bits, with the prompt's numbers in them."""
         signature = self.empty.copy()
         signature.update_batch(hashes.tolist())
-        values, size = signature.digest().tolist(), self.rows_per_band
+        values, size = signature.digest(), self.rows_per_band
+        bands = ((i, values[i : i + size].tobytes()) for i in range(0, PERMUTATIONS - size + 1, size))
+        common = guard.encode()
         return [
-            int.from_bytes(digest(guard, start, values[start : start + size], size=8), signed=True)
-            for start in range(0, PERMUTATIONS - size + 1, size)
+            int.from_bytes(blake2b(b"%d %b" % (i, band) + common, digest_size=8).digest(), "big", signed=True)
+            for i, band in bands
         ]
 
 

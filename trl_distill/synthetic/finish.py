@@ -63,6 +63,12 @@ class Finish:
             for name in ("duplicates.db", "rows.jsonl", "human.jsonl"):
                 (folder / name).unlink(missing_ok=True)
             stages = self._stages()
+            made = next((stage.kept for stage in stages if stage.name == "new prompts"), 0)
+            if made < self.config.new_prompts:
+                self.notes.append(
+                    f"New prompts are {made}, not the {self.config.new_prompts} asked for: the teacher wrote nothing "
+                    "new any more."
+                )
             lost = [stage.name for stage in stages if not stage.adds_up]
             assert not lost, f"rows got lost in {lost}"
             if not total:

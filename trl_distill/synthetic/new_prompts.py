@@ -14,9 +14,8 @@ from typing import Any
 from .config import GenerateConfig
 from .counts import Skip, Stage
 from .dedup import Duplicates
-from .prompts import Prompts
+from .prompts import Prompts, write_chunks
 from .sources import Refusal, Source
-from .table import groups
 from .text import Text, flat
 from .work import WorkFolder, dump, read_lines, seed_of, write_json, write_lines
 
@@ -50,12 +49,10 @@ class NewPrompts:
         with self.work.folder("new_prompts") as folder:
             with open(folder / "skipped.jsonl", "w", encoding="utf-8") as self.skips:
                 index = self._index(folder)
-                for number, chunk in enumerate(groups(self._new(index, pool, show), self.config.chunk_size)):
-                    write_lines(folder / f"{number:06}.jsonl", chunk)
+                chunks = write_chunks(folder, self._new(index, pool, show), self.config.chunk_size)
                 index.close()
             (folder / "duplicates.db").unlink()
-            counts = {"stages": [self.stage.as_dict()], "columns": self.seeds.columns, "text": self.seeds.text}
-            write_json(folder / "counts.json", counts)
+            write_json(folder / "counts.json", {"stages": [self.stage.as_dict()], "chunks": chunks})
         if self.worker is not None:
             self.worker.close()
 

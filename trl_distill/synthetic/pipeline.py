@@ -8,7 +8,6 @@ named after them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -191,21 +190,18 @@ class Pipeline:
         make: Callable[[Any, int], Iterator[dict[str, Any]]],
     ) -> None:
         """Make the files of all chunks that are not there; `load` gives what it takes, and is called only if needed."""
-        count, size = len(Prompts(self.work)), self.config.chunk_size
-        paths = [self.work.chunk(*folders, number) for number in range(count)]
-        open_chunks = [number for number in range(count) if not paths[number].exists()]
-        total = Prompts(self.work).total
-        task = self.progress.add_task(label, total=total, completed=total - min(len(open_chunks) * size, total))
-        if not open_chunks:
-            return
-        with ExitStack() as stack:
-            worker = load()
-            if hasattr(worker, "close"):
-                stack.callback(worker.close)
-            for number in open_chunks:
-                write_lines(paths[number], make(worker, number))
-                self.progress.advance(task, size)
-            self.progress.update(task, completed=total)
+        prompts, worker = Prompts(self.work), None
+        task = self.progress.add_task(label, total=prompts.total)
+        try:
+            for number in range(len(prompts)):
+                path = self.work.chunk(*folders, number)
+                if not path.exists():
+                    worker = worker or load()
+                    write_lines(path, make(worker, number))
+                self.progress.update(task, completed=min((number + 1) * self.config.chunk_size, prompts.total))
+        finally:
+            if worker is not None:
+                worker.close()
 
 
 def _stored(score: Score) -> Any:

@@ -122,8 +122,7 @@ class Ingest:
         with self.work.folder("prompts") as folder:
             self.seen = Seen(folder / "seen.db")
             with open(folder / "skipped.jsonl", "w", encoding="utf-8") as self.skips:
-                for number, chunk in enumerate(groups(self._prompts(rows, limit), self.chunk_size)):
-                    write_lines(folder / f"{number:06}.jsonl", chunk)
+                chunks = write_chunks(folder, self._prompts(rows, limit), self.chunk_size)
             self.seen.close()
             (folder / "seen.db").unlink()
             if not self.unique.kept:
@@ -133,7 +132,8 @@ class Ingest:
                 )
             columns = [name for name in self.columns.types if name != "prompt"]
             stages = [self.read.as_dict(), self.unique.as_dict()]
-            write_json(folder / "counts.json", {"stages": stages, "columns": columns, "text": self.text})
+            counts = {"stages": stages, "chunks": chunks, "columns": columns, "text": self.text}
+            write_json(folder / "counts.json", counts)
 
     def _prompts(self, rows: Iterator[Found], limit: int | None) -> Iterator[dict[str, Any]]:
         for group in groups(self._judged(rows, limit), BATCH):
@@ -172,6 +172,14 @@ class Ingest:
             self.examples.append(f"{found.where}: {fault}{columns}.")
 
 
+def write_chunks(folder: Path, rows: Iterator[dict[str, Any]], size: int) -> int:
+    """Write rows to files of `size` each; returns how many files there are."""
+    number = 0
+    for number, chunk in enumerate(groups(rows, size), start=1):
+        write_lines(folder / f"{number - 1:06}.jsonl", chunk)
+    return number
+
+
 def _key(prompt: Any) -> bytes:
     """Equal for prompts that differ in case and white space only."""
     if isinstance(prompt, str):
@@ -194,11 +202,11 @@ class Prompts:
         self.columns: list[str] = found[0]["columns"]
         self.text: bool = found[0]["text"]
         self.stages = [Stage.from_dict(stage) for counts in found for stage in counts["stages"]]
-        self._files = [path for folder in self.folders for path in sorted(folder.glob("[0-9]*.jsonl"))]
+        self._chunks: list[int] = [counts["chunks"] for counts in found]  # in each folder
 
     def __len__(self) -> int:
         """How many chunks there are."""
-        return len(self._files)
+        return sum(self._chunks)
 
     @property
     def total(self) -> int:
@@ -207,7 +215,8 @@ class Prompts:
 
     def chunk(self, number: int) -> list[dict[str, Any]]:
         """Rows with `id`, `prompt` and `columns`."""
-        return list(read_lines(self._files[number]))
+        which = 0 if number < self._chunks[0] else 1
+        return list(read_lines(self.folders[which] / f"{number - which * self._chunks[0]:06}.jsonl"))
 
     def skips(self) -> Iterator[dict[str, Any]]:
         for folder in self.folders:

@@ -94,7 +94,7 @@ class TransformersSource:
 
     Args:
         model (`str`): name or folder. Stop tokens are those of its generation configuration and its tokenizer.
-        sampling (`Sampling`): how to sample; other settings of the generation configuration are not used.
+        sampling (`Sampling`): how to sample. The generation configuration's own settings are not used.
         batch_size (`int`): prompts in one forward.
     """
 
@@ -113,6 +113,7 @@ class TransformersSource:
         found = self.model.generation_config.eos_token_id
         known = found if isinstance(found, list) else [found]
         self.stops = sorted({stop for stop in [*known, self.tokenizer.eos_token_id] if stop is not None})
+        self.model.generation_config = GenerationConfig()  # or `generate` would take what we do not set from there
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

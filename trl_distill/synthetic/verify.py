@@ -12,12 +12,12 @@ import re
 import string
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from ..data import import_reward
 from .endpoint import Endpoint, RefusedError
@@ -84,6 +84,10 @@ class Scorer(Protocol):
         """What the scores hang on. Scores of another identity are made anew."""
         ...
 
+    def close(self) -> None:
+        """Give back connections."""
+        ...
+
 
 class RewardFunctions:
     """
@@ -111,6 +115,9 @@ class RewardFunctions:
                     f"not have (columns: {', '.join(sorted(columns)) or 'none beside the prompt'}). Add the column, or "
                     "give the parameter a default."
                 )
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def identity(self) -> list[str]:
         return [f"{path}\n{_source(function)}" for path, function in self.functions.items()]
@@ -162,21 +169,29 @@ class RewardModel:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
-            loaded: Any = AutoModelForSequenceClassification.from_pretrained(model, dtype="auto")
+            labels = AutoConfig.from_pretrained(model).num_labels
         except (OSError, ValueError) as error:
             raise ValueError(f"The reward model {model!r} could not be loaded: {error}") from None
-        if loaded.config.num_labels != 1:
+        if labels != 1:
             raise ValueError(
-                f"The reward model {model!r} has {loaded.config.num_labels} labels, so it is not clear which is the "
+                f"The reward model {model!r} has {labels} labels, so it is not clear which is the "
                 "score. Name a model with one."
             )
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @cached_property
+    def model(self) -> Any:
+        """Loaded when the first completion is scored: the teacher needs the memory until then."""
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(self.name, dtype="auto")
         loaded.config.pad_token_id = self.tokenizer.pad_token_id  # where the last token is found in a batch
-        self.model = loaded.to(self.device).eval()
+        return loaded.to(self.device).eval()
 
     def needs(self, columns: Collection[str]) -> None:
         """Prompt and completion are enough."""
+
+    def close(self) -> None:
+        """Its memory goes with the object."""
 
     def identity(self) -> list[str]:
         return ["reward model", self.name]
@@ -227,6 +242,9 @@ class Judge:
                 f": {', '.join(sorted(columns)) or 'none beside the prompt'}). Braces that are meant as such are "
                 "written twice."
             )
+
+    def close(self) -> None:
+        """Connections are closed with the process: the judge is asked about several teachers' completions."""
 
     def identity(self) -> list[str]:
         return ["judge", self.endpoint.url, self.endpoint.model, self.template]

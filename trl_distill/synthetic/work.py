@@ -80,7 +80,8 @@ class WorkFolder:
     def folder(self, name: str) -> Iterator[Path]:
         """An empty folder that gets its name when the block ends, and not before."""
         unfinished = self.path / f"{name}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for leftover in (unfinished, self.path / name):
+            shutil.rmtree(leftover, ignore_errors=True)
         unfinished.mkdir(parents=True)
         yield unfinished
         os.rename(unfinished, self.path / name)
