@@ -58,9 +58,7 @@ def planted(size: int) -> list[Any]:
     rows = list(problems(size, seed=77))
     few = size // 40
     equal = [{**row, "prompt": _asked(row, lambda text: f"  {text.upper()} ")} for row in rows[:few]]
-    near = [
-        {**row, "prompt": _asked(row, lambda text: text.replace("the", "the the", 1))} for row in rows[few : 2 * few]
-    ]
+    near = [{**row, "prompt": _asked(row, "State {}".format)} for row in rows[few : 2 * few]]
     wrong = [{**row, "answer": row["answer"] + "0", "kind": "wrong"} for row in problems(few, seed=78)]
     bad = ["{broken", {"prompt": []}, {"answer": "1"}, ""]
     mixed = [*equal, *near, *wrong]
@@ -93,7 +91,7 @@ def check_planted(folder: Path, rows: list[Any]) -> None:
     assert not any(row["kind"] == "wrong" for row in found)
     assert all(row["completion"][0]["content"].endswith(f"answer {row['answer']}") for row in found)
     # of a near duplicate and its original one is left, if the teacher was right at all
-    assert not {p.replace("the the", "the", 1) for p in prompts if "the the" in p} & set(prompts)
+    assert not {p.removeprefix("State ") for p in prompts if p.startswith("State State")} & set(prompts)
     assert stages["duplicates"]["dropped"] == {"near duplicate": pytest.approx(few, abs=2)}
     # a good row is missing only where the teacher was wrong
     missed = len({row["prompt"][0]["content"] for row in good} - set(prompts))
