@@ -59,6 +59,7 @@ class Bench:
             return loaded[-1]
 
         self.monkeypatch.setattr(pipeline, "load_source", load)
+        self.monkeypatch.setattr(pipeline, "check_source", lambda address: None)
         return loaded
 
     def config(self, **settings: Any) -> GenerateConfig:

@@ -277,6 +277,18 @@ def test_human_rows_that_equal_a_teachers_are_dropped(sums):
     }
 
 
+def test_human_data_that_cannot_be_used_stops_before_the_teacher(sums):
+    teachers = sums.teach(solve)
+    sums.prompts([{"text": "x"}], "human.jsonl")
+    for name, message in (
+        ("human.jsonl", "none of its first 1 rows can be used: no columns"),
+        ("x.jsonl", "not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sums.run(**sums.settings, human_data=str(sums.folder / name), human_share=0.5)
+    assert not teachers
+
+
 def test_nothing_left_is_an_error_that_says_where_all_went(sums):
     with pytest.raises(ValueError, match=r"No row is left.*fewer than 500 characters \(30\).*completions are in"):
         sums.run(**sums.settings, min_characters=500)
@@ -302,6 +314,8 @@ def test_scores_are_bound_to_the_verifier_and_kept_for_each(sums):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_prompts(bench, monkeypatch):
     """Peak of Python's own memory; the index of duplicates lies on disk, behind a cache of fixed size."""
+
+    monkeypatch.setattr(pipeline, "check_source", lambda address: None)
 
     class Forgetful:
         def complete(self, prompts, seed):

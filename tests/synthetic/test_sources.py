@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from helpers import EOS, make_model, make_tokenizer
 
-from trl_distill.synthetic.sources import Completion, Refusal, Sampling, TransformersSource, VLLMSource
+from trl_distill.synthetic.models import Address
+from trl_distill.synthetic.sources import Completion, Refusal, Sampling, TransformersSource, VLLMSource, check_source
 
 
 PROMPTS = ["a b c", "d", "e f g h i", "j k"]
@@ -82,9 +84,13 @@ def test_prompts_that_do_not_fit_are_refused_alone(folder):
     assert source.complete([""], 0)[0].kind == "prompt without tokens"
 
 
-def test_no_such_model():
-    with pytest.raises(ValueError, match="'nowhere' could not be loaded"):
-        TransformersSource("nowhere", Sampling())
+def test_teachers_that_are_not_there(folder, monkeypatch):
+    check_source(Address("transformers", folder))
+    with pytest.raises(ValueError, match="'nowhere' could not be found"):
+        check_source(Address("transformers", "nowhere"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="'vllm:x' needs vLLM"):
+        check_source(Address("vllm", "x"))
 
 
 @pytest.fixture
@@ -133,9 +139,3 @@ def test_one_prompt_that_vllm_refuses_does_not_hurt_the_others(vllm):
     found = source.complete(["a", "long", "b"], 3)
     assert found[1] == Refusal("refused by vLLM", "too long")
     assert (found[0], found[2]) == ([Completion("a 3", "stop")], [Completion("b 5", "stop")])
-
-
-def test_without_vllm(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ValueError, match="needs vLLM"):
-        VLLMSource("m", Sampling())

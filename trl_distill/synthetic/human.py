@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
-from .prompts import Found
+from .prompts import Found, read_rows
 from .text import Text, content, fault_of, flat
 
 
@@ -42,6 +43,22 @@ def read_human(found: Found, text: bool) -> dict[str, Any] | str:
     if text and not isinstance(prompt, str):
         return "messages, where the teachers' prompts are text"
     return {"prompt": _shape(prompt, "user", text), "completion": _shape(completion, "assistant", text)}
+
+
+def check_human(name: str, text: bool) -> None:
+    """
+    Look at the first rows before any teacher is asked.
+
+    Raises:
+        ValueError: there is no such dataset, or none of its first rows can be used.
+    """
+    first = [read_human(found, text) for found in islice(read_rows(name), 100)]
+    if all(isinstance(row, str) for row in first):
+        why = f"none of its first {len(first)} rows can be used: {first[0]}" if first else "it has no rows"
+        raise ValueError(
+            f"The human data {name!r} cannot be mixed in: {why}. Rows need `prompt` and `completion`, or `messages` "
+            "that end with the assistant's, as text or messages like the teachers' prompts."
+        )
 
 
 def _completion_fault(completion: Any) -> str | None:

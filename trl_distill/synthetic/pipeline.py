@@ -18,9 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .config import FIXED, GenerateConfig
 from .finish import Finish, publish
+from .human import check_human
 from .new_prompts import NewPrompts
 from .prompts import Ingest, Prompts, read_rows
-from .sources import Refusal, Sampling, Source, load_source
+from .sources import Refusal, Sampling, Source, check_source, load_source
 from .verify import Answered, Score, Scorer, load_scorer
 from .work import WorkFolder, digest, file_digest, read_json, read_lines, seed_of, write_lines
 
@@ -52,7 +53,7 @@ class Pipeline:
 
     def __init__(self, config: GenerateConfig, console: Console):
         self.config, self.console = config, console
-        self.output = Path(config.output_dir)
+        self.output = Path(config.output_dir).absolute()
         self.work = WorkFolder(self.output.with_name(f"{self.output.name}.work"))
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -69,11 +70,15 @@ class Pipeline:
         fingerprint = self._fingerprint(settings)
         if done := self._finished(fingerprint):
             return done
+        for address in self.config.teachers.values():
+            check_source(address)
         with self.work.locked(), self.progress:
             self.work.settle({**{name: settings[name] for name in FIXED}, "dataset_digest": _digest(self.config)})
             self._read()
             if self.scorer is not None:
                 self.scorer.needs(Prompts(self.work).columns)
+            if self.config.human_data:
+                check_human(self.config.human_data, Prompts(self.work).text)
             if self.config.new_prompts:
                 self._make_prompts()
             self._generate()

@@ -7,11 +7,12 @@ is left to the pipeline.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
 from .models import Address
 from .text import Text
@@ -101,14 +102,8 @@ class TransformersSource:
     def __init__(self, model: str, sampling: Sampling, batch_size: int = 16):
         self.sampling, self.batch_size = sampling, batch_size
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(model, padding_side="left")
-            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"The teacher {model!r} could not be loaded: {error} Name a folder with model and tokenizer, or a "
-                "model on the hub."
-            ) from None
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model, padding_side="left")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
         self.model = loaded.to(self.device).eval()
         found = self.model.generation_config.eos_token_id
         known = found if isinstance(found, list) else [found]
@@ -186,13 +181,8 @@ class VLLMSource:
     """
 
     def __init__(self, model: str, sampling: Sampling):
-        try:
-            from vllm import LLM, SamplingParams
-        except ImportError as error:
-            raise ValueError(
-                f"The teacher 'vllm:{model}' needs vLLM ({error}). Install it with `pip install 'trl_distill[vllm]'`, "
-                "or leave out `vllm:` to use transformers."
-            ) from None
+        from vllm import LLM, SamplingParams
+
         self.sampling, self._params = sampling, SamplingParams
         self._llm = LLM(model=model)
 
@@ -215,6 +205,28 @@ class VLLMSource:
 
     def close(self) -> None:
         del self._llm
+
+
+def check_source(address: Address) -> None:
+    """
+    Find out early, without loading weights, whether a teacher is there; an endpoint shows with the first request.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if address.kind == "transformers":
+        try:
+            AutoConfig.from_pretrained(address.model)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The teacher {address.model!r} could not be found: {error} Name a folder with model and tokenizer, or "
+                "a model on the hub."
+            ) from None
+    elif address.kind == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            f"The teacher 'vllm:{address.model}' needs vLLM. Install it with `pip install 'trl_distill[vllm]'`, or "
+            "leave out `vllm:` to use transformers."
+        )
 
 
 def load_source(address: Address, sampling: Sampling, config: GenerateConfig) -> Source:
