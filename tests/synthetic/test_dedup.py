@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 
 import numpy as np
 import pytest
 
-from trl_distill.synthetic.dedup import PERMUTATIONS, Duplicates, jaccard, rows_per_band, shingles
+from trl_distill.synthetic.dedup import PERMUTATIONS, Duplicates, check_installed, jaccard, rows_per_band, shingles
 
 
 TEXT = "the quick brown fox jumps over the lazy dog while seven small birds watch from the old oak tree nearby"
@@ -73,6 +74,14 @@ def test_same_rows_as_comparing_all_pairs(tmp_path, threshold):
         seen.add(text)
         if not expected:
             kept.append(hashes)
+
+
+def test_a_missing_library_is_said_early(monkeypatch):
+    check_installed(0.8)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_installed(0)
+    with pytest.raises(ValueError, match=r"trl_distill\[synthetic\].*--near_duplicates 0"):
+        check_installed(0.8)
 
 
 def test_bands_find_pairs_at_the_threshold():

@@ -24,6 +24,8 @@ def right(completions, answer, **kwargs):
 
 def solve(prompt, seed, model):
     """'1 + 2 =' -> 'steps ... 3', one in four wrong."""
+    if "New task:" in prompt:
+        return f"New task: And what is {seed % 1000} + {seed % 77} ="
     left, right = prompt.split()[-4], prompt.split()[-2]
     total = int(left) + int(right) + (seed % 4 == 0)
     return f"{model} adds {left} to {right}, seed {seed % 3}, and gets {total}"
@@ -99,9 +101,10 @@ def test_every_stage_and_what_it_drops(bench, reward):
     [
         {"keep": "correct"},
         {"pairs": True},
+        {"new_prompts": 6, "keep": "best"},
         {"teacher_models": {"a": "x", "b": "y"}, "keep": "best", "human_data": "human.jsonl", "human_share": 0.3},
     ],
-    ids=["correct", "pairs", "several"],
+    ids=["correct", "pairs", "new prompts", "several"],
 )
 def test_wherever_it_is_interrupted_the_dataset_is_the_same(sums, monkeypatch, changes):
     """Dies before and after each renaming, which is every moment at which the disk changes for a restart."""
@@ -302,6 +305,13 @@ def test_a_verifier_that_asks_for_a_missing_column_stops_before_the_teacher(sums
     with pytest.raises(ValueError, match="asks for 'gold'"):
         sums.run(reward_funcs=["wants_gold.f"])
     assert not teachers
+
+
+def test_a_column_that_most_rows_lack_reaches_the_verifier_in_every_chunk(sums):
+    sums.prompts([{"prompt": row["prompt"]} for row in problems(8)] + problems(1, start=50))
+    counts = sums.run(**sums.settings, keep="correct")
+    assert {row["prompt"] for row in sums.rows()} <= {problems(1, start=50)[0]["prompt"]}
+    assert by_stage(counts)["verify"]["kept"] == 27
 
 
 def test_scores_are_bound_to_the_verifier_and_kept_for_each(sums):

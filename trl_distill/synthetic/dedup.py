@@ -7,6 +7,7 @@ becomes of duplicates, is left to the caller.
 
 from __future__ import annotations
 
+import importlib.util
 import sqlite3
 from hashlib import blake2b
 from pathlib import Path
@@ -20,6 +21,18 @@ from .work import digest
 SHINGLE = 3  # words
 PERMUTATIONS = 128
 MISSED = 1e-3  # chance that two rows right at the threshold do not meet
+
+
+def check_installed(threshold: float) -> None:
+    """
+    Raises:
+        ValueError: near duplicates are to be found, and datasketch is not installed.
+    """
+    if threshold > 0 and importlib.util.find_spec("datasketch") is None:
+        raise ValueError(
+            f"`near_duplicates={threshold:g}` needs datasketch: install it with `pip install 'trl_distill[synthetic]'`"
+            ", or look for exact duplicates only with `--near_duplicates 0`."
+        )
 
 
 class Seen:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .config import FIXED, GenerateConfig
+from .dedup import check_installed
 from .finish import Finish, publish
 from .human import check_human
 from .new_prompts import NewPrompts
@@ -70,6 +71,7 @@ class Pipeline:
         fingerprint = self._fingerprint(settings)
         if done := self._finished(fingerprint):
             return done
+        check_installed(self.config.near_duplicates)
         for address in self.config.teachers.values():
             check_source(address)
         with self.work.locked(), self.progress:
@@ -173,9 +175,12 @@ class Pipeline:
 
             def score(scorer: Scorer, number: int, index: int = index) -> Iterator[dict[str, Any]]:
                 rows = {row["id"]: row for row in prompts.chunk(number)}
+                columns = {  # all of the dataset's, also where no row of this chunk has them
+                    i: {name: row["columns"].get(name) for name in prompts.columns} for i, row in rows.items()
+                }
                 answers = list(read_lines(self.work.chunk("completions", index, number)))
                 asked = [
-                    Answered(rows[answer["id"]]["prompt"], completion["text"], rows[answer["id"]]["columns"])
+                    Answered(rows[answer["id"]]["prompt"], completion["text"], columns[answer["id"]])
                     for answer in answers
                     for completion in answer.get("completions", [])
                 ]
