@@ -200,6 +200,14 @@ def test_what_completions_hang_on_may_not_change(sums):
         sums.run(**sums.settings)
 
 
+def test_a_file_without_prompts_may_be_mended(sums):
+    sums.prompts(["{", {"question": "x"}])
+    with pytest.raises(ValueError, match="no prompt among 2 rows"):
+        sums.run(**sums.settings)
+    sums.prompts(problems(2))
+    assert sums.run(**sums.settings)["rows"] > 0
+
+
 def test_a_folder_of_the_same_name_is_not_read_from_the_cache(sums, monkeypatch):
     """`datasets` must see another dataset in another folder, and in the same folder after it was replaced."""
     found = []

@@ -18,6 +18,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 
+ANSWERS = ("completions/*/*.jsonl", "rounds/*.jsonl")  # files that a model was asked for
+
+
 class WorkFolder:
     """
     `<output_dir>.work`.
@@ -52,7 +55,8 @@ class WorkFolder:
 
     def settle(self, settings: dict[str, Any]) -> None:
         """
-        Note the settings that what is in here hangs on, or compare with those noted before.
+        Note the settings that what is in here hangs on, or compare with those noted before. While no model has answered
+        there is nothing to lose: other settings then begin anew.
 
         Raises:
             ValueError: they differ.
@@ -63,6 +67,10 @@ class WorkFolder:
             return write_json(path, settings)
         before = read_json(path)
         changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+        if changed and not any(next(self.path.glob(made), None) for made in ANSWERS):
+            for name in ("prompts", "new_prompts"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            return write_json(path, settings)
         if changed:
             told = "; ".join(f"`{name}` was {before.get(name)!r}, now {settings.get(name)!r}" for name in changed)
             raise ValueError(
