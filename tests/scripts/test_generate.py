@@ -33,6 +33,7 @@ def run(monkeypatch, tmp_path):
     """Runs the script in this process, in an empty folder."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     import generate
 
     def call(*arguments: str) -> dict[str, Any]:

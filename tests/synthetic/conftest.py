@@ -102,6 +102,12 @@ def check_counts(counts: dict[str, Any], rows: int) -> None:
     assert last["kept"] == counts["rows"] == sum(counts["writers"].values()) == rows
 
 
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path, monkeypatch):
+    """Datasets that a test reads are cached in its own folder."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     return Bench(tmp_path, monkeypatch)

@@ -38,7 +38,6 @@ def test_round_trip_over_several_files(tmp_path, monkeypatch):
     columns.add(rows)
     assert write_parquet(tmp_path / "data", iter(rows), columns.schema) == 14
     assert [path.name for path in sorted((tmp_path / "data").iterdir())] == [f"train-0000{i}.parquet" for i in range(3)]
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     assert load_splits(str(tmp_path))["train"].to_list() == rows
 
 
