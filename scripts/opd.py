@@ -21,13 +21,11 @@ Left out on purpose: data preparation, and any default that differs from `OPDCon
 
 from __future__ import annotations
 
-import importlib
 import os
 import shlex
 import string
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -39,7 +37,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from trl_distill import OPDConfig, OPDTrainer, TeacherAnswerError, TeacherUnavailable
 from trl_distill.checkpoints import CheckpointError, last_complete
 from trl_distill.checks import Finding
-from trl_distill.data import load_splits, take_split
+from trl_distill.data import import_reward, load_splits, take_split
 from trl_distill.deepspeed_ops import build_ops
 from trl_distill.guards import EXIT_STOPPED, NonFiniteLossError, RunawayError, StopOnSigterm
 from trl_distill.preflight import PreflightError, Report
@@ -64,21 +62,6 @@ class OPDScriptArguments(ScriptArguments):
     check_only: bool = field(
         default=False, metadata={"help": "Compare teacher and student, print what was found, and stop."}
     )
-
-
-def import_reward(path: str) -> Callable:
-    """The function that an import path names; the current directory is searched too."""
-    module_name, _, name = path.replace(":", ".").rpartition(".")
-    sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module_name or "trl.rewards"), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"The reward function {path!r} could not be imported ({error}). Write `module.function`, importable "
-            "from the current directory, or the name of a function in `trl.rewards`."
-        ) from None
-    finally:
-        sys.path.pop(0)
 
 
 def taken_apart(arguments: list[str]) -> list[str]:

@@ -209,10 +209,10 @@ class ServedTeacher:
         def attempt() -> T:
             url = next(turn)
             if halt.is_set():
-                raise _PassingError(f"{url}: given up, because another request failed")
+                raise PassingError(f"{url}: given up, because another request failed")
             try:
                 content = self._send(url + path, body)
-            except _PassingError:
+            except PassingError:
                 self._failed[url] = time.monotonic()
                 raise
             self._failed.pop(url, None)
@@ -234,7 +234,7 @@ class ServedTeacher:
 
         attempts = Retrying(
             stop=stop_after_attempt(self.retries + 1) | stop_when_event_set(halt),
-            retry=retry_if_exception_type(_PassingError),
+            retry=retry_if_exception_type(PassingError),
             wait=pause,
             sleep=sleep_using_event(halt),
             before_sleep=say,
@@ -242,7 +242,7 @@ class ServedTeacher:
         )
         try:
             return attempts(attempt)
-        except _PassingError as error:
+        except PassingError as error:
             raise TeacherUnavailable(
                 f"No answer from the teacher at {', '.join(urls)}, tried {attempts.statistics['attempt_number']} times "
                 f"in {time.monotonic() - start:.1f} s. The last error: {error}. See whether the server still runs "
@@ -254,20 +254,20 @@ class ServedTeacher:
         try:
             response = self._client.request("GET" if body is None else "POST", url, json=body)
         except httpx.TransportError as error:
-            raise _PassingError(f"{url}: {type(error).__name__} {error}".rstrip()) from error
+            raise PassingError(f"{url}: {type(error).__name__} {error}".rstrip()) from error
         except httpx.DecodingError as error:
             raise TeacherAnswerError(f"The answer of {url} cannot be decoded: {error}.") from error
         status = response.status_code
         if status == 200:
             return response.content
-        refusal = f"{url} answered HTTP {status}: {_server_message(response.content)}"
+        refusal = f"{url} answered HTTP {status}: {server_message(response.content)}"
         if status in (408, 429) or status >= 500:
-            raise _PassingError(refusal, _seconds(response.headers.get("Retry-After")))
+            raise PassingError(refusal, retry_after(response.headers.get("Retry-After")))
         advice = [text for sign, text in ADVICE.items() if sign in refusal]
         raise TeacherAnswerError(" ".join([f"{refusal.rstrip('.')}.", *advice]))
 
 
-class _PassingError(Exception):
+class PassingError(Exception):
     """A failure that another attempt may mend; `retry_after` is what the server asks to wait, in seconds."""
 
     def __init__(self, message: str, retry_after: float = 0.0):
@@ -301,7 +301,7 @@ def _base_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1") + "/v1"
 
 
-def _server_message(content: bytes) -> str:
+def server_message(content: bytes) -> str:
     """What a server says about an error: vLLM's `{"error": {"message": ...}}`, or the beginning of anything else."""
     try:
         return str(json.loads(content)["error"]["message"])
@@ -309,9 +309,9 @@ def _server_message(content: bytes) -> str:
         return content[:300].decode(errors="replace").strip() or "(nothing)"
 
 
-def _seconds(retry_after: str | None) -> float:
+def retry_after(header: str | None) -> float:
     """A `Retry-After` header in seconds; 0 for none, and for a date."""
     try:
-        return float(retry_after or 0)
+        return float(header or 0)
     except ValueError:
         return 0.0

@@ -1,0 +1,61 @@
+"""Have teachers complete prompts, verify and filter what they wrote, and save a dataset with a card.
+
+    python scripts/generate.py --dataset_name prompts.jsonl --teacher_model_name_or_path Qwen/Qwen3-8B \\
+        --completions_per_prompt 4 --reward_funcs my_module.correct --keep correct --output_dir data
+
+`--dataset_name` is a name on the hub, a local folder or a `.jsonl` file, with a column "prompt" (text or messages). The
+result is read by `trl sft --dataset_name data` and by `scripts/opd.py`. Killed and started again with the same command,
+it goes on; nothing is asked twice. All settings may stand in a YAML file given as `--config`.
+
+Teachers: a folder or hub name, `vllm:name`, `http://host:port/v1#model`; several as
+`--teacher_models '{"a": "...", "b": "..."}'`. Verifiers: `--reward_funcs`, `--reward_model` or `--judge`. Preference
+pairs: `--pairs`. More prompts of the same kind: `--new_prompts 1000`. See docs/synthetic_data.md.
+
+Left out on purpose: training, and pushing to the hub (`hf upload` does that).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
+
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+from trl import TrlParser
+
+from trl_distill import TeacherAnswerError, TeacherUnavailable
+from trl_distill.synthetic import GenerateConfig, run_pipeline
+
+
+def main(config: GenerateConfig) -> None:
+    console = Console()
+    disable_progress_bar()  # that of loading weights; there is one of our own
+    try:
+        counts = run_pipeline(config, console)
+    except (TeacherAnswerError, TeacherUnavailable, ValueError) as error:
+        sys.exit(f"{error}")  # it says what to change; a traceback would hide that
+    except KeyboardInterrupt:
+        sys.exit("Stopped. What is finished is kept: start the same command again to go on.")
+    table = Table("stage", "unit", "in", "kept", "why the others were dropped")
+    for stage in counts["stages"]:
+        why = ", ".join(f"{reason}: {count}" for reason, count in stage["dropped"].items())
+        table.add_row(stage["stage"], stage["unit"], str(stage["in"]), str(stage["kept"]), why)
+    console.print(table)
+    for note in counts["notes"]:
+        console.print(f"[yellow]{note}[/yellow]")
+    console.print(
+        f"{counts['rows']} rows are in {config.output_dir}, with a card in README.md. All completions are kept in "
+        f"{config.output_dir.rstrip('/')}.work, so that filters may be changed; delete it when you are done.",
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    (config,) = TrlParser([GenerateConfig]).parse_args_and_config()  # type: ignore[list-item]
+    main(config)

@@ -1,0 +1,359 @@
+"""The pipeline as a whole: counts that add up, and the same dataset wherever it was interrupted."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tracemalloc
+
+import pytest
+from rich.console import Console
+
+from trl_distill import TeacherUnavailable
+from trl_distill.data import load_splits
+from trl_distill.synthetic import Completion, Refusal, pipeline
+from trl_distill.synthetic.work import read_json
+
+
+REWARD = """
+def right(completions, answer, **kwargs):
+    return [float(c.split()[-1:] == [a]) if a != "?" else None for c, a in zip(completions, answer, strict=True)]
+"""
+
+
+def solve(prompt, seed, model):
+    """'1 + 2 =' -> 'steps ... 3', one in four wrong."""
+    if "New task:" in prompt:
+        return f"New task: And what is {seed % 1000} + {seed % 77} ="
+    left, right = prompt.split()[-4], prompt.split()[-2]
+    total = int(left) + int(right) + (seed % 4 == 0)
+    return f"{model} adds {left} to {right}, seed {seed % 3}, and gets {total}"
+
+
+def problems(count, start=0):
+    return [{"prompt": f"What is {i} + {2 * i} =", "answer": str(3 * i)} for i in range(start, start + count)]
+
+
+@pytest.fixture
+def sums(bench, reward):
+    reward(REWARD)
+    bench.prompts(problems(10))
+    bench.teach(solve)
+    bench.settings = {"reward_funcs": ["my_verifier.right"], "completions_per_prompt": 3}
+    return bench
+
+
+def by_stage(counts):
+    return {stage["stage"]: stage for stage in counts["stages"]}
+
+
+def test_every_stage_and_what_it_drops(bench, reward):
+    reward(REWARD)
+    good = problems(12)
+    texts = {  # what the teacher says instead of the right answer
+        3: "wrong 10",
+        4: "12 " * 30,
+        5: Completion("cut off 15", "length"),
+        6: " ",
+        7: "x" * 200 + " 21",
+        8: Refusal("refused", "HTTP 400"),
+    }
+
+    def teacher(prompt, seed, model):
+        number = int(prompt.split()[-4])
+        return texts.get(number, f"number {number} it is, by careful and slow adding of all its parts, {3 * number}")
+
+    near = [{"prompt": "So what is 1 + 2 =", "answer": "3"}]  # its row is a near duplicate of the second
+    equal = [{"prompt": "what IS 2 + 4 = ", "answer": "6"}]
+    no_score = [{"prompt": "What is 50 + 1 =", "answer": "?"}]
+    bench.prompts([*good, *near, *equal, *no_score, "{broken", {"prompt": ""}, {"text": "no prompt"}])
+    bench.teach(teacher)
+    counts = bench.run(reward_funcs=["my_verifier.right"], keep="correct", max_characters=100)
+    assert [row["prompt"] for row in bench.rows()] == [good[i]["prompt"] for i in (0, 1, 2, 9, 10, 11)]
+    assert {name: stage["dropped"] for name, stage in by_stage(counts).items()} == {
+        "read": {"broken JSON": 1, "empty prompt": 1, "no column `prompt` or `messages`": 1},
+        "equal prompts": {"equal to an earlier prompt": 1},
+        "ask the teachers": {"refused": 1},
+        "verify": {"no reward function gives a score": 1},
+        "filter": {
+            "empty": 1,
+            "cut off at the length limit": 1,
+            "more than 100 characters": 1,
+            "more than 30% repeated word 4-grams": 1,
+        },
+        "keep correct": {"score below 1": 1},
+        "duplicates": {"near duplicate": 1},
+    }
+    assert {skip["where"] for skip in bench.skipped()} == {
+        *("line 16", "line 17", "line 18", "prompt 8, teacher someone", "prompt 13, teacher someone")
+    }
+    card = (bench.out / "README.md").read_text()
+    for text in ("| filter | completions | 12 | 8 | 4 |", "| someone | 6 |", "line 16", "`my_verifier.right`"):
+        assert text.replace("`my_verifier.right`", "my_verifier.right") in card
+    splits = load_splits(str(bench.out))
+    assert splits["train"].to_list() == bench.rows()
+    assert splits["train"].column_names == ["prompt", "completion", "answer", "teacher", "score"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keep": "correct"},
+        {"pairs": True},
+        {"new_prompts": 6, "keep": "best"},
+        {"teacher_models": {"a": "x", "b": "y"}, "keep": "best", "human_data": "human.jsonl", "human_share": 0.3},
+    ],
+    ids=["correct", "pairs", "new prompts", "several"],
+)
+def test_wherever_it_is_interrupted_the_dataset_is_the_same(sums, monkeypatch, changes):
+    """Dies before and after each renaming, which is every moment at which the disk changes for a restart."""
+    sums.prompts([{"prompt": f"what about {i}", "completion": f"that is {i}"} for i in range(20)], "human.jsonl")
+    settings = {**sums.settings, **changes}
+    complete = sums.run(**settings)
+    rows, card = sums.rows(), (sums.out / "README.md").read_text()
+    names = {name: getattr(os, name) for name in ("replace", "rename")}
+    left = 0
+
+    def dies(name, after):
+        def call(*paths):
+            nonlocal left
+            left -= 1
+            if left < 0 and not after:
+                raise KeyboardInterrupt
+            names[name](*paths)
+            if left < 0:
+                raise KeyboardInterrupt
+
+        return call
+
+    for after in (False, True):
+        moment = 0
+        while True:
+            sums.out = sums.folder / f"out{moment}{after}"
+            left = moment
+            for name in names:
+                monkeypatch.setattr(os, name, dies(name, after))
+            try:
+                sums.run(**settings)
+                survived = True
+            except KeyboardInterrupt:
+                survived = False
+            for name, function in names.items():
+                monkeypatch.setattr(os, name, function)
+            assert sums.run(**settings) == complete, moment
+            assert sums.rows() == rows, moment
+            assert (sums.out / "README.md").read_text() == card
+            shutil.rmtree(sums.out)
+            shutil.rmtree(f"{sums.out}.work")
+            if survived:
+                break
+            moment += 1
+        assert moment > 8
+
+
+def test_a_finished_chunk_is_never_asked_about_again(sums):
+    asked = []
+
+    def away(prompt, seed, model):
+        if "7 +" in prompt:
+            raise TeacherUnavailable("gone")
+        asked.append(prompt)
+        return solve(prompt, seed, model)
+
+    sums.teach(away)
+    with pytest.raises(TeacherUnavailable):
+        sums.run(**sums.settings)
+    first = set(asked[: 4 * 3])
+    teachers = sums.teach(solve)
+    sums.run(**sums.settings)
+    assert not first & set(teachers[0].asked)
+    assert len(teachers[0].asked) == 6
+    assert sums.run(**sums.settings)["rows"] == len(sums.rows())
+    assert len(teachers) == 1  # nobody is loaded for a finished dataset
+
+
+def test_filters_and_verifiers_may_change_without_asking_the_teacher_again(sums, reward):
+    sums.run(**sums.settings, keep="correct")
+    correct = sums.rows()
+    with pytest.raises(ValueError, match=r"other settings or inputs.*--overwrite"):
+        sums.run(**sums.settings)
+    teachers = sums.teach(solve)
+    sums.run(**sums.settings, overwrite=True)
+    assert len(sums.rows()) > len(correct)
+    reward("def all_right(completions, **kwargs):\n    return [1.0] * len(completions)\n", "other_verifier")
+    settings = {**sums.settings, "reward_funcs": ["other_verifier.all_right"]}
+    everything = sums.run(**settings, keep="correct", overwrite=True)
+    assert by_stage(everything)["keep correct"]["dropped"] == {}
+    sums.run(**sums.settings, keep="correct", overwrite=True)
+    assert sums.rows() == correct
+    assert not teachers
+
+
+def test_what_completions_hang_on_may_not_change(sums):
+    sums.run(**sums.settings)
+    shutil.rmtree(sums.out)
+    with pytest.raises(ValueError, match=r"`temperature` was 1.0, now 0.5.*Go back to those settings"):
+        sums.run(**sums.settings, temperature=0.5)
+    sums.prompts(problems(11))
+    with pytest.raises(ValueError, match="`dataset_digest` was"):
+        sums.run(**sums.settings)
+
+
+def test_a_file_without_prompts_may_be_mended(sums):
+    sums.prompts(["{", {"question": "x"}])
+    with pytest.raises(ValueError, match="no prompt among 2 rows"):
+        sums.run(**sums.settings)
+    sums.prompts(problems(2))
+    assert sums.run(**sums.settings)["rows"] > 0
+
+
+def test_a_folder_of_the_same_name_is_not_read_from_the_cache(sums, monkeypatch):
+    """`datasets` must see another dataset in another folder, and in the same folder after it was replaced."""
+    found = []
+    for out, keep in (("one/out", "all"), ("two/out", "correct"), ("two/out", "best")):
+        sums.out = sums.folder / out
+        sums.run(**sums.settings, keep=keep, overwrite=True)
+        monkeypatch.chdir(sums.out.parent)
+        found.append(load_splits("out")["train"].to_list())
+        assert found[-1] == sums.rows()
+    assert found[0] != found[1] != found[2]
+
+
+def test_a_foreign_folder_is_left_alone(sums):
+    sums.out.mkdir()
+    (sums.out / "precious").write_text("x")
+    with pytest.raises(ValueError, match="not made by this pipeline"):
+        sums.run(**sums.settings, overwrite=True)
+    assert (sums.out / "precious").read_text() == "x"
+
+
+def test_best_of_n_is_chosen_among_those_that_pass_the_filters(bench, reward):
+    reward("def longest(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n")
+    bench.prompts([{"prompt": f"p{i}"} for i in range(5)])
+    bench.teach(lambda p, s, m: Completion(f"{p} " + "y" * (s % 7), "length" if s % 7 == 6 else "stop"))
+    bench.run(reward_funcs=["my_verifier.longest"], completions_per_prompt=7, keep="best")
+    assert [row["completion"] for row in bench.rows()] == [f"p{i} yyyyy" for i in range(5)]
+
+
+def test_pairs(sums):
+    counts = sums.run(**sums.settings, pairs=True, keep="correct")
+    rows = sums.rows()
+    assert 0 < len(rows) < 10
+    for row in rows:
+        assert row["chosen"].split()[-1] == row["answer"] != row["rejected"].split()[-1]
+        assert (row["chosen_score"], row["rejected_score"]) == (1.0, 0.0)
+        assert row["chosen_teacher"] == "someone"
+    assert by_stage(counts)["pair"]["in"] == 10
+
+
+def test_several_teachers(sums):
+    teachers = {"a": "x", "b": "y"}
+    every = sums.run(**sums.settings, teacher_models=teachers)
+    assert by_stage(every)["ask the teachers"]["in"] == 20
+    assert {(row["teacher"], row["completion"].split()[0]) for row in sums.rows()} == {("a", "x"), ("b", "y")}
+    sums.out = sums.folder / "rotate"
+    sums.run(**sums.settings, teacher_models=teachers, teacher_assignment="rotate")
+    assert {(row["prompt"], row["teacher"]) for row in sums.rows()} == {
+        (row["prompt"], "ab"[i % 2]) for i, row in enumerate(problems(10))
+    }
+    sums.out = sums.folder / "column"
+    sums.prompts([{**row, "teacher": "b" if i == 3 else "a"} for i, row in enumerate(problems(10))])
+    sums.run(**sums.settings, teacher_models=teachers, teacher_assignment="column")
+    assert {row["prompt"] for row in sums.rows() if row["teacher"] == "b"} == {problems(10)[3]["prompt"]}
+
+
+def test_human_share(sums):
+    sums.prompts([{"prompt": f"what about {i}", "completion": f"that is {i}"} for i in range(20)], "human.jsonl")
+    settings = {**sums.settings, "human_data": str(sums.folder / "human.jsonl"), "keep": "best"}
+    counts = sums.run(**settings, human_share=0.5)
+    assert counts["writers"] == {"someone": 10, "human": 10}
+    assert counts["notes"] == []
+    assert by_stage(counts)["mix in human data"]["dropped"] == {"human rows beyond their share": 10}
+    counts = sums.run(**settings, human_share=0.8, overwrite=True)
+    assert counts["writers"] == {"someone": 10, "human": 20}
+    assert counts["notes"][0].startswith("Human rows are 66.7% of all, not the 80.0% asked for")
+    assert counts["notes"][0] in (sums.out / "README.md").read_text()
+
+
+def test_human_rows_that_equal_a_teachers_are_dropped(sums):
+    sums.run(**sums.settings, keep="best")
+    same = [{"prompt": row["prompt"], "completion": row["completion"]} for row in sums.rows()[:2]]
+    sums.prompts([*same, {"prompt": "other", "completion": "one"}, {"prompt": "x"}, "{"], "human.jsonl")
+    settings = {**sums.settings, "human_data": str(sums.folder / "human.jsonl"), "human_share": 0.05}
+    counts = sums.run(**settings, keep="best", overwrite=True)
+    assert by_stage(counts)["read human data"]["dropped"] == {
+        **{"exact duplicate": 2, "broken JSON": 1},
+        "no columns `prompt` and `completion`, nor `messages`": 1,
+    }
+
+
+def test_human_data_that_cannot_be_used_stops_before_the_teacher(sums):
+    teachers = sums.teach(solve)
+    sums.prompts([{"text": "x"}], "human.jsonl")
+    for name, message in (
+        ("human.jsonl", "none of its first 1 rows can be used: no columns"),
+        ("x.jsonl", "not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sums.run(**sums.settings, human_data=str(sums.folder / name), human_share=0.5)
+    assert not teachers
+
+
+def test_nothing_left_is_an_error_that_says_where_all_went(sums):
+    with pytest.raises(ValueError, match=r"No row is left.*fewer than 500 characters \(30\).*completions are in"):
+        sums.run(**sums.settings, min_characters=500)
+    assert not sums.out.exists()
+    assert sums.run(**sums.settings)["rows"] > 0  # with the completions that were kept
+
+
+def test_a_verifier_that_asks_for_a_missing_column_stops_before_the_teacher(sums, reward):
+    reward("def f(completions, gold):\n    return []\n", "wants_gold")
+    teachers = sums.teach(solve)
+    with pytest.raises(ValueError, match="asks for 'gold'"):
+        sums.run(reward_funcs=["wants_gold.f"])
+    assert not teachers
+
+
+def test_a_column_that_most_rows_lack_reaches_the_verifier_in_every_chunk(sums):
+    sums.prompts([{"prompt": row["prompt"]} for row in problems(8)] + problems(1, start=50))
+    counts = sums.run(**sums.settings, keep="correct")
+    assert {row["prompt"] for row in sums.rows()} <= {problems(1, start=50)[0]["prompt"]}
+    assert by_stage(counts)["verify"]["kept"] == 27
+
+
+def test_scores_are_bound_to_the_verifier_and_kept_for_each(sums):
+    sums.run(**sums.settings)
+    work = sums.folder / "out.work"
+    assert len(list(work.glob("scores-*"))) == 1
+    assert read_json(work / "settings.json")["completions_per_prompt"] == 3
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_prompts(bench, monkeypatch):
+    """Peak of Python's own memory; the index of duplicates lies on disk, behind a cache of fixed size."""
+
+    monkeypatch.setattr(pipeline, "check_source", lambda address: None)
+
+    class Forgetful:
+        def complete(self, prompts, seed):
+            return [
+                [Completion(f"it is {seed + i} and {(seed + i) ** 2} of {p}", "stop")] for i, p in enumerate(prompts)
+            ]
+
+        def close(self):
+            pass
+
+    def peak(count):
+        bench.out = bench.folder / f"out{count}"
+        bench.prompts([{"prompt": f"What is {i} + {2 * i} = {'pad ' * 20}"} for i in range(count)])
+        monkeypatch.setattr(pipeline, "load_source", lambda *_: Forgetful())
+        tracemalloc.start()
+        pipeline.run_pipeline(bench.config(chunk_size=64, max_repetition=1.0), Console(file=io.StringIO()))
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(2000)  # imports and caches
+    few, many = peak(3000), peak(12_000)
+    assert many < 1.15 * few

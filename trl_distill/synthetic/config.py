@@ -1,0 +1,275 @@
+"""Settings of the synthetic-data pipeline, and what is wrong with them before anything is read or asked.
+
+Which settings a restart must keep is said here too. What they do is left to the stages.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from .models import Address, parse_address
+
+
+KEEP = ("all", "correct", "best")
+ASSIGN = ("all", "rotate", "column")
+# what the completions hang on: a restart must not change it. All else may differ and is computed anew from them
+FIXED = (
+    *("dataset_name", "dataset_config", "dataset_split", "max_prompts", "new_prompts", "new_prompts_seeds"),
+    *("teacher_model_name_or_path", "teacher_models", "teacher_assignment", "completions_per_prompt"),
+    *("max_completion_length", "temperature", "top_p", "batch_size", "chunk_size", "seed", "request_options"),
+)
+
+
+@dataclass
+class GenerateConfig:
+    """
+    Settings of `scripts/generate.py`.
+
+    > Parameters that say what is read and written
+
+    Args:
+        dataset_name (`str`): prompts: a `.jsonl` file, a folder or a name on the hub, with a column "prompt" (text or
+            messages) or "messages" that ends with the user's. Other columns are kept.
+        output_dir (`str`): where the dataset comes to lie. `<output_dir>.work` beside it holds what is finished.
+        dataset_config (`str`, *optional*): configuration on the hub.
+        dataset_split (`str`, *optional*, defaults to `"train"`): split to read.
+        max_prompts (`int`, *optional*): read no further than this many prompts.
+        overwrite (`bool`, *optional*, defaults to `False`): replace a dataset that this pipeline left in `output_dir`.
+
+    > Parameters that control the teachers
+
+    Args:
+        teacher_model_name_or_path (`str`, *optional*): one teacher: a name or folder (transformers), `vllm:name` (vLLM
+            in this process), or `http://host:port/v1#model` (any OpenAI-compatible endpoint).
+        teacher_models (`dict` or `str`, *optional*): several, by name, as JSON. Each row names its teacher.
+        teacher_assignment (`str`, *optional*, defaults to `"all"`): who completes a prompt: `"all"` of them, one after
+            the other (`"rotate"`), or the one that the row's column `teacher` names (`"column"`).
+        completions_per_prompt (`int`, *optional*, defaults to `1`): of each teacher.
+        max_completion_length (`int`, *optional*, defaults to `1024`): tokens.
+        temperature (`float`, *optional*, defaults to `1.0`): 0 is greedy.
+        top_p (`float`, *optional*, defaults to `1.0`): nucleus.
+        batch_size (`int`, *optional*, defaults to `16`): prompts in one forward; transformers only.
+        chunk_size (`int`, *optional*, defaults to `64`): prompts between two points at which a restart goes on.
+        seed (`int`, *optional*, defaults to `0`): of sampling, mixing and seed examples.
+        concurrency (`int`, *optional*, defaults to `16`): requests under way at an endpoint.
+        timeout (`float`, *optional*, defaults to `600.0`): seconds without a byte after which a request has failed.
+        retries (`int`, *optional*, defaults to `5`): further attempts after a failed one.
+        api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): environment variable with the endpoints' key.
+        request_options (`dict` or `str`, *optional*): JSON merged into each request to a teacher's endpoint; null
+            takes a key out.
+
+    > Parameters that control new prompts
+
+    Args:
+        new_prompts (`int`, *optional*, defaults to `0`): prompts that the first teacher writes after examples from the
+            dataset, and that are completed like those.
+        new_prompts_seeds (`int`, *optional*, defaults to `4`): examples shown to it at a time.
+
+    > Parameters that control verification; at most one kind
+
+    Args:
+        reward_funcs (`list[str]`, *optional*): import paths of reward functions. The score is their mean.
+        reward_model (`str`, *optional*): name or folder of a sequence-classification model with one label.
+        judge (`str`, *optional*): `http://host:port/v1#model`, a model that scores completions.
+        judge_prompt (`str`, *optional*): file with the question put to the judge; `{prompt}`, `{completion}` and the
+            dataset's columns are filled in. The answer must end with "Score: <number>".
+
+    > Parameters that control what is kept
+
+    Args:
+        keep (`str`, *optional*, defaults to `"all"`): `"all"`, `"correct"` (score of `correct_from` or more) or
+            `"best"` (the highest score of each prompt, among those that pass the filters; of equals the first).
+        correct_from (`float`, *optional*, defaults to `1.0`): score from which a completion is correct.
+        pairs (`bool`, *optional*, defaults to `False`): write pairs: each prompt's best completion and its worst.
+        min_characters (`int`, *optional*, defaults to `1`): shorter completions are dropped.
+        max_characters (`int`, *optional*): longer completions are dropped.
+        keep_truncated (`bool`, *optional*, defaults to `False`): keep completions that ran into the length limit.
+        max_repetition (`float`, *optional*, defaults to `0.3`): largest share of repeated word 4-grams; 1 keeps all.
+        near_duplicates (`float`, *optional*, defaults to `0.8`): Jaccard similarity of word 3-grams from which two
+            rows are near duplicates; 0 switches it off. Prompts that name different numbers never are.
+
+    > Parameters that control human data
+
+    Args:
+        human_data (`str`, *optional*): file, folder or name with "prompt" and "completion", or "messages".
+        human_share (`float`, *optional*, defaults to `0.0`): share of human rows in the result, below 1.
+    """
+
+    dataset_name: str = field(default="", metadata={"help": "Prompts: a .jsonl file, a folder or a hub name."})
+    output_dir: str = field(
+        default="", metadata={"help": "Folder of the finished dataset; <output_dir>.work holds what is on the way."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to read."})
+    max_prompts: int | None = field(default=None, metadata={"help": "Read no further than this many prompts."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace a dataset that this pipeline left in `output_dir`."}
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A folder or hub name, `vllm:name`, or `http://...#model`."}
+    )
+    teacher_models: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Several teachers by name, as JSON."}
+    )
+    teacher_assignment: str = field(
+        default="all", metadata={"help": "Who completes a prompt: `all`, `rotate` or `column`."}
+    )
+    completions_per_prompt: int = field(default=1, metadata={"help": "Completions of each teacher for a prompt."})
+    max_completion_length: int = field(default=1024, metadata={"help": "Tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus."})
+    batch_size: int = field(default=16, metadata={"help": "Prompts in one forward; transformers only."})
+    chunk_size: int = field(default=64, metadata={"help": "Prompts between two points at which a restart goes on."})
+    seed: int = field(default=0, metadata={"help": "Of sampling, mixing and seed examples."})
+    concurrency: int = field(default=16, metadata={"help": "Requests under way at an endpoint."})
+    timeout: float = field(default=600.0, metadata={"help": "Seconds without a byte after which a request has failed."})
+    retries: int = field(default=5, metadata={"help": "Further attempts after a failed one."})
+    api_key_env: str = field(
+        default="OPENAI_API_KEY", metadata={"help": "Environment variable with the endpoints' key."}
+    )
+    request_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON merged into each request to a teacher."}
+    )
+    new_prompts: int = field(
+        default=0, metadata={"help": "Prompts that the first teacher writes after examples from the dataset."}
+    )
+    new_prompts_seeds: int = field(default=4, metadata={"help": "Examples shown to it at a time."})
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Verifiers: import paths, or names from trl.rewards."}
+    )
+    reward_model: str | None = field(
+        default=None, metadata={"help": "Verifier: a sequence-classification model with one label."}
+    )
+    judge: str | None = field(default=None, metadata={"help": "Verifier: `http://host:port/v1#model`."})
+    judge_prompt: str | None = field(default=None, metadata={"help": "File with the question put to the judge."})
+    keep: str = field(default="all", metadata={"help": "`all`, `correct` or `best`."})
+    correct_from: float = field(default=1.0, metadata={"help": "Score from which a completion is correct."})
+    pairs: bool = field(
+        default=False, metadata={"help": "Write preference pairs: each prompt's best completion and its worst."}
+    )
+    min_characters: int = field(default=1, metadata={"help": "Shorter completions are dropped."})
+    max_characters: int | None = field(default=None, metadata={"help": "Longer completions are dropped."})
+    keep_truncated: bool = field(default=False, metadata={"help": "Keep completions that ran into the length limit."})
+    max_repetition: float = field(
+        default=0.3, metadata={"help": "Largest share of repeated word 4-grams; 1 keeps all."}
+    )
+    near_duplicates: float = field(
+        default=0.8, metadata={"help": "Similarity from which rows are near duplicates; 0 switches it off."}
+    )
+    human_data: str | None = field(
+        default=None, metadata={"help": "Human rows: `prompt` and `completion`, or `messages`."}
+    )
+    human_share: float = field(default=0.0, metadata={"help": "Share of human rows in the result, below 1."})
+
+    def __post_init__(self) -> None:
+        for name in ("teacher_models", "request_options"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, _json(name, value))
+        for fault in self._faults():
+            raise ValueError(fault)
+
+    def _faults(self):
+        """What is wrong, the first first."""
+        if not self.dataset_name:
+            yield "There are no prompts. Name a dataset with `--dataset_name`: a `.jsonl` file, a folder or a hub name."
+        if not self.output_dir:
+            yield "There is no place for the result. Name a folder with `--output_dir`."
+        if (self.teacher_model_name_or_path is None) == (not self.teacher_models):
+            yield (
+                "Name the teacher with `--teacher_model_name_or_path`, or several with `--teacher_models` as JSON "
+                '(`{"name": "folder"}`); one of the two, not both.'
+            )
+        for name, choices in (("keep", KEEP), ("teacher_assignment", ASSIGN)):
+            if getattr(self, name) not in choices:
+                yield f"`{name}={getattr(self, name)!r}` is not known. Choose one of {', '.join(map(repr, choices))}."
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                yield f"`{name}` is {value}; it must be {'at least' if high == _MANY else 'between'} {low}" + (
+                    "." if high == _MANY else f" and {high}."
+                )
+        if self.temperature == 0 and self.completions_per_prompt > 1:
+            yield (
+                f"`completions_per_prompt={self.completions_per_prompt}` at `temperature=0` would be the same "
+                "text each time. Raise the temperature, or ask for one completion."
+            )
+        yield from self._verification_faults()
+        yield from self._human_faults()
+
+    def _verification_faults(self):
+        kinds = [name for name in ("reward_funcs", "reward_model", "judge") if getattr(self, name)]
+        if len(kinds) > 1:
+            yield f"Both `{kinds[0]}` and `{kinds[1]}` say who verifies. Keep one."
+        if not kinds and (self.keep != "all" or self.pairs):
+            asked = "pairs" if self.pairs else f"keep={self.keep!r}"
+            yield f"`{asked}` needs scores. Add `--reward_funcs`, `--reward_model` or `--judge`."
+        if self.judge_prompt and not self.judge:
+            yield "`judge_prompt` is given, but there is no `judge` to ask."
+        if self.judge and parse_address(self.judge).kind != "endpoint":
+            yield f"`judge` is {self.judge!r}; write it as `http://host:port/v1#model`."
+        if self.pairs and self.keep == "best":
+            yield "`pairs` takes the best and the worst of each prompt by itself. Leave `keep` out, or use `correct`."
+        if self.pairs and self.completions_per_prompt * (len(self.teachers) if self.asks_all else 1) < 2:
+            yield "`pairs` needs two completions of a prompt or more. Set `--completions_per_prompt 4`, say."
+
+    def _human_faults(self):
+        if (self.human_data is None) != (self.human_share == 0):
+            yield "`human_data` and `human_share` belong together: rows, and their share in the result, such as 0.2."
+        if self.human_share == 1:
+            yield "`human_share=1` leaves no room for the teachers' rows. Choose a share below 1."
+        if self.pairs and self.human_data:
+            yield "`human_data` has no rejected completions and cannot be mixed with `pairs`. Leave one of them out."
+
+    @property
+    def asks_all(self) -> bool:
+        """Whether every teacher completes every prompt."""
+        return self.teacher_assignment == "all"
+
+    @property
+    def teachers(self) -> dict[str, Address]:
+        """Where each teacher is, by the name that its rows carry."""
+        if self.teacher_models:
+            assert isinstance(self.teacher_models, dict)
+            return {name: parse_address(str(where)) for name, where in self.teacher_models.items()}
+        address = parse_address(self.teacher_model_name_or_path or "")
+        return {address.short_name: address}
+
+    @property
+    def verifies(self) -> bool:
+        return bool(self.reward_funcs or self.reward_model or self.judge)
+
+
+_MANY = 10**12
+_RANGES: dict[str, tuple[float, float]] = {
+    "max_prompts": (1, _MANY),
+    "completions_per_prompt": (1, _MANY),
+    "max_completion_length": (1, _MANY),
+    "temperature": (0, _MANY),
+    "top_p": (1e-6, 1),
+    "batch_size": (1, _MANY),
+    "chunk_size": (1, _MANY),
+    "seed": (0, _MANY),
+    "concurrency": (1, _MANY),
+    "timeout": (1e-3, _MANY),
+    "retries": (0, _MANY),
+    "new_prompts": (0, _MANY),
+    "new_prompts_seeds": (1, _MANY),
+    "min_characters": (0, _MANY),
+    "max_characters": (1, _MANY),
+    "max_repetition": (0, 1),
+    "near_duplicates": (0, 1),
+    "human_share": (0, 1),
+}
+
+
+def _json(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"`{name}` is no JSON ({error}): {text!r}. Write an object in single quotes.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` is {text!r}; it must be a JSON object.")
+    return value

@@ -1,0 +1,219 @@
+"""From scored completions to the finished folder: filters, selection, duplicates, human data, Parquet, card.
+
+Everything here is a pure function of what lies in the work folder and of the settings. So it is done anew whenever it
+was interrupted, and may be done again with other settings without asking any model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .card import card
+from .config import GenerateConfig
+from .counts import Skip, Stage
+from .dedup import Duplicates
+from .human import HUMAN, human_needed, mixed, read_human, text_of
+from .prompts import Prompts, read_rows
+from .select import Candidate, filter_fault, pair_of, pair_row, selection_faults
+from .table import BATCH, Columns, groups, write_parquet
+from .work import WorkFolder, dump, read_lines, write_json
+
+
+class Finish:
+    """
+    Makes the dataset of what is finished in a work folder.
+
+    Args:
+        config (`GenerateConfig`): filters, selection, duplicates, human data.
+        work (`WorkFolder`): with prompts, completions and scores.
+        scores (`str`, *optional*): folder of the scores; `None` without a verifier.
+        advance (`Callable[[], None]`): called after each chunk.
+    """
+
+    def __init__(self, config: GenerateConfig, work: WorkFolder, scores: str | None, advance: Callable[[], None]):
+        self.config, self.work, self.scores, self.advance = config, work, scores, advance
+        self.prompts = Prompts(work)
+        self.asked, self.written = Stage("ask the teachers", "requests"), Stage("verify", "completions")
+        self.filtered, self.selected = Stage("filter", "completions"), Stage(f"keep {config.keep}", "completions")
+        self.paired, self.unique = Stage("pair", "prompts"), Stage("duplicates", "pairs" if config.pairs else "rows")
+        self.human, self.mixed = Stage("read human data", "rows"), Stage("mix in human data", "rows")
+        self.writers: Counter[str] = Counter()
+        self.notes: list[str] = []
+
+    def build(self, settings: dict[str, Any], fingerprint: str) -> None:
+        """
+        Write the dataset to the folder "dataset" in the work folder.
+
+        Raises:
+            ValueError: no row is left.
+        """
+        with self.work.folder("dataset") as folder:
+            with open(folder / "skipped.jsonl", "w", encoding="utf-8") as self.skips:
+                for skip in self.prompts.skips():
+                    self.skips.write(dump(skip) + "\n")
+                duplicates = Duplicates(folder / "duplicates.db", self.config.near_duplicates)
+                rows, columns = self._rows(folder, duplicates)
+                duplicates.close()
+            total = write_parquet(folder / "data", rows, columns.schema)
+            for name in ("duplicates.db", "rows.jsonl", "human.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+            stages = self._stages()
+            made = next((stage.kept for stage in stages if stage.name == "new prompts"), 0)
+            if made < self.config.new_prompts:
+                self.notes.append(
+                    f"New prompts are {made}, not the {self.config.new_prompts} asked for: the teacher wrote nothing "
+                    "new any more."
+                )
+            lost = [stage.name for stage in stages if not stage.adds_up]
+            assert not lost, f"rows got lost in {lost}"
+            if not total:
+                raise ValueError(f"No row is left. {_where_they_went(stages)} Nothing is lost: {self._advice()}")
+            counts = {
+                "rows": total,
+                "writers": dict(self.writers),
+                "stages": [stage.as_dict() for stage in stages],
+                "notes": self.notes,
+                "settings": settings,
+                "fingerprint": fingerprint,
+            }
+            write_json(folder / "counts.json", counts)
+            told = card(
+                self.config, settings, stages, dict(self.writers), read_lines(folder / "skipped.jsonl"), self.notes
+            )
+            (folder / "README.md").write_text(told, encoding="utf-8")
+
+    def _rows(self, folder: Path, duplicates: Duplicates) -> tuple[Iterator[dict[str, Any]], Columns]:
+        """All rows of the dataset in their order, and their columns; both files are read one row at a time."""
+        columns = Columns()
+        count = _store(folder / "rows.jsonl", self._synthetic(duplicates), columns)
+        self.mixed.seen = self.mixed.kept = count
+        if self.config.human_data is None:
+            return self._counted(read_lines(folder / "rows.jsonl")), columns
+        available = _store(folder / "human.jsonl", self._human(duplicates), columns)
+        wanted = human_needed(count, self.config.human_share)
+        take = min(wanted, available)
+        self.mixed.seen, self.mixed.kept = count + available, count + take
+        if available > take:
+            self.mixed.dropped["human rows beyond their share"] = available - take
+        if take < wanted:
+            self.notes.append(
+                f"Human rows are {take / max(count + take, 1):.1%} of all, not the {self.config.human_share:.1%} asked "
+                f"for: that would take {wanted}, and there are {available}."
+            )
+        files = [read_lines(folder / name) for name in ("rows.jsonl", "human.jsonl")]
+        return self._counted(mixed(files[0], count, files[1], available, take, self.config.seed)), columns
+
+    def _counted(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            self.writers[row["chosen_teacher"] if self.config.pairs else row["teacher"]] += 1
+            yield row
+
+    def _synthetic(self, duplicates: Duplicates) -> Iterator[dict[str, Any]]:
+        for number in range(len(self.prompts)):
+            for candidates in self._answered(number):
+                for row in self._selected(candidates):
+                    if self.unique.judge(duplicates.fault(*text_of(row))):
+                        yield row
+            self.advance()
+
+    def _selected(self, candidates: list[Candidate]) -> Iterator[dict[str, Any]]:
+        """Rows made of one prompt's completions."""
+        config = self.config
+        passed = [c for c in candidates if self.filtered.judge(filter_fault(c, config))]
+        if config.pairs:
+            pair = pair_of(passed, config)
+            if self.paired.judge(pair if isinstance(pair, str) else None) and not isinstance(pair, str):
+                yield pair_row(*pair)
+            return
+        for candidate, fault in zip(passed, selection_faults(passed, config), strict=True):
+            if self.selected.judge(fault):
+                yield candidate.as_row(self.scores is not None)
+
+    def _answered(self, number: int) -> Iterator[list[Candidate]]:
+        """The completions of each prompt of a chunk, of all teachers in their order."""
+        prompts = self.prompts.chunk(number)
+        found: dict[int, list[Candidate]] = {row["id"]: [] for row in prompts}
+        rows = {row["id"]: row for row in prompts}
+        for index, teacher in enumerate(self.config.teachers):
+            answers = read_lines(self.work.chunk("completions", index, number))
+            scores = self.scores and read_lines(self.work.chunk(self.scores, index, number))
+            for answer in answers:
+                row, score = rows[answer["id"]], next(scores) if scores else {"scores": None}
+                where = f"prompt {row['id']}, teacher {teacher}"
+                refusal: dict[str, str] | None = answer.get("refusal")
+                if not self.asked.judge(refusal["kind"] if refusal else None):
+                    self._skip("ask the teachers", where, refusal or {})
+                    continue
+                values = score["scores"] or [None] * len(answer["completions"])
+                for completion, value in zip(answer["completions"], values, strict=True):
+                    unscored = value if isinstance(value, dict) else None
+                    if not self.written.judge(unscored["kind"] if unscored else None):
+                        self._skip("verify", where, unscored or {})
+                        continue
+                    made = (completion["text"], completion["stop_reason"], teacher, value, _columns(row))
+                    found[row["id"]].append(Candidate(row["prompt"], *made))
+        yield from found.values()
+
+    def _human(self, duplicates: Duplicates) -> Iterator[dict[str, Any]]:
+        assert self.config.human_data is not None
+        for found in read_rows(self.config.human_data):
+            row = read_human(found, self.prompts.text)
+            fault = row if isinstance(row, str) else None
+            if fault:
+                self._skip("read human data", found.where, {"detail": fault})
+            elif isinstance(row, dict):
+                fault = duplicates.fault(*text_of(row))
+            if self.human.judge(fault) and isinstance(row, dict):
+                yield {**row, "teacher": HUMAN}
+
+    def _skip(self, stage: str, where: str, refusal: dict[str, str]) -> None:
+        self.skips.write(dump(Skip(stage, where, refusal["detail"]).as_dict()) + "\n")
+
+    def _stages(self) -> list[Stage]:
+        stages = [*self.prompts.stages, self.asked]
+        self.written.name = "verify" if self.scores else "complete"
+        stages += [self.written, self.filtered]
+        stages += [self.paired] if self.config.pairs else [self.selected]
+        stages += [self.unique]
+        return [*stages, self.human, self.mixed] if self.config.human_data else stages
+
+    def _advice(self) -> str:
+        return (
+            f"the completions are in {self.work.path}. Loosen the filter or the selection and start again with "
+            "the other settings as they were; no teacher is asked twice."
+        )
+
+
+def publish(work: WorkFolder, output_dir: Path) -> None:
+    """Put the finished folder in its place; one that was there before is replaced."""
+    replaced = work.path / "replaced"
+    if output_dir.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(output_dir, replaced)
+    os.rename(work.path / "dataset", output_dir)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _columns(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row["columns"].items() if name != "teacher"}
+
+
+def _store(path: Path, rows: Iterator[dict[str, Any]], columns: Columns) -> int:
+    """Write rows to a file and note their columns; how many there were."""
+    total = 0
+    with open(path, "w", encoding="utf-8") as file:
+        for group in groups(rows, BATCH):
+            columns.add(group)
+            file.writelines(dump(row) + "\n" for row in group)
+            total += len(group)
+    return total
+
+
+def _where_they_went(stages: list[Stage]) -> str:
+    told = [f"{stage.name}: {reason} ({n})" for stage in stages for reason, n in stage.dropped.items()]
+    return f"Dropped were: {'; '.join(told)}." if told else ""

@@ -1,0 +1,50 @@
+"""Where a model is to be found: a name for transformers, one for vLLM in this process, or an HTTP endpoint.
+
+Only the writing is looked at. Loading and asking are left to `sources.py` and `endpoint.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Address:
+    """
+    Attributes:
+        kind (`str`): "transformers", "vllm" or "endpoint".
+        model (`str`): name or folder, or the name that the endpoint serves.
+        url (`str`): of the endpoint, without a slash at the end; empty for the others.
+    """
+
+    kind: str
+    model: str
+    url: str = ""
+
+    @property
+    def short_name(self) -> str:
+        """What rows are marked with: a folder's last part, or the model's name."""
+        return Path(self.model).name if Path(self.model).is_dir() else self.model
+
+
+def parse_address(text: str) -> Address:
+    """
+    Read `name`, `vllm:name` or `http://host:port/v1#model`.
+
+    Raises:
+        ValueError: the model of an endpoint is not named, or nothing is.
+    """
+    if text.startswith(("http://", "https://")):
+        url, _, model = text.partition("#")
+        if not model:
+            raise ValueError(
+                f"{text!r} does not say which model to ask for. Append it as the endpoint's `/v1/models` lists it: "
+                f"`{text}#name`."
+            )
+        return Address("endpoint", model, url.rstrip("/"))
+    if text.startswith("vllm:"):
+        return Address("vllm", text.removeprefix("vllm:"))
+    if not text.strip():
+        raise ValueError("A model has an empty name. Write a folder, a hub name, `vllm:name` or `http://...#name`.")
+    return Address("transformers", text)

@@ -1,0 +1,140 @@
+"""New prompts: a teacher writes more of the kind that a few examples show (Self-Instruct, arXiv 2212.10560).
+
+In rounds of a fixed size, each with a seed of its own and written when it is complete. A new prompt that equals or
+resembles an example, or one made before, is dropped. Completing them is left to the pipeline.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .config import GenerateConfig
+from .counts import Skip, Stage
+from .dedup import Duplicates
+from .prompts import Prompts, write_chunks
+from .sources import Refusal, Source
+from .text import Text, flat
+from .work import WorkFolder, dump, read_lines, seed_of, write_json, write_lines
+
+
+POOL = 1000  # examples that are kept in memory, an even sample of all
+BARREN = 5  # rounds in a row without a new prompt, after which it is given up
+CUE = "New task:"
+
+
+class NewPrompts:
+    """
+    Makes `config.new_prompts` prompts into the work folder's "new_prompts".
+
+    Args:
+        config (`GenerateConfig`): how many, from how many examples at a time, duplicates, seed.
+        work (`WorkFolder`): with the prompts that serve as examples.
+        source (`Callable[[], Source]`): loads who writes them; called only if something is to be written.
+    """
+
+    def __init__(self, config: GenerateConfig, work: WorkFolder, source: Callable[[], Source]):
+        self.config, self.work, self.load = config, work, source
+        self.worker: Source | None = None
+
+    def run(self, show: Callable[[int], None]) -> None:
+        """Make them, unless it was done before; fewer where the teacher has nothing new to say."""
+        if (self.work.path / "new_prompts").exists():
+            return show(self.config.new_prompts)
+        self.seeds = Prompts(self.work)
+        self.stage = Stage("new prompts", "prompts")
+        pool = self._pool()
+        with self.work.folder("new_prompts") as folder:
+            with open(folder / "skipped.jsonl", "w", encoding="utf-8") as self.skips:
+                index = self._index(folder)
+                chunks = write_chunks(folder, self._new(index, pool, show), self.config.chunk_size)
+                index.close()
+            (folder / "duplicates.db").unlink()
+            write_json(folder / "counts.json", {"stages": [self.stage.as_dict()], "chunks": chunks})
+        if self.worker is not None:
+            self.worker.close()
+
+    def _pool(self) -> list[str]:
+        """An even sample of all prompts (reservoir sampling)."""
+        draw, pool = random.Random(self.config.seed), list[str]()
+        for i, text in enumerate(self._seed_texts()):
+            if i < POOL:
+                pool.append(text)
+            elif (place := draw.randrange(i + 1)) < POOL:
+                pool[place] = text
+        return pool
+
+    def _seed_texts(self) -> Iterator[str]:
+        for number in range(len(self.seeds)):
+            for row in self.seeds.chunk(number):
+                yield flat(row["prompt"])
+
+    def _index(self, folder: Any) -> Duplicates:
+        index = Duplicates(folder / "duplicates.db", self.config.near_duplicates)
+        for text in self._seed_texts():
+            index.fault(text, "")
+        return index
+
+    def _new(self, index: Duplicates, pool: list[str], show: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+        """New prompts as rows, numbered on from the seeds."""
+        first, barren, number = self.seeds.total, 0, 0
+        while self.stage.kept < self.config.new_prompts and barren < BARREN:
+            before = self.stage.kept
+            for answer in self._round(number, pool):
+                text, fault = _read(answer)
+                if fault is None and self.stage.kept >= self.config.new_prompts:
+                    fault = "more than asked for"
+                if fault is None:
+                    fault = index.fault(text, "")
+                if not self.stage.judge(fault):
+                    if "refusal" in answer:
+                        why = answer["refusal"]["detail"]
+                        self.skips.write(dump(Skip("new prompts", f"round {number}", why).as_dict()) + "\n")
+                    continue
+                prompt: Text = text if self.seeds.text else [{"role": "user", "content": text}]
+                show(self.stage.kept)
+                yield {"id": first + self.stage.kept - 1, "prompt": prompt, "columns": {}}
+            barren = 0 if self.stage.kept > before else barren + 1
+            number += 1
+
+    def _round(self, number: int, pool: list[str]) -> list[dict[str, Any]]:
+        """What the teacher wrote in one round, from its file if that is there."""
+        path = self.work.chunk("rounds", number)
+        if not path.exists():
+            self.worker = self.worker or self.load()
+            draw = random.Random(seed_of(self.config.seed, "new prompts", number))
+            examples = min(self.config.new_prompts_seeds, len(pool))
+            asked = [self._question(draw.sample(pool, examples)) for _ in range(self.config.chunk_size)]
+            answers = self.worker.complete(asked, seed_of(self.config.seed, "round", number))
+            write_lines(path, map(_stored, answers))
+        return list(read_lines(path))
+
+    def _question(self, examples: list[str]) -> Text:
+        shown = "\n\n".join(f"Task {i}:\n{text}" for i, text in enumerate(examples, start=1))
+        if self.seeds.text:  # a model that continues text goes on with the list
+            return f"Different tasks of one kind, each with numbers and words of its own.\n\n{shown}\n\n{CUE}\n"
+        ask = (
+            f"Here are examples of a kind of task.\n\n{shown}\n\nWrite one new task of this kind that differs from "
+            f'all of them. Do not solve it. Write "{CUE}" and then the task, and nothing else.'
+        )
+        return [{"role": "user", "content": ask}]
+
+
+def _stored(answer: Any) -> dict[str, Any]:
+    if isinstance(answer, Refusal):
+        return {"refusal": {"kind": answer.kind, "detail": answer.detail}}
+    return {"text": answer[0].text, "stop_reason": answer[0].stop_reason}
+
+
+def _read(answer: dict[str, Any]) -> tuple[str, str | None]:
+    """The task in an answer, and why it is none (or `None`)."""
+    if "refusal" in answer:
+        return "", answer["refusal"]["kind"]
+    text = answer["text"].rpartition(CUE)[2]
+    follow = re.search(r"^\s*Task \d+:", text, re.MULTILINE)  # a model that continues the list with more
+    if follow is None and answer["stop_reason"] != "stop":
+        return "", "cut off at the length limit"
+    text = (text[: follow.start()] if follow else text).strip()
+    return text, None if text else "empty"

@@ -1,0 +1,223 @@
+"""Prompts come in: every row of the input becomes a prompt, or a skip that says where and why.
+
+Rows are read one at a time and written to chunks of a fixed size, which all later stages go by. Of prompts that are
+equal but for case and white space the first stays. Making new prompts is left to `new_prompts.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import IterableDataset
+from datasets.exceptions import DatasetGenerationError
+
+from ..data import load_splits, take_split
+from .counts import Skip, Stage
+from .dedup import Seen
+from .table import BATCH, Columns, groups
+from .text import fault_of, flat, normal
+from .work import WorkFolder, digest, dump, read_json, read_lines, write_json, write_lines
+
+
+RESERVED = ("completion", "teacher", "score", "chosen", "rejected", "messages")  # not taken over from the input
+
+
+@dataclass(frozen=True)
+class Found:
+    """
+    One row of an input.
+
+    Attributes:
+        where (`str`): "line 3" or "row 3", counted from 1.
+        row (`dict`, *optional*): its columns; `None` where it cannot be read.
+        fault (`str`, *optional*): why not.
+    """
+
+    where: str
+    row: dict[str, Any] | None
+    fault: str | None = None
+
+
+def read_rows(name: str, config: str | None = None, split: str = "train") -> Iterator[Found]:
+    """
+    The rows of a dataset, one at a time.
+
+    Raises:
+        ValueError: there is no such dataset or split.
+    """
+    path = Path(name)
+    if path.suffix == ".jsonl":
+        if not path.is_file():
+            raise ValueError(f"The dataset file {name!r} does not exist.")
+        yield from _read_json_lines(path)
+        return
+    rows = take_split(load_splits(name, config, streaming=True), split, "training")
+    if not isinstance(rows, IterableDataset):
+        rows = rows.to_iterable_dataset()  # one that `save_to_disk` wrote; it stays on disk
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield Found(f"row {number}", row)
+    except DatasetGenerationError as error:
+        raise ValueError(f"The dataset {name!r} could not be read: {error.__cause__ or error}.") from None
+
+
+def _read_json_lines(path: Path) -> Iterator[Found]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"line {number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+                json.dumps(row, ensure_ascii=False).encode()  # halves of surrogate pairs pass the reader, but no file
+            except UnicodeError:
+                yield Found(where, None, "not UTF-8 text")
+                continue
+            except (ValueError, RecursionError):
+                yield Found(where, None, "broken JSON" if line.strip() else "empty line")
+                continue
+            yield Found(where, row) if isinstance(row, dict) else Found(where, None, "no JSON object")
+
+
+def read_prompt(found: Found) -> tuple[Any, dict[str, Any], str | None]:
+    """A row's prompt, its other columns, and why it cannot be used (or `None`)."""
+    if found.row is None:
+        return None, {}, found.fault
+    row = found.row
+    name = "prompt" if "prompt" in row else "messages"
+    if name not in row:
+        return None, {}, "no column `prompt` or `messages`"
+    columns = {key: value for key, value in row.items() if key not in RESERVED and key != "prompt"}
+    return row[name], columns, fault_of(row[name])
+
+
+class Ingest:
+    """
+    Reads all prompts into the work folder, once.
+
+    Args:
+        work (`WorkFolder`): gets a folder "prompts": chunks, `counts.json` and `skipped.jsonl`.
+        chunk_size (`int`): prompts in a file.
+        routed (`Collection[str]`, *optional*): teachers, where the column `teacher` says which of them completes a row.
+    """
+
+    def __init__(self, work: WorkFolder, chunk_size: int, routed: Collection[str] | None = None):
+        self.work, self.chunk_size, self.routed = work, chunk_size, routed
+
+    def run(self, rows: Iterator[Found], limit: int | None = None) -> None:
+        """
+        Read, unless it was done before.
+
+        Raises:
+            ValueError: no prompt is left, or a column holds values of different kinds.
+        """
+        if (self.work.path / "prompts").exists():
+            return
+        self.read, self.unique = Stage("read", "rows"), Stage("equal prompts", "prompts")
+        self.columns = Columns()
+        self.text: bool | None = None
+        self.examples: list[str] = []
+        with self.work.folder("prompts") as folder:
+            self.seen = Seen(folder / "seen.db")
+            with open(folder / "skipped.jsonl", "w", encoding="utf-8") as self.skips:
+                chunks = write_chunks(folder, self._prompts(rows, limit), self.chunk_size)
+            self.seen.close()
+            (folder / "seen.db").unlink()
+            if not self.unique.kept:
+                raise ValueError(
+                    f"There is no prompt among {self.read.seen} rows. {' '.join(self.examples)} Each row needs a "
+                    "column `prompt` (text, or messages that end with the user's) or such `messages`."
+                )
+            columns = [name for name in self.columns.types if name != "prompt"]
+            stages = [self.read.as_dict(), self.unique.as_dict()]
+            counts = {"stages": stages, "chunks": chunks, "columns": columns, "text": self.text}
+            write_json(folder / "counts.json", counts)
+
+    def _prompts(self, rows: Iterator[Found], limit: int | None) -> Iterator[dict[str, Any]]:
+        for group in groups(self._judged(rows, limit), BATCH):
+            self.columns.add([{"prompt": row["prompt"], **row["columns"]} for row in group])
+            yield from group
+
+    def _judged(self, rows: Iterator[Found], limit: int | None) -> Iterator[dict[str, Any]]:
+        for found in rows:
+            if limit is not None and self.unique.kept >= limit:
+                return
+            prompt, columns, fault = read_prompt(found)
+            if fault is None and self.routed is not None:
+                columns["teacher"] = (found.row or {}).get("teacher")
+                fault = None if columns["teacher"] in self.routed else "column `teacher` names none of the teachers"
+            if fault is None and self.text not in (None, isinstance(prompt, str)):
+                fault = f"prompt is {'text' if isinstance(prompt, str) else 'messages'}, unlike those before"
+            if not self.read.judge(fault):
+                self._skip(found, str(fault))
+                continue
+            self.text = isinstance(prompt, str)
+            if self.unique.judge(None if self.seen.add(_key(prompt)) else "equal to an earlier prompt"):
+                row = {"id": self.unique.kept - 1, "prompt": prompt, "columns": columns}
+                try:
+                    dump(row)
+                except TypeError as error:
+                    raise ValueError(
+                        f"{found.where}: a column holds something that is no text, number or list ({error}). Leave "
+                        "such columns out of the dataset."
+                    ) from None
+                yield row
+
+    def _skip(self, found: Found, fault: str) -> None:
+        self.skips.write(dump(Skip("read", found.where, fault).as_dict()) + "\n")
+        if len(self.examples) < 3:
+            columns = f" (columns: {', '.join(found.row)})" if found.row is not None else ""
+            self.examples.append(f"{found.where}: {fault}{columns}.")
+
+
+def write_chunks(folder: Path, rows: Iterator[dict[str, Any]], size: int) -> int:
+    """Write rows to files of `size` each; returns how many files there are."""
+    number = 0
+    for number, chunk in enumerate(groups(rows, size), start=1):
+        write_lines(folder / f"{number - 1:06}.jsonl", chunk)
+    return number
+
+
+def _key(prompt: Any) -> bytes:
+    """Equal for prompts that differ in case and white space only."""
+    if isinstance(prompt, str):
+        return digest(normal(prompt, fold_case=True))
+    return digest([[message["role"], normal(flat([message]), fold_case=True)] for message in prompt])
+
+
+class Prompts:
+    """
+    The chunks of prompts in a work folder: those that were read, then those that were made.
+
+    Attributes:
+        columns (`list[str]`): of the input, beside the prompt.
+        text (`bool`): whether prompts are text; otherwise messages.
+    """
+
+    def __init__(self, work: WorkFolder):
+        self.folders = [path for name in ("prompts", "new_prompts") if (path := work.path / name).exists()]
+        found = [read_json(path / "counts.json") for path in self.folders]
+        self.columns: list[str] = found[0]["columns"]
+        self.text: bool = found[0]["text"]
+        self.stages = [Stage.from_dict(stage) for counts in found for stage in counts["stages"]]
+        self._chunks: list[int] = [counts["chunks"] for counts in found]  # in each folder
+
+    def __len__(self) -> int:
+        """How many chunks there are."""
+        return sum(self._chunks)
+
+    @property
+    def total(self) -> int:
+        """How many prompts there are."""
+        return sum(stage.kept for stage in self.stages if stage.unit == "prompts")
+
+    def chunk(self, number: int) -> list[dict[str, Any]]:
+        """Rows with `id`, `prompt` and `columns`."""
+        which = 0 if number < self._chunks[0] else 1
+        return list(read_lines(self.folders[which] / f"{number - which * self._chunks[0]:06}.jsonl"))
+
+    def skips(self) -> Iterator[dict[str, Any]]:
+        for folder in self.folders:
+            yield from read_lines(folder / "skipped.jsonl")

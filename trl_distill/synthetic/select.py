@@ -1,0 +1,110 @@
+"""Which completions stay: filters of length, stop reason and repetition, then selection by score.
+
+Pure functions of one prompt's completions; reasons are the words of the card. Scores come from `verify.py`, duplicates
+are found in `dedup.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .text import Text, as_completion, repetition
+
+
+if TYPE_CHECKING:
+    from .config import GenerateConfig
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """
+    A completion on its way into the dataset.
+
+    Attributes:
+        prompt (`str` or messages): what was asked.
+        text (`str`): the completion.
+        stop_reason (`str`): "stop" or "length", or what else an endpoint says.
+        teacher (`str`): who wrote it.
+        score (`float`, *optional*): of the verifier.
+        columns (`dict`): the dataset's other columns.
+    """
+
+    prompt: Text
+    text: str
+    stop_reason: str
+    teacher: str
+    score: float | None
+    columns: dict[str, Any]
+
+    def as_row(self, scored: bool) -> dict[str, Any]:
+        """The row of the final dataset."""
+        row = {"prompt": self.prompt, "completion": as_completion(self.text, self.prompt), **self.columns}
+        row["teacher"] = self.teacher
+        return {**row, "score": self.score} if scored else row
+
+
+def filter_fault(candidate: Candidate, config: GenerateConfig) -> str | None:
+    """The first filter that a completion does not pass, or `None`."""
+    text, most = candidate.text, config.max_characters
+    if not text.strip():
+        return "empty"
+    if candidate.stop_reason == "length":
+        if not config.keep_truncated:
+            return "cut off at the length limit"
+    elif candidate.stop_reason != "stop":
+        return f"ended by {candidate.stop_reason!r}"
+    if len(text) < config.min_characters:
+        return f"fewer than {config.min_characters} characters"
+    if most is not None and len(text) > most:
+        return f"more than {most} characters"
+    if repetition(text) > config.max_repetition:
+        return f"more than {config.max_repetition:.0%} repeated word 4-grams"
+    return None
+
+
+def selection_faults(candidates: list[Candidate], config: GenerateConfig) -> list[str | None]:
+    """For each completion of one prompt, why it is not selected, or `None`."""
+    if config.keep == "all":
+        return [None] * len(candidates)
+    if config.keep == "correct":
+        return [None if is_correct(c, config) else f"score below {config.correct_from:g}" for c in candidates]
+    best = max(range(len(candidates)), key=lambda i: candidates[i].score, default=None)  # type: ignore[arg-type,return-value]
+    return [None if i == best else "not the best of its prompt" for i in range(len(candidates))]
+
+
+def is_correct(candidate: Candidate, config: GenerateConfig) -> bool:
+    return candidate.score is not None and candidate.score >= config.correct_from
+
+
+def pair_of(candidates: list[Candidate], config: GenerateConfig) -> tuple[Candidate, Candidate] | str:
+    """
+    The best and the worst completion of one prompt, of equals the first each; or why there is no pair.
+
+    With `keep="correct"` the chosen one must be correct and the rejected one must not.
+    """
+    if len(candidates) < 2:
+        return "fewer than two completions left"
+    chosen = max(candidates, key=lambda c: c.score)  # type: ignore[arg-type,return-value]
+    rejected = min(candidates, key=lambda c: c.score)  # type: ignore[arg-type,return-value]
+    if chosen.score == rejected.score:
+        return "all scores are equal"
+    if config.keep == "correct" and not is_correct(chosen, config):
+        return f"no score of {config.correct_from:g} or more"
+    if config.keep == "correct" and is_correct(rejected, config):
+        return f"no score below {config.correct_from:g}"
+    return chosen, rejected
+
+
+def pair_row(chosen: Candidate, rejected: Candidate) -> dict[str, Any]:
+    """The row of a preference dataset, as TRL's trainers read it."""
+    return {
+        "prompt": chosen.prompt,
+        "chosen": as_completion(chosen.text, chosen.prompt),
+        "rejected": as_completion(rejected.text, rejected.prompt),
+        **chosen.columns,
+        "chosen_teacher": chosen.teacher,
+        "rejected_teacher": rejected.teacher,
+        "chosen_score": chosen.score,
+        "rejected_score": rejected.score,
+    }

@@ -1,0 +1,241 @@
+"""Who completes prompts: a model of transformers, or vLLM in this process.
+
+A source is anything with `complete(prompts, seed)`. The same prompts in the same order with the same seed give the
+same completions, which is what lets a killed run go on. HTTP endpoints are in `endpoint.py`; which prompts to ask for
+is left to the pipeline.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
+
+from .models import Address
+from .text import Text
+
+
+if TYPE_CHECKING:
+    from .config import GenerateConfig
+
+
+@dataclass(frozen=True)
+class Completion:
+    """
+    Attributes:
+        text (`str`): without the stop token.
+        stop_reason (`str`): "stop" for an end of its own, "length" at the limit, or what else an endpoint says.
+    """
+
+    text: str
+    stop_reason: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """
+    Why one prompt gets no completion although its teacher works.
+
+    Attributes:
+        kind (`str`): the reason as it is counted.
+        detail (`str`): the reason as it is listed.
+    """
+
+    kind: str
+    detail: str
+
+
+Answer = list[Completion] | Refusal
+
+
+class Source(Protocol):
+    """Completes prompts."""
+
+    def complete(self, prompts: list[Text], seed: int) -> list[Answer]:
+        """
+        Completions of each prompt, or why there are none; as many answers as prompts.
+
+        Raises:
+            TeacherUnavailable: no answer for a reason that may pass.
+            ValueError, TeacherAnswerError: no prompt at all can be answered.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back memory and connections."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """
+    Attributes:
+        n (`int`): completions of a prompt.
+        max_tokens (`int`): of one completion.
+        temperature (`float`): 0 is greedy.
+        top_p (`float`): nucleus.
+    """
+
+    n: int = 1
+    max_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: GenerateConfig) -> Sampling:
+        return cls(config.completions_per_prompt, config.max_completion_length, config.temperature, config.top_p)
+
+
+class TransformersSource:
+    """
+    A model in this process, on the GPU if there is one, in the checkpoint's dtype.
+
+    Args:
+        model (`str`): name or folder. Stop tokens are those of its generation configuration and its tokenizer.
+        sampling (`Sampling`): how to sample. The generation configuration's own settings are not used.
+        batch_size (`int`): prompts in one forward.
+    """
+
+    def __init__(self, model: str, sampling: Sampling, batch_size: int = 16):
+        self.sampling, self.batch_size = sampling, batch_size
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model, padding_side="left")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        self.model = loaded.to(self.device).eval()
+        found = self.model.generation_config.eos_token_id
+        known = found if isinstance(found, list) else [found]
+        self.stops = sorted({stop for stop in [*known, self.tokenizer.eos_token_id] if stop is not None})
+        self.model.generation_config = GenerationConfig()  # or `generate` would take what we do not set from there
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def complete(self, prompts: list[Text], seed: int) -> list[Answer]:
+        set_seed(seed)
+        encoded = [self._encode(prompt) for prompt in prompts]
+        answers: list[Answer] = [self._refusal(len(ids)) or [] for ids in encoded]
+        possible = [i for i, answer in enumerate(answers) if not isinstance(answer, Refusal)]
+        for start in range(0, len(possible), self.batch_size):
+            chosen = possible[start : start + self.batch_size]
+            for i, completions in zip(chosen, self._generate([encoded[i] for i in chosen]), strict=True):
+                answers[i] = completions
+        return answers
+
+    def close(self) -> None:
+        del self.model
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def _encode(self, prompt: Text) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt)["input_ids"]
+        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+    def _refusal(self, length: int) -> Refusal | None:
+        limit = self.sampling.max_tokens
+        if length == 0:
+            return Refusal("prompt without tokens", "the tokenizer makes no token of it")
+        if self.longest is not None and length + limit > self.longest:
+            detail = f"{length} tokens of prompt and up to {limit} of completion exceed {self.longest} positions"
+            return Refusal("prompt too long for the teacher", detail)
+        return None
+
+    @torch.no_grad()
+    def _generate(self, batch: list[list[int]]) -> list[list[Completion]]:
+        inputs = self.tokenizer.pad({"input_ids": batch}, return_tensors="pt").to(self.device)
+        s = self.sampling
+        how: dict[str, Any] = {"do_sample": False}
+        if s.temperature > 0:
+            how = {"do_sample": True, "temperature": s.temperature, "top_p": s.top_p, "top_k": 0}
+        settings = GenerationConfig(
+            max_new_tokens=s.max_tokens,
+            num_return_sequences=s.n,
+            eos_token_id=self.stops or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **how,
+        )
+        ids = self.model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
+        )  # (B · n, P + C)
+        found = [self._read(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+        return [found[start : start + s.n] for start in range(0, len(found), s.n)]
+
+    def _read(self, ids: list[int]) -> Completion:
+        """The text up to the first stop token, and whether there was one."""
+        end = next((i for i, token in enumerate(ids) if token in self.stops), None)
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return Completion(text, "length" if end is None else "stop")
+
+
+class VLLMSource:
+    """
+    vLLM in this process. Written after its documented interface (`LLM.chat`, `LLM.generate`, `SamplingParams`) and
+    tested with a stand-in; it was not run here with vLLM itself.
+
+    Args:
+        model (`str`): name or folder.
+        sampling (`Sampling`): how to sample. Each prompt has a seed of its own, whatever batch it is in.
+    """
+
+    def __init__(self, model: str, sampling: Sampling):
+        from vllm import LLM, SamplingParams
+
+        self.sampling, self._params = sampling, SamplingParams
+        self._llm = LLM(model=model)
+
+    def complete(self, prompts: list[Text], seed: int) -> list[Answer]:
+        s = self.sampling
+        params = [
+            self._params(n=s.n, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=seed + i)
+            for i in range(len(prompts))
+        ]
+        # `generate` for text, `chat` for messages, which applies the template
+        ask = self._llm.generate if isinstance(prompts[0], str) else self._llm.chat
+        try:
+            outputs = ask(prompts, params, use_tqdm=False)
+        except ValueError as error:
+            if len(prompts) == 1:
+                return [Refusal("refused by vLLM", str(error))]
+            # one prompt may be too long; alone each shows whether it is the one
+            return [self.complete([prompt], seed + i)[0] for i, prompt in enumerate(prompts)]
+        return [[Completion(o.text, o.finish_reason or "length") for o in output.outputs] for output in outputs]
+
+    def close(self) -> None:
+        del self._llm
+
+
+def check_source(address: Address) -> None:
+    """
+    Find out early, without loading weights, whether a teacher is there; an endpoint shows with the first request.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if address.kind == "transformers":
+        try:
+            AutoConfig.from_pretrained(address.model)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The teacher {address.model!r} could not be found: {error} Name a folder with model and tokenizer, or "
+                "a model on the hub."
+            ) from None
+    elif address.kind == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            f"The teacher 'vllm:{address.model}' needs vLLM. Install it with `pip install 'trl_distill[vllm]'`, or "
+            "leave out `vllm:` to use transformers."
+        )
+
+
+def load_source(address: Address, sampling: Sampling, config: GenerateConfig) -> Source:
+    """The source at an address."""
+    if address.kind == "vllm":
+        return VLLMSource(address.model, sampling)
+    if address.kind == "endpoint":
+        from .endpoint import Endpoint, EndpointSource
+
+        assert not isinstance(config.request_options, str)
+        return EndpointSource(Endpoint.from_config(address, config), sampling, config.request_options)
+    return TransformersSource(address.model, sampling, config.batch_size)

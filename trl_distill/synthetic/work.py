@@ -1,0 +1,146 @@
+"""The work folder: what is finished stays on disk, so that a run that was killed goes on where it stood.
+
+A file or folder with its final name is complete: it is written under another name, synced and renamed. What is in the
+files is left to the stages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+
+ANSWERS = ("completions/*/*.jsonl", "rounds/*.jsonl")  # files that a model was asked for
+
+
+class WorkFolder:
+    """
+    `<output_dir>.work`.
+
+    Args:
+        path (`Path`): made if it is not there.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """
+        Keep other runs out. The operating system lets go of the lock of a process that was killed.
+
+        Raises:
+            ValueError: another run has it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"Another run works in {self.path}. Wait for it, or pass another `--output_dir`."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def settle(self, settings: dict[str, Any]) -> None:
+        """
+        Note the settings that what is in here hangs on, or compare with those noted before. While no model has answered
+        there is nothing to lose: other settings then begin anew.
+
+        Raises:
+            ValueError: they differ.
+        """
+        path = self.path / "settings.json"
+        settings = json.loads(json.dumps(settings))
+        if not path.exists():
+            return write_json(path, settings)
+        before = read_json(path)
+        changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+        if changed and not any(next(self.path.glob(made), None) for made in ANSWERS):
+            for name in ("prompts", "new_prompts"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            return write_json(path, settings)
+        if changed:
+            told = "; ".join(f"`{name}` was {before.get(name)!r}, now {settings.get(name)!r}" for name in changed)
+            raise ValueError(
+                f"{self.path} holds completions that were made with other settings: {told}. Go back to those settings "
+                "to continue, pass another `--output_dir` to begin anew beside it, or delete that folder to begin "
+                "anew here."
+            )
+
+    def chunk(self, *parts: str | int) -> Path:
+        """Path of a chunk's file: folders, then a number."""
+        *folders, number = parts
+        return self.path.joinpath(*map(str, folders), f"{number:06}.jsonl")
+
+    @contextmanager
+    def folder(self, name: str) -> Iterator[Path]:
+        """An empty folder that gets its name when the block ends, and not before."""
+        unfinished = self.path / f"{name}.unfinished"
+        for leftover in (unfinished, self.path / name):
+            shutil.rmtree(leftover, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        os.rename(unfinished, self.path / name)
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One JSON object per line; the file is there when all are in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(dump(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def write_json(path: Path, value: Any) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def dump(row: dict[str, Any]) -> str:
+    """A row as one line."""
+    return json.dumps(row, ensure_ascii=False)
+
+
+def digest(*parts: Any, size: int = 16) -> bytes:
+    """A hash of values that JSON can hold."""
+    return hashlib.blake2b(json.dumps(parts, ensure_ascii=True).encode(), digest_size=size).digest()
+
+
+def seed_of(*parts: Any) -> int:
+    """A seed below 2^31 that hangs on all parts and nothing else."""
+    return int.from_bytes(digest(*parts, size=4)) >> 1
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
