@@ -10,8 +10,8 @@ Arguments are TRL's own: those of `ScriptArguments`, `ModelConfig` (`--use_peft`
 import path: `--reward_funcs my_module.my_reward` (importable from here), or a name from `trl.rewards`.
 `--resume_from_checkpoint auto` goes on from the last complete checkpoint in `--output_dir`, if there is one. SIGTERM
 saves a checkpoint after the current step and exits with status 75. In `--output_dir`, `$NAME` is an environment
-variable (`$WANDB_RUN_ID` in a sweep); `--together="--a 1 --b 2"` is several arguments in one, for sweeps. Without a GPU add
-`--use_cpu --bf16 false`. `--check_only` compares teacher and student, prints a table and stops.
+variable (`$WANDB_RUN_ID` in a sweep); `--together="--a 1 --b 2"` is several arguments in one, for sweeps. Without a GPU
+add `--use_cpu --bf16 false`. `--check_only` compares teacher and student, prints a table and stops.
 
 Other teachers: `--teacher_models '{"math": "a", "code": "b"}'`, `--teacher_server_urls http://...`,
 `--teacher_ema 0.99`, `--teacher_model_name_or_path adapter-off`; see docs/teachers.md.

@@ -8,9 +8,8 @@ import pytest
 import torch
 from helpers import VOCAB, make_model, relative_error
 
-from trl_distill import heads as heads_module
-from trl_distill import objective
-from trl_distill.estimators import check_signals, make_estimator
+from trl_distill import fused, objective
+from trl_distill.estimators import KERNEL_BETA, check_signals, make_estimator
 from trl_distill.heads import LMHead
 from trl_distill.signals import HiddenStates, TokenLogProbs
 
@@ -57,12 +56,20 @@ FORMS = [
 ]
 
 
+HOW = ["in one pass", "in two passes", "by TRL's kernel"]
+
+
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("family", ["tied", "bias", "softcap", "scale"])
 @pytest.mark.parametrize(("divergence", "alpha"), FORMS)
-def test_divergences_against_their_definitions(divergence, alpha, family, merged, monkeypatch):
+def test_divergences_against_their_definitions(divergence, alpha, family, merged, how, monkeypatch):
     """Value and gradients in states, weight and bias, in tiles of two rows; the teacher's vocabulary is larger."""
-    monkeypatch.setattr(heads_module, "LOGITS_TILE", 2 * VOCAB)
+    monkeypatch.setattr(fused, "TILE", 2 * VOCAB)
+    if how == "by TRL's kernel":
+        if divergence not in KERNEL_BETA:
+            pytest.skip("TRL's kernel has no such form")
+        monkeypatch.setattr("trl_distill.estimators.uses_kernel", lambda *_: True)
     generator = torch.Generator().manual_seed(3)
     student = make_model(family, seed=1)
     teacher = make_model("softcap", seed=2, hidden_size=24, vocab_size=VOCAB + 3)
@@ -71,7 +78,8 @@ def test_divergences_against_their_definitions(divergence, alpha, family, merged
     estimator = make_estimator("full", divergence, 0.7, 0, alpha=alpha, stops=STOPS if merged else None)
     weights = torch.rand(5, generator=generator)
     leaves = [hidden, *(x for x in head.parameters() if x is not None)]
-    found = estimator.measure(hidden, head, signal, torch.zeros(5).long(), None)
+    slopes = fused.Slopes(3 * weights) if how == "in one pass" else None
+    found = estimator.measure(hidden, head, signal, torch.zeros(5).long(), None, slopes)
     log_q = (head.logits(hidden) / 0.7).log_softmax(-1)
     log_p = (signal.head.logits(signal.hidden)[:, :VOCAB] / 0.7).log_softmax(-1).detach()
     q, p = (summed_up(log_q), summed_up(log_p)) if merged else (log_q.exp(), log_p.exp())

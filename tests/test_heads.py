@@ -12,8 +12,7 @@ from helpers import FAMILIES, VOCAB, batch, config, gradients, in_training, make
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_distill import OPDTrainer, heads
-from trl_distill._compat import ChunkedDivergenceFunction
+from trl_distill import OPDTrainer, fused, heads
 from trl_distill.forwards import add_teacher_forward
 from trl_distill.objective import reverse_kl
 from trl_distill.signals import Rollouts
@@ -144,13 +143,11 @@ def test_student_equal_to_teacher_has_no_loss_and_no_gradient(tmp_path, tokenize
 def test_cast_lm_head_to_fp32_projects_both_models_in_fp32(tmp_path, tokenizer, prompts, monkeypatch, fp32_head):
     seen = {}
 
-    class Recorder:
-        @staticmethod
-        def apply(hidden, weight, bias, teacher_hidden, *rest):
-            seen.update(dtypes={hidden.dtype, teacher_hidden.dtype}, autocast=torch.is_autocast_enabled("cpu"))
-            return ChunkedDivergenceFunction.apply(hidden, weight, bias, teacher_hidden, *rest)
+    def recorded(hidden, head, teacher_hidden, *rest):
+        seen.update(dtypes={hidden.dtype, teacher_hidden.dtype}, autocast=torch.is_autocast_enabled("cpu"))
+        return fused.fused_divergence(hidden, head, teacher_hidden, *rest)
 
-    monkeypatch.setattr("trl_distill.heads.ChunkedDivergenceFunction", Recorder)
+    monkeypatch.setattr("trl_distill.estimators.fused_divergence", recorded)
     student, teacher = make_model("untied", seed=1), make_model("untied", seed=2)
     trainer = make_trainer(tmp_path, tokenizer, prompts, student, teacher, bf16=True, cast_lm_head_to_fp32=fp32_head)
     loss = trainer.rollout_loss(trainer.model, batch())
@@ -256,10 +253,10 @@ def test_fsdp2_shards_the_teacher_layer_by_layer(teacher):
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "mixed"])
-def test_heads_are_gathered_once_in_each_pass_not_for_each_tile(
+def test_heads_are_gathered_once_not_for_each_tile(
     tmp_path, tokenizer, prompts, student, teacher, monkeypatch, divergence
 ):
-    """What ZeRO-3 would have to gather: the two heads in the forward pass, and again in the backward pass."""
+    """What ZeRO-3 would have to gather: the two heads in the forward pass, where the gradient is formed too."""
     whole, gathered = [], []
 
     @contextmanager
@@ -272,15 +269,13 @@ def test_heads_are_gathered_once_in_each_pass_not_for_each_tile(
         for tensor in new:
             whole.remove(tensor.data_ptr())
 
-    monkeypatch.setattr(heads, "gathered_head", gathering)
-    monkeypatch.setattr("trl.kernels.chunked_divergence.maybe_gather_lm_head_ctx", gathering)
-    for name, size in (("TOKEN_TILE", 2), ("LOGITS_TILE", 2 * VOCAB)):
-        monkeypatch.setattr(heads, name, size)
-    monkeypatch.setattr("trl.kernels.chunked_divergence.TOKEN_CHUNK_SIZE", 2)
+    for module in (heads, fused):
+        monkeypatch.setattr(module, "gathered_head", gathering)
+    monkeypatch.setattr(fused, "TILE", 2 * VOCAB)
     trainer = make_trainer(tmp_path, tokenizer, prompts, student, teacher, divergence=divergence)
     gathered.clear()
     trainer.rollout_loss(trainer.model, batch()).backward()
-    assert [tuple(t.shape) for t in gathered] == [(VOCAB, 16), (VOCAB, 24)] * 2
+    assert [tuple(t.shape) for t in gathered] == [(VOCAB, 16), (VOCAB, 24)]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -313,6 +308,7 @@ def test_no_tensor_of_the_size_of_the_logits(tmp_path, tokenizer, prompts, monke
     monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
     for name, value in (("TOKEN_TILE", 8), ("VOCAB_TILE", 64), ("ROW_TILE", 1024)):
         monkeypatch.setattr(heads, name, value)
+    monkeypatch.setattr(fused, "TILE", 8 * 2000)
     student, teacher = (make_model(seed=seed, vocab_size=2000) for seed in (1, 2))
     inputs = batch(rows=8, prompt=4, completion=24)
     judged = int(inputs["completion_mask"].sum())

@@ -19,6 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.kernels.chunked_logprob import _use_triton
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import (
     FusedCausalLMOutput,
@@ -41,6 +42,7 @@ __all__ = [
     "create_model_from_path",
     "gathered_head",
     "get_config_model_id",
+    "has_triton",
     "post_init_without_group_check",
     "prepare_deepspeed",
     "prepare_fsdp",
@@ -55,6 +57,11 @@ DICT_FIELDS: list[str] = GRPOConfig._VALID_DICT_FIELDS
 def gathered_head(weight: torch.Tensor, bias: torch.Tensor | None) -> AbstractContextManager[Any]:
     """Context in which an LM head that ZeRO-3 has sharded is whole; without ZeRO-3 it does nothing."""
     return maybe_gather_lm_head_ctx(weight, bias)  # type: ignore[arg-type]
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether TRL's kernels run in Triton there."""
+    return _use_triton(device)
 
 
 def probe_environments(factory: Any) -> tuple[bool, Any]:

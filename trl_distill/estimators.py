@@ -13,11 +13,21 @@ from typing import Any, Protocol
 import torch
 
 from . import objective
-from .heads import LMHead, exact_divergence, log_probs_of, logits_of, top_ids
+from ._compat import has_triton
+from .fused import Form, Slopes, fused_divergence
+from .heads import LMHead, kernel_divergence, log_probs_of, logits_of, top_ids
 from .signals import HiddenStates, Signal, TokenLogProbs
 
 
 Measured = dict[str, torch.Tensor]
+
+# Divergences that TRL's kernel has, as the value of its `beta`; `None`: that is the divergence's alpha
+KERNEL_BETA = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": None}
+
+
+def uses_kernel(device: torch.device, divergence: str) -> bool:
+    """Whether TRL's kernel computes a divergence: where it runs in Triton."""
+    return divergence in KERNEL_BETA and has_triton(device)
 
 
 class Estimator(Protocol):
@@ -34,6 +44,10 @@ class Estimator(Protocol):
     takes: tuple[type, ...]
     stops: list[int]
 
+    def shares_logits(self, device: torch.device) -> bool:
+        """Whether `measure` also gives the student's log-probabilities at the sampling temperature: "own_log_q"."""
+        ...
+
     def measure(
         self,
         hidden: torch.Tensor,  # (N, H_s)
@@ -41,6 +55,7 @@ class Estimator(Protocol):
         signal: Any,  # one of `takes`, for the same N tokens
         sampled: torch.Tensor,  # (N,) ids
         log_q: torch.Tensor | None,  # (N,) the student's log-probability of `sampled`, at the sampling temperature
+        slopes: Slopes | None = None,  # what the gradients will be, where that is known
     ) -> Measured:
         """Per judged token, tensors of shape `(N,)` or `(N, K)`."""
         ...
@@ -73,8 +88,25 @@ class Full:
         self.divergence, self.alpha, self.temperature, self.stops = divergence, alpha, temperature, stops
         self.log_p_temperature = log_p_temperature
 
-    def measure(self, hidden, head, signal, sampled, log_q) -> Measured:
-        divergence, entropy = exact_divergence(hidden, head, signal, self.divergence, self.temperature, self.alpha)
+    def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> Measured:
+        if uses_kernel(hidden.device, self.divergence):
+            return self._by_kernel(hidden, head, signal, sampled, log_q)
+        form = Form(self.divergence, self.alpha, self.temperature, tuple(self.stops))
+        found = fused_divergence(hidden, head, signal.hidden, signal.head, form, sampled, slopes)
+        measured = {"divergence": found.divergence, "entropy": found.entropy}
+        if slopes is not None and slopes.log_q is not None:
+            measured["own_log_q"] = found.log_q
+        if self.log_p_temperature == self.temperature:
+            measured["log_p"] = found.log_p
+        elif self.log_p_temperature is not None and log_q is not None:
+            shared = min(head.vocab_size, signal.head.vocab_size)
+            measured["log_p"] = _log_p(signal, sampled, shared, self.log_p_temperature)
+        return measured
+
+    def _by_kernel(self, hidden, head, signal, sampled, log_q) -> Measured:
+        kernel_beta = KERNEL_BETA[self.divergence]
+        beta = self.alpha if kernel_beta is None else kernel_beta
+        divergence, entropy = kernel_divergence(hidden, head, signal, beta, self.temperature)
         shared = min(head.vocab_size, signal.head.vocab_size)
         if self.stops:
             of_student = _log_probs_of_few(hidden, head, self.stops, shared, self.temperature)
@@ -87,20 +119,30 @@ class Full:
             measured["log_p"] = _log_p(signal, sampled, shared, self.log_p_temperature)
         return measured
 
+    def shares_logits(self, device) -> bool:
+        return self.log_p_temperature == self.temperature and not uses_kernel(device, self.divergence)
+
     def term(self, measured, log_q, ratio, weight) -> torch.Tensor:
         return measured["divergence"]
 
 
-class Sampled:
-    """The sampled token's log-ratio as a cost: unbiased, and noisy."""
+class _FromLogProbs:
+    """Estimators that are given the student's log-probabilities."""
 
     needs_log_probs = True
     takes: tuple[type, ...] = (HiddenStates, TokenLogProbs)
 
+    def shares_logits(self, device: torch.device) -> bool:
+        return False
+
+
+class Sampled(_FromLogProbs):
+    """The sampled token's log-ratio as a cost: unbiased, and noisy."""
+
     def __init__(self, temperature: float, stops: list[int]):
         self.temperature, self.stops = temperature, stops
 
-    def measure(self, hidden, head, signal, sampled, log_q) -> Measured:
+    def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> Measured:
         log_p = _log_p(signal, sampled, head.vocab_size, self.temperature)
         if not self.stops:
             return {"log_p": log_p}
@@ -115,7 +157,7 @@ class Sampled:
         return objective.sampled_reverse_kl(measured.get("log_q", log_q), measured["log_p"], ratio, weight)
 
 
-class TopK:
+class TopK(_FromLogProbs):
     """
     The K most likely ids exactly, the rest by the sampled token: unbiased for every K.
 
@@ -123,13 +165,10 @@ class TopK:
     KL takes the rest as one class instead, a lower bound.
     """
 
-    needs_log_probs = True
-    takes: tuple[type, ...] = (HiddenStates, TokenLogProbs)
-
     def __init__(self, k: int, divergence: str, temperature: float, stops: list[int]):
         self.k, self.divergence, self.temperature, self.stops = k, divergence, temperature, stops
 
-    def measure(self, hidden, head, signal, sampled, log_q) -> Measured:
+    def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> Measured:
         log_p = _log_p(signal, sampled, head.vocab_size, self.temperature)
         if isinstance(signal, TokenLogProbs):
             ids = signal.top_ids[:, : self.k]

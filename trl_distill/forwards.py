@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ._compat import FusedCausalLMOutput
-from .heads import LMHead
+from .fused import Slopes
+from .heads import LMHead, log_probs_of
 from .signals import HiddenStates, Judgement, Rollouts
 
 
@@ -36,6 +37,26 @@ class DistilledOutput(FusedCausalLMOutput):
     """
 
     measured: list[dict[str, torch.Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """
+    What a student's forward is asked to do with the judgements.
+
+    Attributes:
+        measure: an estimator's, see [`~trl_distill.estimators.Estimator`].
+        log_probs (`str`): where log-probabilities come from, if they are wanted: "trl", from TRL's forward; "here", of
+            the judged tokens alone; "shared", from the logits of the one judgement, which is of all tokens.
+        temperature (`float`): of sampling, for "here".
+        policy_slope (`torch.Tensor` of shape `(B, C)`, *optional*): derivative of the policy loss by each token's
+            log-probability, as far as foreseen, for "shared".
+    """
+
+    measure: Callable[..., dict[str, torch.Tensor]]
+    log_probs: str = "trl"
+    temperature: float = 1.0
+    policy_slope: torch.Tensor | None = None
 
 
 def add_teacher_forward(model: nn.Module) -> None:
@@ -63,11 +84,10 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
     """
     Teach a student's forward to answer with what an estimator measures against the judgements of teachers.
 
-    `model(input_ids, attention_mask, rollouts=..., judgements=[...], measure=...)` returns a [`DistilledOutput`];
-    `measure` is an estimator's, see [`~trl_distill.estimators.Estimator`]. With TRL's
-    `fused_lm_head=True` (and `labels`) it also carries what TRL's forward computes, from the same backbone pass;
-    without, no log-probabilities are computed. With `rollouts` alone it answers as a teacher would, with
-    [`HiddenStates`]; without, the model behaves as before.
+    `model(input_ids, attention_mask, rollouts=..., judgements=[...], asked=...)` returns a [`DistilledOutput`]. With
+    TRL's `fused_lm_head=True` (and `labels`) it also carries log-probabilities and entropy, from the same backbone
+    pass; without, none are computed. With `rollouts` alone it answers as a teacher would, with [`HiddenStates`];
+    without, the model behaves as before.
 
     Args:
         model: the student, on top of TRL's fused LM head; its forward is extended in place.
@@ -83,43 +103,79 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
         *args: Any,
         rollouts: Rollouts | None = None,
         judgements: list[Judgement] | None = None,
-        measure: Callable[..., dict[str, torch.Tensor]] | None = None,
+        asked: Asked | None = None,
         fused_lm_head: bool = False,
         **kwargs: Any,
     ) -> Any:
         if rollouts is None:
             return fused_forward(self, *args, fused_lm_head=fused_lm_head, **kwargs)
-        if judgements is None or measure is None:
+        if judgements is None or asked is None:
             output = self.base_model(*args, use_cache=False, **kwargs)
             return HiddenStates(_judged(output.last_hidden_state, rollouts.mask), LMHead(self))
         device = self.get_output_embeddings().weight.device  # of a model that is split across devices, the last
-        length, log_q = rollouts.mask.shape[1], None
-        if fused_lm_head:
+        length, fields = rollouts.mask.shape[1], {}
+        if fused_lm_head and asked.log_probs == "trl":
             with last_hidden_state(self.base_model) as caught:
                 fields = dict(fused_forward(self, *args, fused_lm_head=True, **kwargs))
-            hidden, log_q = caught[0], fields["log_probs"][:, -length:].to(device)
+            hidden = caught[0]
         else:
-            fields = {}
+            kwargs.pop("labels", None)
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         sampled = rollouts.input_ids[:, -length:].to(device)
-        context: Any = torch.autocast(hidden.device.type, enabled=False) if fp32_head else nullcontext()
+        in_fp32: Any = torch.autocast(hidden.device.type, enabled=False) if fp32_head else nullcontext()
         measured = []
-        for judgement in judgements:
-            mask, signal, states = judgement.mask.to(device), judgement.signal, _judged(hidden, judgement.mask)
-            if fp32_head:
-                states, signal = states.float(), signal.float()
-            with ExitStack() as stack:
-                stack.enter_context(context)
-                head = stack.enter_context(LMHead(self).whole())
-                if isinstance(signal, HiddenStates):
-                    signal = replace(signal, head=stack.enter_context(signal.head.whole()))
-                else:
-                    signal = signal.map(lambda tensor: tensor.to(device))
-                found = measure(states, head, signal, sampled[mask], None if log_q is None else log_q[mask])
-            measured.append({name: _scatter(values, mask) for name, values in found.items()})
+        with in_fp32, LMHead(self).whole() as head:
+            if fused_lm_head and asked.log_probs == "here":
+                states = _judged(hidden, rollouts.mask)
+                found = log_probs_of(
+                    *(states.float() if fp32_head else states, head, sampled[rollouts.mask.to(device)]),
+                    *(head.vocab_size, asked.temperature, True),
+                )
+                fields = _as_trls(hidden, rollouts.mask, *found)
+            log_q = fields["log_probs"][:, -length:].to(device) if fields else None
+            for judgement in judgements:
+                mask, states = judgement.mask.to(device), _judged(hidden, judgement.mask)
+                signal = judgement.signal
+                if fp32_head:
+                    states, signal = states.float(), signal.float()
+                with signal_on(signal, device) as signal:
+                    found = asked.measure(
+                        *(states, head, signal, sampled[mask], None if log_q is None else log_q[mask]),
+                        slopes=_slopes(judgement, asked, mask),
+                    )
+                if "own_log_q" in found:
+                    fields = _as_trls(hidden, judgement.mask, found.pop("own_log_q"), found["entropy"])
+                measured.append({name: _scatter(values, mask) for name, values in found.items()})
         return DistilledOutput(**fields, measured=measured)
 
     base.forward = types.MethodType(forward, base)
+
+
+@contextmanager
+def signal_on(signal: Any, device: torch.device) -> Iterator[Any]:
+    """A signal where the student's head is, with the teacher's head whole."""
+    if not isinstance(signal, HiddenStates):
+        yield signal.map(lambda tensor: tensor.to(device))
+        return
+    with signal.head.whole() as head:
+        yield replace(signal, head=head)
+
+
+def _slopes(judgement: Judgement, asked: Asked, mask: torch.Tensor) -> Slopes | None:
+    """What is known beforehand of the gradients of one judgement's tokens."""
+    if judgement.slope is None:
+        return None
+    of_policy = asked.policy_slope if asked.log_probs == "shared" else None
+    return Slopes(judgement.slope.to(mask.device)[mask], None if of_policy is None else of_policy.to(mask.device)[mask])
+
+
+def _as_trls(
+    hidden: torch.Tensor, mask: torch.Tensor, log_probs: torch.Tensor, entropy: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Log-probabilities and entropy of judged tokens, `(N,)`, as TRL gives them: `(B, T - 1)`, 0 elsewhere."""
+    before = hidden.shape[1] - 1 - mask.shape[1]
+    found = {"log_probs": log_probs, "entropy": entropy}
+    return {name: nn.functional.pad(_scatter(values, mask), (before, 0)) for name, values in found.items()}
 
 
 class JudgedModel:
@@ -130,8 +186,8 @@ class JudgedModel:
     forward.
     """
 
-    def __init__(self, model: nn.Module, rollouts: Rollouts, judgements: list[Judgement], measure: Callable[..., Any]):
-        self._model = functools.partial(model, rollouts=rollouts, judgements=judgements, measure=measure)
+    def __init__(self, model: nn.Module, rollouts: Rollouts, judgements: list[Judgement], asked: Asked):
+        self._model = functools.partial(model, rollouts=rollouts, judgements=judgements, asked=asked)
         self._output: DistilledOutput | None = None
 
     def __call__(self, **inputs: Any) -> DistilledOutput:

@@ -1,16 +1,15 @@
-"""The fused LM head: hidden states of student and teacher in, numbers per token out, never a (B, T, V) tensor.
+"""LM heads: hidden states of student and teacher in, numbers per token out, never a (B, T, V) tensor.
 
-Exact divergences and log-probabilities run in TRL's kernels, the logits of a few ids and the likeliest ids here; all
-in tiles over tokens and vocabulary. Where hidden states come from is `forwards.py`'s business, what the numbers mean
-that of `estimators.py`.
+Log-probabilities run in TRL's kernels, the logits of a few ids and the likeliest ids here; all in tiles over tokens and
+vocabulary. The exact divergence is in `fused.py`, and in TRL's kernel where there is Triton. Where hidden states come
+from is `forwards.py`'s business, what the numbers mean that of `estimators.py`.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,16 +17,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ._compat import ChunkedDivergenceFunction, ChunkedLogProbFunction, gathered_head
-from .objective import summands
 from .signals import HiddenStates
 
 
-# Divergences that TRL's kernel has, as the value of its `beta`; `None`: that is the divergence's alpha
-KERNEL_BETA = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": None}
-
 # Tiles of what is projected here rather than in TRL's kernel: tokens, ids, and elements of gathered rows of a head
 TOKEN_TILE, VOCAB_TILE, ROW_TILE = 1024, 32768, 2**24
-LOGITS_TILE = 2**26  # elements of whole logits at a time, for divergences that the kernel lacks: 256 MiB in fp32
 
 
 class LMHead:
@@ -111,16 +105,15 @@ def logit_scale(config: Any) -> float:
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)  # Granite, MiniCPM3 divide
 
 
-def exact_divergence(
+def kernel_divergence(
     student_hidden: torch.Tensor,  # (N, H_s)
     student_head: LMHead,
     signal: HiddenStates,  # (N, H_t)
-    divergence: str = "reverse_kl",
+    kernel_beta: float,
     temperature: float = 1.0,
-    alpha: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Divergence between the next-token distributions of student and teacher over the whole shared vocabulary.
+    KL either way or JSD by TRL's kernel, which runs in Triton where there is one.
 
     Where the vocabularies differ in size (padding rows), both distributions are renormalised over the ids that both
     have. Hidden states may be in any dtype; under autocast they are projected in its dtype, accumulated in fp32.
@@ -129,9 +122,8 @@ def exact_divergence(
         student_hidden: hidden states of the N judged positions.
         student_head: the student's output layer.
         signal: the teacher's hidden states at the same N positions, and its output layer.
-        divergence: a name of [`~trl_distill.objective.summands`].
+        kernel_beta: as the kernel counts: 0 the forward KL, 1 the reverse KL, between them the JSD.
         temperature: softmax temperature of both.
-        alpha: the divergence's own parameter.
 
     Returns:
         `tuple` of two `torch.Tensor` of shape `(N,)`, fp32, in nats: the divergence, with gradient to the student's
@@ -140,20 +132,10 @@ def exact_divergence(
     teacher_hidden, teacher_head = signal.hidden, signal.head
     weight, bias = student_head.parameters()
     teacher_weight, teacher_bias = teacher_head.parameters()
-    if weight.device != teacher_weight.device:
-        raise ValueError(
-            f"The student's LM head is on {weight.device}, the teacher's on {teacher_weight.device}. Both project the "
-            "same tokens, so place them on one device in their `device_map`."
-        )
+    check_same_device(weight, teacher_weight)
     shared = teacher_head.vocab_size
     if shared < student_head.vocab_size:  # the kernel itself cuts a teacher that is larger
         weight, bias = weight[:shared], None if bias is None else bias[:shared]
-    if divergence not in KERNEL_BETA:
-        how = _How(student_head, teacher_head, functools.partial(summands, divergence, alpha=alpha), temperature)
-        return _TiledDivergence.apply(
-            student_hidden.to(weight.device), weight, bias, teacher_hidden.to(weight.device), how
-        )
-    kernel_beta = KERNEL_BETA[divergence]
     return ChunkedDivergenceFunction.apply(
         student_hidden.to(weight.device),
         weight,
@@ -161,7 +143,7 @@ def exact_divergence(
         teacher_hidden.to(weight.device),
         teacher_weight,
         teacher_bias,
-        alpha if kernel_beta is None else kernel_beta,
+        kernel_beta,
         temperature,
         student_head.logit_scale,
         student_head.softcap,
@@ -170,107 +152,18 @@ def exact_divergence(
     )
 
 
-class _How(NamedTuple):
-    """What a tiled divergence is computed with, beside tensors."""
-
-    student: LMHead
-    teacher: LMHead
-    summands: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    temperature: float
-
-
-class _TiledDivergence(torch.autograd.Function):
-    """
-    Any sum over ids of a function of both log-probabilities, for `(N, H)` hidden states, in tiles of whole logits.
-
-    Logits are computed again in the backward pass, so that none outlive their tile. As in the kernel, projections run
-    in autocast's dtype and everything else in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, teacher_hidden, how):
-        ctx.save_for_backward(hidden, weight, bias, teacher_hidden)
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        ctx.how, ctx.dtype = how, dtype
-        value, entropy = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
-        for rows, logits, log_p in _tiles(hidden, weight, bias, teacher_hidden, how, dtype):
-            log_q = _log_probs(logits, how.student, how.temperature)
-            value[rows] = how.summands(log_q, log_p).sum(-1)
-            entropy[rows] = -(log_q.exp() * log_q).sum(-1)
-        ctx.mark_non_differentiable(entropy)
-        return value, entropy
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        hidden, weight, bias, teacher_hidden = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        grad_weight = grad_bias = None
-        for rows, logits, log_p in _tiles(hidden, weight, bias, teacher_hidden, ctx.how, ctx.dtype):
-            with torch.enable_grad():
-                logits.requires_grad_()
-                log_q = _log_probs(logits, ctx.how.student, ctx.how.temperature)
-                value = ctx.how.summands(log_q, log_p).sum(-1)
-            (found,) = torch.autograd.grad(value, logits, grad[rows])
-            if grad_hidden is not None:
-                grad_hidden[rows] = (found.to(ctx.dtype) @ weight.to(ctx.dtype)).to(hidden.dtype)
-            if wants_weight:  # made here, where ZeRO-3 has gathered the weight and its shape is known
-                grad_weight = torch.zeros_like(weight, dtype=torch.float32) if grad_weight is None else grad_weight
-                grad_weight += found.to(ctx.dtype).T @ hidden[rows].to(ctx.dtype)
-            if wants_bias:
-                grad_bias = torch.zeros_like(bias, dtype=torch.float32) if grad_bias is None else grad_bias
-                grad_bias += found.sum(0)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
+def check_same_device(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """Both heads project the same tokens; raises `ValueError` where they lie apart."""
+    if student.device != teacher.device:
+        raise ValueError(
+            f"The student's LM head is on {student.device}, the teacher's on {teacher.device}. Both project the same "
+            "tokens, so place them on one device in their `device_map`."
         )
 
 
-def _tiles(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    teacher_hidden: torch.Tensor,
-    how: _How,
-    dtype: torch.dtype,
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """
-    Rows, the student's logits before scale and cap, and the teacher's log-probabilities, `(n, V)` in fp32.
-
-    At least one tile, so that heads which ZeRO-3 has sharded are gathered on every process.
-    """
-
-    def logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        bias = None if bias is None else bias.to(dtype)
-        return nn.functional.linear(states.to(dtype), weight.to(dtype), bias).float()
-
-    teacher_weight, teacher_bias = how.teacher.parameters()
-    with gathered_head(weight, bias), gathered_head(teacher_weight, teacher_bias):
-        shared = weight.shape[0]  # a larger teacher is cut to the student's ids, and renormalised
-        cut = teacher_weight[:shared], None if teacher_bias is None else teacher_bias[:shared]
-        size = max(1, LOGITS_TILE // shared)
-        for start in range(0, max(len(hidden), 1), size):
-            rows = slice(start, start + size)
-            with torch.no_grad():
-                log_p = _log_probs(logits(teacher_hidden[rows], *cut), how.teacher, how.temperature)
-                of_student = logits(hidden[rows], weight, bias)
-            yield rows, of_student, log_p
-
-
-def _log_probs(logits: torch.Tensor, head: LMHead, temperature: float) -> torch.Tensor:
-    logits = head.logit_scale * logits
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return (logits / temperature).log_softmax(-1)
-
-
 def log_probs_of(
-    hidden: torch.Tensor, head: LMHead, ids: torch.Tensor, vocab_size: int, temperature: float
-) -> torch.Tensor:
+    hidden: torch.Tensor, head: LMHead, ids: torch.Tensor, vocab_size: int, temperature: float, entropy: bool = False
+) -> Any:
     """
     Log-probability of one id at each position, over the first `vocab_size` ids: `(N,)`, fp32, with gradient.
 
@@ -280,15 +173,17 @@ def log_probs_of(
         ids (`torch.Tensor` of shape `(N,)`).
         vocab_size (`int`): a larger vocabulary is cut to it, and renormalised.
         temperature (`float`): softmax temperature.
+        entropy (`bool`): return the entropy of each position, too: a pair of tensors.
     """
     weight, bias = head.parameters()
     with gathered_head(weight, bias):
         if vocab_size < head.vocab_size:  # else the parameter itself, which the kernel gathers again in its backward
             weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
-        return ChunkedLogProbFunction.apply(
+        found = ChunkedLogProbFunction.apply(
             *(hidden.to(weight.device), weight, bias, ids.to(weight.device), temperature, VOCAB_TILE),
-            *(head.softcap, head.logit_scale, ()),
-        )[0]
+            *(head.softcap, head.logit_scale, ("entropy",) if entropy else ()),
+        )
+    return found[:2] if entropy else found[0]
 
 
 @torch.no_grad()

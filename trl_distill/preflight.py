@@ -18,7 +18,7 @@ from . import checks
 from .checks import Finding, load_tokenizer
 from .config import OPDConfig
 from .forwards import unwrap_adapter
-from .heads import exact_divergence
+from .fused import Form, fused_divergence
 from .served import ServedTeacher
 from .signals import Rollouts
 from .teachers import hub_kwargs, load_teacher_tokenizer, teacher_config
@@ -187,9 +187,9 @@ def probe_kl(student: nn.Module, teacher: Any, accelerator: Any, ids: list[int])
     student.eval()
     with accelerator.autocast():
         states = student(input_ids=input_ids, attention_mask=attention_mask, rollouts=probe)
-        kl, _ = exact_divergence(states.hidden, states.head, signal)
+        found = fused_divergence(states.hidden, states.head, signal.hidden, signal.head, Form())
     student.train(training)
-    return kl.mean().item()
+    return found.divergence.mean().item()
 
 
 def prompts_to_look_at(dataset: Any, column: str = "prompt") -> list[Any]:

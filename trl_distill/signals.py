@@ -124,12 +124,15 @@ class Judgement:
         signal ([`HiddenStates`] or [`TokenLogProbs`]): in the row-major order of `mask`.
         rows (`dict` of `torch.Tensor` of shape `(B,)`, bool): with several teachers, the rows that name it, by each of
             its names.
+        slope (`torch.Tensor` of shape `(B, C)`, *optional*): derivative of the loss by its divergence at each token,
+            where that is known beforehand.
     """
 
     mask: torch.Tensor
     weight: torch.Tensor
     signal: Signal
     rows: dict[str, torch.Tensor] = field(default_factory=dict)
+    slope: torch.Tensor | None = None
 
 
 class TeacherUnavailable(RuntimeError):

@@ -24,7 +24,7 @@ from .config import OPDConfig
 from .data import with_prompts
 from .data_checks import check_datasets
 from .estimators import Estimator
-from .forwards import DistilledOutput, JudgedModel
+from .forwards import Asked, DistilledOutput, JudgedModel
 from .metrics import forces, means
 from .off_policy import completion_batch, is_on_policy
 from .panel import read_specs
@@ -255,7 +255,7 @@ class OPDTrainer(Assembly):
             return self.policy_loss(model, for_policy)
         rollouts = Rollouts.from_inputs(inputs)
         judgements = self.panel.judge(inputs, self.mode == "train")
-        judged = JudgedModel(model, rollouts, judgements, self.estimator.measure)
+        judged = JudgedModel(model, rollouts, judgements, self._asked(inputs, rollouts, judgements, beta))
         if rewarded or self.has_side_terms:
             policy = self.policy_loss(judged, for_policy)
         else:
@@ -286,12 +286,12 @@ class OPDTrainer(Assembly):
         rollouts = Rollouts.from_inputs(inputs)
         judgements = self.panel.judge(inputs, training=True) if self.panel is not None else []
         estimator = self.off_policy_estimator
-        judged = JudgedModel(model, rollouts, judgements, estimator.measure)
+        self._foresee(inputs, rollouts, judgements, beta)
+        judged = JudgedModel(model, rollouts, judgements, Asked(estimator.measure))
         with self.accelerator.autocast():
             judged(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask)
         per_token, by_teacher = self._kl_term(estimator, judged.output, judgements, rollouts, inputs)
-        weights = inputs["row_weight"][:, None] if self.averages_over_rows else 1.0
-        loss = beta * self.reduce_per_token(per_token * weights, rollouts.mask, inputs)
+        loss = beta * self.reduce_per_token(self._by_row(per_token, inputs), rollouts.mask, inputs)
         of_tokens, _ = forces(judged.output, judgements, per_token, rollouts.mask, {}, beta)
         kl = f"distill/off_policy/{self.args.off_policy_divergence}"
         quantities = {kl: (per_token, rollouts.mask)} | {f"{kl}/{name}": found for name, found in by_teacher.items()}
@@ -299,6 +299,41 @@ class OPDTrainer(Assembly):
         self.terms = {"distill/loss": loss}
         self._log_step(quantities, self.terms, None)
         return loss
+
+    def _by_row(self, per_token: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """With the weights of rows, where there are any and the loss is averaged over rows."""
+        weighted = "row_weight" in inputs and self.averages_over_rows
+        return per_token * inputs["row_weight"][:, None] if weighted else per_token
+
+    def _foresee(
+        self, inputs: dict[str, Any], rollouts: Rollouts, judgements: list[Judgement], beta: float
+    ) -> torch.Tensor:
+        """
+        Note in each judgement what its divergence will weigh in the loss, which is known before the forward pass.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C)`: derivative of TRL's reduction by a value of each token.
+        """
+        with torch.enable_grad():
+            value = torch.zeros(rollouts.mask.shape, device=rollouts.mask.device, requires_grad=True)
+            reduced = self.reduce_per_token(self._by_row(value, inputs), rollouts.mask, inputs)
+            (slope,) = torch.autograd.grad(reduced, value)
+        for judgement in judgements:
+            judgement.slope = beta * judgement.weight[:, None] * slope
+        return slope
+
+    def _asked(self, inputs: dict[str, Any], rollouts: Rollouts, judgements: list[Judgement], beta: float) -> Asked:
+        """What the student's forward shall do, with as few projections as these rollouts allow."""
+        slope, estimator = self._foresee(inputs, rollouts, judgements, beta), self.estimator
+        # a ratio to log-probabilities that TRL computed needs TRL's own, rounded alike; its side terms need more of it
+        known = ("old_per_token_logps", "importance_sampling_ratio", "tool_mask")
+        if self.has_side_terms or any(name in inputs for name in known):
+            return Asked(estimator.measure)
+        whole = len(judgements) == 1 and bool((judgements[0].mask == rollouts.mask).all())
+        if whole and self.same_vocabulary and estimator.shares_logits(rollouts.mask.device):
+            # of fresh rollouts the policy loss is -A log q; where it is not, the backward pass makes up for it
+            return Asked(estimator.measure, "shared", policy_slope=-inputs["advantages"].view(len(slope), -1) * slope)
+        return Asked(estimator.measure, "here", self.args.temperature)
 
     def _student_inputs(self, rollouts: Rollouts) -> dict[str, Any]:
         """Arguments of the student's forward where there is no policy loss to call it."""

@@ -1,0 +1,358 @@
+"""The exact divergence from one projection of each model: values and gradients, tile by tile, in one pass.
+
+What a token's divergence weighs in the loss is nearly always known before the forward pass. Then its gradient is formed
+where the logits are at hand, and nothing is projected again: four products with a head instead of six. A gradient that
+arrives otherwise is made up for in the backward pass. The forms of the divergence are in `objective.py`, other
+projections in `heads.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from . import objective
+from ._compat import gathered_head
+from .heads import LMHead, check_same_device
+
+
+# Elements of a tile of logits: on CPUs as many as stay near the cache, but no fewer than MIN_ROWS tokens
+CPU_TILE, MIN_ROWS, TILE = 2**22, 128, 2**26
+MATCHES = 1e-5  # relative: how far a gradient may be from what was expected and still count as that
+
+
+@dataclass(frozen=True)
+class Form:
+    """
+    What is computed from two heads.
+
+    Attributes:
+        divergence (`str`): a name of [`~trl_distill.objective.summands`].
+        alpha (`float`): its parameter.
+        temperature (`float`): softmax temperature of both models.
+        stops (`tuple[int, ...]`): ids that count as one.
+    """
+
+    divergence: str = "reverse_kl"
+    alpha: float = 0.0
+    temperature: float = 1.0
+    stops: tuple[int, ...] = ()
+
+
+class Found(NamedTuple):
+    """
+    Per judged token, of shape `(N,)`, fp32, in nats.
+
+    `divergence` and `log_q`, the student's log-probability of the sampled token, carry gradients; the student's
+    `entropy` and the teacher's `log_p` of the sampled token do not.
+    """
+
+    divergence: torch.Tensor
+    log_q: torch.Tensor
+    entropy: torch.Tensor
+    log_p: torch.Tensor
+
+
+class Slopes(NamedTuple):
+    """Derivatives of the loss by divergence and log-probability of each judged token, `(N,)`, as far as foreseen."""
+
+    divergence: torch.Tensor
+    log_q: torch.Tensor | None = None
+
+
+def fused_divergence(
+    hidden: torch.Tensor,
+    head: LMHead,
+    teacher_hidden: torch.Tensor,
+    teacher_head: LMHead,
+    form: Form,
+    sampled: torch.Tensor | None = None,
+    slopes: Slopes | None = None,
+) -> Found:
+    """
+    Divergence of student and teacher over the ids that both have, and what else the same logits tell.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H_s)`): the student's.
+        head ([`~trl_distill.heads.LMHead`]): the student's.
+        teacher_hidden (`torch.Tensor` of shape `(N, H_t)`).
+        teacher_head ([`~trl_distill.heads.LMHead`]).
+        form ([`Form`]): which divergence, and how.
+        sampled (`torch.Tensor` of shape `(N,)`, *optional*): ids whose log-probabilities are wanted; of those that one
+            model lacks they mean nothing.
+        slopes ([`Slopes`], *optional*): what the gradient will be, up to a common factor. Right slopes save two
+            projections; wrong ones cost time, not correctness.
+    """
+    weight, bias = head.parameters()
+    teacher_weight, _ = teacher_head.parameters()
+    check_same_device(weight, teacher_weight)
+    device = weight.device
+    shared = min(head.vocab_size, teacher_head.vocab_size)
+    if shared < head.vocab_size:
+        weight, bias = weight[:shared], None if bias is None else bias[:shared]
+    ids = torch.zeros(len(hidden), dtype=torch.long) if sampled is None else sampled.clamp(max=shared - 1)
+    expected = (None, None) if slopes is None else slopes
+    how = _How(form, head, teacher_head)
+    found = _Fused.apply(hidden.to(device), weight, bias, teacher_hidden.to(device), ids.to(device), *expected, how)
+    return Found(*found)
+
+
+@dataclass(frozen=True)
+class _How:
+    form: Form
+    student: LMHead
+    teacher: LMHead
+
+
+class _Fused(torch.autograd.Function):
+    """See [`fused_divergence`]. Projections in autocast's dtype, summed in fp32; everything else in fp32."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, teacher_hidden, ids, slope, slope_log_q, how):
+        device = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.how = how
+        forms_gradient = slope is not None and any(ctx.needs_input_grad[:3])
+        grads = _Gradients.wanted_by(ctx.needs_input_grad) if forms_gradient else None
+        found = Found(*(torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in Found._fields))
+        _run(ctx, (hidden, weight, bias, teacher_hidden, ids), found, grads, slope, slope_log_q)
+        ctx.save_for_backward(hidden, weight, bias, teacher_hidden, ids, slope, slope_log_q)
+        ctx.formed = grads
+        ctx.mark_non_differentiable(found.entropy, found.log_p)
+        ctx.set_materialize_grads(False)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx, grad, grad_log_q, *_):
+        *tensors, slope, slope_log_q = ctx.saved_tensors
+        grads, ctx.formed = ctx.formed, None
+        given = [None if g is None else g.float() for g in (grad, grad_log_q)]
+        if grads is None:
+            grads, rest = _Gradients.wanted_by(ctx.needs_input_grad), given
+        else:
+            factor, rest = _compared(given, [slope, slope_log_q])
+            grads.scale(factor)
+        if any(part is not None for part in rest):  # not foreseen: the logits once more
+            _run(ctx, tensors, None, grads, *rest)
+        hidden, weight, bias = tensors[:3]
+        return (*grads.as_given(hidden, weight, bias), *[None] * 5)
+
+
+def _compared(
+    given: list[torch.Tensor | None], foreseen: list[torch.Tensor | None]
+) -> tuple[float, list[torch.Tensor | None]]:
+    """The factor by which gradients are those that were foreseen, and what is left of each beyond that, or `None`."""
+    pairs = [(g, s) for g, s in zip(given, foreseen, strict=True) if g is not None and s is not None]
+    overlap = sum((g * s).sum().item() for g, s in pairs)
+    size = sum((s * s).sum().item() for _, s in pairs)
+    factor = overlap / size if size else 1.0
+    largest = max((g.abs().max().item() for g in given if g is not None and g.numel()), default=0.0)
+    rest: list[torch.Tensor | None] = []
+    for g, s in zip(given, foreseen, strict=True):
+        if g is None and s is None:
+            rest.append(None)
+            continue
+        left = (0 if g is None else g) - (0 if s is None else factor * s)
+        assert isinstance(left, torch.Tensor)
+        rest.append(left if left.numel() and left.abs().max().item() > MATCHES * largest else None)
+    return factor, rest
+
+
+class _Gradients:
+    """Gradients in hidden states, weight and bias, summed in fp32 over tiles; `None` for what needs none."""
+
+    def __init__(self, hidden: bool, weight: bool, bias: bool):
+        self.wants = hidden, weight, bias
+        self.hidden: torch.Tensor | None = None
+        self.weight: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
+
+    @classmethod
+    def wanted_by(cls, needs_input_grad: tuple[bool, ...]) -> _Gradients:
+        return cls(*needs_input_grad[:3])
+
+    def begin(self, hidden: torch.Tensor, weight: torch.Tensor) -> None:
+        """Made where ZeRO-3 has gathered the weight and its shape is known."""
+        if self.wants[0] and self.hidden is None:
+            self.hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        if self.wants[1] and self.weight is None:
+            self.weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device)
+        if self.wants[2] and self.bias is None:
+            self.bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=hidden.device)
+
+    def add(self, rows: slice, found: torch.Tensor, states: torch.Tensor, weight: torch.Tensor) -> None:
+        """Of a tile: derivatives by the projected logits `(n, V)`, fp32; hidden states and weight in their dtype."""
+        rounded = found.to(states.dtype)
+        if self.hidden is not None:
+            _add_product(self.hidden[rows], rounded, weight)
+        if self.weight is not None:
+            _add_product(self.weight, rounded.T, states)
+        if self.bias is not None:
+            self.bias += found.sum(0)
+
+    def scale(self, factor: float) -> None:
+        for tensor in (self.hidden, self.weight, self.bias) if factor != 1.0 else ():
+            if tensor is not None:
+                tensor.mul_(factor)
+
+    def as_given(self, *inputs: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """In the dtype of the inputs."""
+        sums = (self.hidden, self.weight, self.bias)
+        return [None if s is None or i is None else s.to(i.dtype) for s, i in zip(sums, inputs, strict=True)]
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """`total += a @ b` in fp32, whatever the factors are rounded to."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        total.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` in fp32."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _run(
+    ctx: Any,
+    tensors: Any,
+    found: Found | None,
+    grads: _Gradients | None,
+    slope: torch.Tensor | None,
+    slope_log_q: torch.Tensor | None,
+) -> None:
+    """All tiles: fill in `found`, and add to `grads` what the slopes make of the divergence and of log q."""
+    hidden, weight, bias, teacher_hidden, ids = tensors
+    how, dtype = ctx.how, ctx.dtype
+    teacher_weight, teacher_bias = how.teacher.parameters()
+    with gathered_head(weight, bias), gathered_head(teacher_weight, teacher_bias):
+        shared = weight.shape[0]
+        ours = _Projection(how.student, weight, bias, dtype)
+        teachers = _Projection(
+            how.teacher, teacher_weight[:shared], None if teacher_bias is None else teacher_bias[:shared], dtype
+        )
+        if grads is not None:
+            grads.begin(hidden, weight)
+        for rows in _row_tiles(len(hidden), shared, hidden.device):
+            states = hidden[rows].to(dtype)
+            logits = ours(states)
+            log_q = logits.scaled(how.form.temperature).log_softmax(-1)
+            log_p = teachers(teacher_hidden[rows].to(dtype)).scaled(how.form.temperature).log_softmax(-1)
+            parts = [None if s is None else s[rows, None] for s in (slope, slope_log_q)]
+            tile = _Tile(log_q, log_p, how.form)
+            if found is not None:
+                at = ids[rows, None]
+                found.log_q[rows] = log_q.gather(1, at)[:, 0]
+                found.log_p[rows] = log_p.gather(1, at)[:, 0]
+                found.entropy[rows] = -torch.linalg.vecdot(tile.q, log_q)
+            derivative = tile.measure(found and found.divergence[rows], grads is not None, *parts)
+            if grads is not None and derivative is not None:
+                if parts[1] is not None:
+                    derivative.scatter_add_(1, ids[rows, None], parts[1])
+                grads.add(rows, logits.through(derivative.div_(how.form.temperature)), states, ours.weight)
+
+
+def _row_tiles(length: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
+    """Slices of tokens. At least one, so that heads which ZeRO-3 has sharded are gathered on every process."""
+    most = TILE // vocab_size
+    size = min(max(CPU_TILE // vocab_size, MIN_ROWS), most) if device.type == "cpu" else most
+    for start in range(0, max(length, 1), max(size, 1)):
+        yield slice(start, start + max(size, 1))
+
+
+class _Projection:
+    """A head as a function of hidden states in the given dtype."""
+
+    def __init__(self, head: LMHead, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
+        self.head, self.weight, self.bias = head, weight.detach().to(dtype), bias
+        if not weight.is_cuda:
+            self.weight = self.weight.float()  # rounded, and then multiplied in fp32: once for all tiles
+
+    def __call__(self, states: torch.Tensor) -> _Logits:
+        logits = _product(states, self.weight.T)
+        if self.bias is not None:
+            logits += self.bias.detach().float()
+        return _Logits(logits, self.head)
+
+
+class _Logits:
+    """Logits of a tile, `(n, V)`, after the model's scale and soft cap."""
+
+    def __init__(self, projected: torch.Tensor, head: LMHead):
+        self.scale, self.softcap = head.logit_scale, head.softcap
+        self.bent: torch.Tensor | None = None
+        if self.scale != 1.0:
+            projected.mul_(self.scale)
+        if self.softcap is not None:
+            self.bent = projected.div_(self.softcap).tanh_()
+            projected = self.softcap * self.bent
+        self.values = projected
+
+    def scaled(self, temperature: float) -> torch.Tensor:
+        return self.values if temperature == 1.0 else self.values / temperature
+
+    def through(self, derivative: torch.Tensor) -> torch.Tensor:
+        """A derivative by these logits as one by what was projected; in place."""
+        if self.bent is not None:
+            derivative.mul_(1 - self.bent.square())
+        return derivative if self.scale == 1.0 else derivative.mul_(self.scale)
+
+
+class _Tile:
+    """Log-probabilities of both models at a few tokens, `(n, V)`, and what becomes of them; reuses their memory."""
+
+    def __init__(self, log_q: torch.Tensor, log_p: torch.Tensor, form: Form):
+        self.log_q, self.log_p, self.form = log_q, log_p, form
+        self.q = log_q.exp()
+
+    def measure(
+        self,
+        value: torch.Tensor | None,
+        wanted: bool,
+        slope: torch.Tensor | None,
+        slope_log_q: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """
+        Write the divergence to `value`; return slope · ∂divergence − slope_log_q · q by the logits, where `wanted`.
+
+        With Σ_v f(log q_v) as the divergence and g = ∂f, the derivative by logit u is g_u − q_u Σ_v g_v.
+        """
+        if self.form.divergence == "reverse_kl" and not self.form.stops:  # q (log q − log p − KL)
+            difference = torch.sub(self.log_q, self.log_p, out=self.log_p)
+            divergence = torch.linalg.vecdot(self.q, difference)
+            derivative = difference.sub_(divergence[:, None]) if wanted else None
+            if derivative is not None:
+                derivative.mul_(0.0 if slope is None else slope)
+                if slope_log_q is not None:
+                    derivative.sub_(slope_log_q)
+                derivative.mul_(self.q)
+        else:
+            divergence, derivative = self._by_autograd(wanted)
+            if derivative is not None:
+                derivative.addcmul_(self.q, derivative.sum(-1, keepdim=True), value=-1.0)
+                derivative.mul_(0.0 if slope is None else slope)
+                if slope_log_q is not None:
+                    derivative.addcmul_(self.q, slope_log_q.expand_as(self.q), value=-1.0)
+        if value is not None:
+            value.copy_(divergence)
+        return derivative
+
+    def _by_autograd(self, wanted: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Any form, stop tokens merged: its value and its derivatives by the log-probabilities."""
+        form, log_p = self.form, self.log_p
+        with torch.enable_grad():
+            log_q = self.log_q.requires_grad_(wanted)
+            divergence = objective.summands(form.divergence, log_q, log_p, form.alpha).sum(-1)
+            if form.stops:
+                ours, theirs = (x[:, list(form.stops)] for x in (log_q, log_p))
+                divergence = objective.as_one_class(divergence, ours, theirs, form.divergence, form.alpha)
+            if not wanted:
+                return divergence, None
+            (derivative,) = torch.autograd.grad(divergence.sum(), log_q)
+        return divergence.detach(), derivative
