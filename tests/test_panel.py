@@ -65,7 +65,8 @@ ESTIMATORS = [("full", 0.0), ("topk", 0.0), ("sampled", 0.0), ("full", 1.0)]
 
 
 @pytest.mark.parametrize(("estimator", "discount"), ESTIMATORS)
-def test_a_parked_teacher_trains_bit_for_bit_as_a_resident_one(make, estimator, discount):
+def test_a_parked_teacher_trains_as_a_resident_one(make, estimator, discount):
+    """Up to rounding: it judges rows of like length together, a resident one those of each micro-batch."""
     settings = {
         "kl_estimator": estimator,
         "kl_discount": discount,
@@ -74,8 +75,9 @@ def test_a_parked_teacher_trains_bit_for_bit_as_a_resident_one(make, estimator, 
         "max_steps": 3,
     }
     (resident, expected), (parked, found) = trained(make(**settings)), trained(make(teacher_offload=True, **settings))
-    assert resident == parked
-    assert torch.equal(expected, found)
+    for ours, theirs in zip(parked, resident, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_parked_teacher_visits_once_per_generation_batch_and_leaves_its_head(make, monkeypatch):

@@ -46,13 +46,14 @@ def parameters(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(("beta", "divergence"), [(1.0, "reverse_kl"), (0.5, "jsd"), (0.0, "forward_kl")])
 def test_losses_and_gradient_norms_equal_those_of_trls_distillation_trainer(
-    tmp_path, tokenizer, prompts, student, teacher, beta, divergence
+    tmp_path, tokenizer, prompts, student, teacher, beta, divergence, accumulation
 ):
     with torch.no_grad():  # stop now and then, so that lengths are ragged and the normaliser matters
         student.model.embed_tokens.weight[EOS] *= 1.5
-    shared = {"gradient_accumulation_steps": 2, "max_steps": 5, "max_grad_norm": 1e9}
+    shared = {"gradient_accumulation_steps": accumulation, "max_steps": 5, "max_grad_norm": 1e9}
     args = config(tmp_path, divergence=divergence, **shared)
     ours = run(copy.deepcopy(student), copy.deepcopy(teacher), args, prompts, tokenizer)
     theirs_config = DistillationConfig(
@@ -79,7 +80,8 @@ def test_losses_and_gradient_norms_equal_those_of_trls_distillation_trainer(
     assert len(set(logged(ours, "completions/mean_length"))) > 1
     assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), rel=1e-5)
     assert logged(ours, "grad_norm") == pytest.approx(logged(theirs, "grad_norm"), rel=1e-5)
-    assert logged(ours, "entropy") == pytest.approx(logged(theirs, "entropy"), rel=1e-5)
+    if accumulation == 1:  # the log has the mean of micro-batches' means, and ours hold other rows together
+        assert logged(ours, "entropy") == pytest.approx(logged(theirs, "entropy"), rel=1e-5)
     assert len(logged(ours, "loss")) == 5
     assert relative_error(parameters(ours.model), parameters(theirs.model)) < 1e-5
 

@@ -31,6 +31,7 @@ from trl.trainer.utils import (
 
 from .checkpoints import CheckpointError, last_complete, mark_complete, unmark, what_is_missing
 from .objective import leave_one_out
+from .padding import by_length, trimmed
 
 
 __all__ = [
@@ -135,11 +136,14 @@ class Seams(GRPOTrainer):
     `GRPOTrainer` with public names for the private ones that this package needs.
 
     A subclass overrides [`~Seams.rollout_loss`] (what is minimised on a micro-batch) and
-    [`~Seams.rollouts_written`] (what else travels with the rollouts), and sets `has_rewards`, and
-    `leave_one_out` where a row's baseline shall not contain its own reward.
+    [`~Seams.rollouts_written`] (what else travels with the rollouts), and sets `has_rewards`, `leave_one_out` where a
+    row's baseline shall not contain its own reward, `saves_padding` where micro-batches may be cut to their longest
+    row, and `trims_prompts` where that holds for the left side too.
     """
 
     has_rewards: bool = True
+    saves_padding: bool = False
+    trims_prompts: bool = False
     leave_one_out: bool = False
     num_generations: Any
     num_generations_eval: Any
@@ -147,6 +151,7 @@ class Seams(GRPOTrainer):
     args: Any  # a `GRPOConfig`; `Trainer` declares less
     model: Any
     current_gradient_accumulation_steps: int
+    _buffered_inputs: Any
     max_completion_length: int
     _logs: dict[str, Any]
 
@@ -177,6 +182,7 @@ class Seams(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's rollouts, with advantages over the mean of the others, and each row's reward beside them."""
+        self._fresh = True
         output = self.given_batch(inputs)
         if output is None:
             self._rewards_per_func = None
@@ -187,6 +193,26 @@ class Seams(GRPOTrainer):
             output |= self._counted(output)
         self.rollouts_written(inputs, output)
         return output
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """TRL's micro-batch, without padding that none of its rows needs."""
+        self._fresh = False
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.saves_padding:
+            return inputs
+        if self._fresh and self.mode == "train":
+            arranged = by_length(list(self._buffered_inputs or []), self.micro_batches_alike)
+            self._buffered_inputs, inputs = arranged, arranged[self._step % self.args.steps_per_generation]
+        return trimmed(inputs, self.trims_prompts)
+
+    @property
+    def micro_batches_alike(self) -> int:
+        """How many consecutive micro-batches may exchange rows without changing the update; 1 where none may."""
+        by_micro_batch = self.loss_type == "bnpo" or self.has_side_terms or self.top_entropy_quantile < 1.0
+        accumulation, steps = self.args.gradient_accumulation_steps, self.args.steps_per_generation
+        if by_micro_batch or (accumulation % steps and steps % accumulation):
+            return 1
+        return min(accumulation, steps)
 
     def given_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         """

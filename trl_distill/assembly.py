@@ -17,7 +17,7 @@ from torch import nn
 from . import checks
 from .config import OPDConfig
 from .estimators import Estimator, check_signals, make_estimator
-from .forwards import add_student_forward, last_hidden_state, unwrap_adapter
+from .forwards import add_student_forward, has_relative_positions, last_hidden_state, unwrap_adapter
 from .heads import LMHead
 from .off_policy import token_ids
 from .panel import Panel, make_panel
@@ -144,6 +144,8 @@ class Assembly(Watched):
         )
         off_policy = args.off_policy_divergence
         self.off_policy_estimator = make("full", off_policy, alpha=args.alpha_of(off_policy))
+        self.saves_padding = True
+        self.trims_prompts = has_relative_positions(student.config)
         self.panel = make_panel(specs, args, self.accelerator, self.model, text_config.vocab_size)
         check_signals(args.kl_estimator, self.estimator, self.panel.teachers, args.kl_temperature or args.temperature)
         if isinstance(self.teacher, LocalTeacher):

@@ -212,6 +212,11 @@ def _unbound_forward(model: nn.Module) -> Callable[..., Any]:
     return functools.wraps(forward)(lambda _self, *args, **kwargs: forward(*args, **kwargs))
 
 
+def has_relative_positions(config: Any) -> bool:
+    """Whether a model is indifferent to padding on the left: rotary embeddings, by its configuration."""
+    return getattr(config.get_text_config(), "rope_parameters", None) is not None
+
+
 def unwrap_adapter(model: Any) -> PreTrainedModel:
     """The transformers model under a PEFT wrapper, or the model itself."""
     return model.get_base_model() if is_peft_model(model) else model

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from .forwards import unwrap_adapter
+from .forwards import has_relative_positions, unwrap_adapter
 from .heads import FrozenHead
 from .signals import HiddenStates, Rollouts
 from .teachers import in_parts, is_sharded
@@ -169,6 +169,7 @@ def _looked_at(
                 lambda part: student(input_ids=part.input_ids, attention_mask=part.attention_mask, rollouts=part),
                 rollouts,
                 batch_size,
+                has_relative_positions(unwrap_adapter(student).config),
             )
     finally:
         student.train(training)

@@ -48,6 +48,14 @@ class Rollouts:
         """Some of the rows: a slice, a mask `(B,)` or indices."""
         return Rollouts(self.input_ids[index], self.attention_mask[index], self.mask[index])
 
+    def trimmed(self, prompts: bool = True) -> Rollouts:
+        """Without the columns that are padding in every row; on the left only where `prompts` may be cut."""
+        attended, completion = self.attention_mask.any(0), self.mask.shape[1]
+        length = max(int(attended[-completion:].sum()), 1)
+        first = int(attended.int().argmax()) if prompts else 0
+        first, last = min(first, len(attended) - completion - 1), len(attended) - completion + length
+        return Rollouts(self.input_ids[:, first:last], self.attention_mask[:, first:last], self.mask[:, :length])
+
 
 @dataclass
 class _PerToken:

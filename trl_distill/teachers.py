@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from ._compat import create_model_from_path, get_config_model_id, prepare_deepspeed, prepare_fsdp
 from .checks import load_config, load_tokenizer
 from .config import OPDConfig
-from .forwards import add_teacher_forward, unwrap_adapter
+from .forwards import add_teacher_forward, has_relative_positions, unwrap_adapter
 from .signals import HiddenStates, Rollouts, Signal
 
 
@@ -88,6 +88,7 @@ class LocalTeacher:
         self.accelerator, self.batch_size = accelerator, batch_size
         self.vocab_size: int = unwrap_adapter(model).config.get_text_config().vocab_size
         self._lacks_ids = self.vocab_size < student_vocab_size
+        self._trims_prompts = has_relative_positions(unwrap_adapter(model).config)
         model.requires_grad_(False)
         model.eval()
         add_teacher_forward(model)
@@ -132,6 +133,7 @@ class LocalTeacher:
                 lambda part: model(input_ids=part.input_ids, attention_mask=part.attention_mask, rollouts=part),
                 Rollouts(input_ids, rollouts.attention_mask, rollouts.mask),
                 self.batch_size,
+                self._trims_prompts,
             )
 
 
@@ -198,11 +200,31 @@ class ParkedTeacher(LocalTeacher):
 
 
 def in_parts(
-    forward: Callable[[Rollouts], HiddenStates], rollouts: Rollouts, batch_size: int | None = None
+    forward: Callable[[Rollouts], HiddenStates],
+    rollouts: Rollouts,
+    batch_size: int | None = None,
+    trims_prompts: bool = False,
 ) -> HiddenStates:
-    """Judge `batch_size` rows at a time."""
+    """
+    Judge `batch_size` rows at a time, rows of like length together and without padding that none of them needs.
+
+    Args:
+        forward: of the teacher.
+        rollouts ([`Rollouts`]): what is judged.
+        batch_size (`int`, *optional*): rows at a time; all of them unless given.
+        trims_prompts (`bool`): cut padding on the left, too.
+
+    Returns:
+        [`HiddenStates`]: in the order of the rollouts.
+    """
     size = batch_size or len(rollouts)
-    return HiddenStates.cat([forward(rollouts.rows(slice(i, i + size))) for i in range(0, len(rollouts), size)])
+    order = rollouts.attention_mask.sum(1).argsort(descending=True, stable=True)
+    pieces: dict[int, HiddenStates] = {}
+    for rows in order.split(size):
+        part = rollouts.rows(rows).trimmed(trims_prompts)
+        counts = part.mask.sum(1).tolist()
+        pieces |= dict(zip(rows.tolist(), forward(part).split(counts), strict=True))
+    return HiddenStates.cat([pieces[row] for row in range(len(rollouts))])
 
 
 def load_teacher(spec: str | nn.Module, args: OPDConfig, accelerator: Accelerator, student_vocab_size: int) -> Teacher:

@@ -1,0 +1,71 @@
+"""Less padding: micro-batches of rows of like length, cut to the longest of them.
+
+Functions of TRL's batches, `dict`s of tensors. When rows may change places without changing the update is said in
+`_compat.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+PROMPT = ("prompt", "teacher_prompt")
+COMPLETION = (  # what has a column for each completion token; (B, 1) where it holds for the sequence
+    "completion_ids",
+    "completion_mask",
+    "tool_mask",
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "sampling_per_token_logps",
+    "importance_sampling_ratio",
+)
+
+
+def trimmed(batch: dict[str, Any], prompts: bool = True) -> dict[str, Any]:
+    """
+    A batch without the columns that are padding in every row.
+
+    Args:
+        batch (`dict`): "prompt_ids" `(B, P)`, left-padded, "completion_ids" `(B, C)`, right-padded, their masks, and
+            what else travels along.
+        prompts (`bool`): cut prompts, too. Not for models that count positions from the left end of the padding.
+    """
+    shorter = dict(batch)
+    length = max(int(batch["completion_mask"].any(0).sum()), 1)
+    for name in COMPLETION:
+        if name in batch:
+            shorter[name] = batch[name][:, :length]
+    for name in PROMPT if prompts else ():
+        if f"{name}_mask" in batch:
+            kept = max(int(batch[f"{name}_mask"].any(0).sum()), 1)
+            for what in ("ids", "mask"):
+                shorter[f"{name}_{what}"] = batch[f"{name}_{what}"][:, -kept:]
+    return shorter
+
+
+def by_length(batches: list[dict[str, Any]], alike: int) -> list[dict[str, Any]]:
+    """
+    The same micro-batches with rows exchanged, so that each holds rows of like length, the longest first.
+
+    Args:
+        batches (`list` of `dict`): of equally many rows each.
+        alike (`int`): within how many consecutive ones rows may be exchanged.
+    """
+    tensors = all(isinstance(value, torch.Tensor) for batch in batches for value in batch.values())
+    if alike == 1 or not tensors:
+        return batches
+    arranged = []
+    for start in range(0, len(batches), alike):
+        some = batches[start : start + alike]
+        together = {
+            name: torch.cat([batch[name] for batch in some]) if value.dim() else value
+            for name, value in some[0].items()
+        }
+        lengths = together["prompt_mask"].sum(1) + together["completion_mask"].sum(1)
+        pieces = lengths.argsort(descending=True, stable=True).split(len(some[0]["prompt_ids"]))
+        arranged += [
+            {name: value[rows] if value.dim() else value for name, value in together.items()} for rows in pieces
+        ]
+    return arranged
