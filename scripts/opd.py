@@ -39,7 +39,7 @@ from trl_distill.checkpoints import CheckpointError, last_complete
 from trl_distill.checks import Finding
 from trl_distill.data import import_reward, load_splits, take_split
 from trl_distill.deepspeed_ops import build_ops
-from trl_distill.guards import EXIT_STOPPED, NonFiniteLossError, RunawayError, StopOnSigterm
+from trl_distill.guards import EXIT_STOPPED, NonFiniteLossError, RunawayError, StopOnSigterm, StoppedBySignal
 from trl_distill.preflight import PreflightError, Report
 
 
@@ -130,20 +130,16 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
     if script_args.check_only:
         show(getattr(trainer, "preflight", Report()))  # without a teacher there is nothing to compare
     resume = args.resume_from_checkpoint
-    if resume == "auto":
+    if resume in ("auto", "True", "true"):
         resume = last_complete(args.output_dir)
     try:
         with stop.listening():
             trainer.train(resume_from_checkpoint=resume)
+    except StoppedBySignal as error:
+        trainer.accelerator.print(f"{error}")
+        sys.exit(EXIT_STOPPED)
     except (CheckpointError, NonFiniteLossError, RunawayError, TeacherAnswerError, TeacherUnavailable) as error:
         sys.exit(f"{error}")
-    if stop.stopped:
-        where = last_complete(args.output_dir)
-        trainer.accelerator.print(
-            f"Stopped by SIGTERM after {trainer.state.global_step} steps. Everything so far is in {where}: go on with "
-            "`--resume_from_checkpoint auto`."
-        )
-        sys.exit(EXIT_STOPPED)
     trainer.save_model(args.output_dir)
     trainer.save_state()  # the log, beside the model
     if args.push_to_hub:

@@ -123,3 +123,25 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(make, tmp_path):
     whole = make(save_strategy="no")
     whole.train()
     assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_what_is_saved_of_the_settings_is_what_was_set(make, tmp_path):
+    make(save_total_limit=2, max_steps=1).train()
+    saved = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
+    assert saved.save_total_limit == 2
+
+
+def test_a_named_checkpoint_that_is_not_complete(make, tmp_path):
+    make(max_steps=2).train()
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-2 is not complete: optimizer\.pt is missing"):
+        make().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_what_fails_after_the_checkpoint_leaves_it(make, tmp_path, monkeypatch):
+    """Such as a push to the hub."""
+    trainer = make(max_steps=1)
+    monkeypatch.setattr(trainer, "checkpoint_written", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert (tmp_path / "checkpoint-1" / "trainer_state.json").is_file()

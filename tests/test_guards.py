@@ -13,20 +13,21 @@ import pytest
 import torch
 from helpers import config
 
-from trl_distill import NonFiniteLossError, OPDTrainer, RunawayError, StopOnSigterm
+from trl_distill import NonFiniteLossError, OPDTrainer, RunawayError, StopOnSigterm, StoppedBySignal
 from trl_distill.checkpoints import last_complete
 from trl_distill.guards import Guard, repetition
 
 
 @pytest.fixture
 def make(tmp_path, tokenizer, prompts, student, teacher):
-    def build(reward_funcs=None, callbacks=None, **changes):
+    def build(reward_funcs=None, callbacks=None, eval_dataset=None, **changes):
         return OPDTrainer(
             model=copy.deepcopy(student),
             teacher_model=copy.deepcopy(teacher) if changes.get("beta") != 0 else None,
             reward_funcs=reward_funcs,
             args=config(tmp_path, **changes),
             train_dataset=prompts,
+            eval_dataset=eval_dataset,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
@@ -54,7 +55,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_evidence(make, tmp_path, be
         return policy_loss(model, inputs) * (float("inf") if len(seen) > 2 else 1.0) + 0.0
 
     trainer.policy_loss = broken
-    with pytest.raises(NonFiniteLossError, match=r"after step 2 is (nan|-?inf) on .*There is no checkpoint yet"):
+    with pytest.raises(NonFiniteLossError, match=r"after step 2 is no number on 1 of 1 .*There is no checkpoint yet"):
         trainer.train()
     assert torch.equal(weights(trainer), seen[2])
     evidence = json.loads((tmp_path / "nonfinite-after-step-2" / "process-0.json").read_text())
@@ -98,26 +99,44 @@ def test_runaway_completions_stop_the_run_with_a_checkpoint(make, tmp_path, name
     assert all(0 <= row["distill/repetition"] <= 1 for row in trainer.state.log_history if "loss" in row)
 
 
-def test_sigterm_ends_the_run_after_the_step_with_a_checkpoint(make, tmp_path):
+@pytest.mark.parametrize(
+    "saving",
+    [
+        {},
+        {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1},
+        {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_reward"},
+        {
+            **{"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "load_best_model_at_end": True},
+            **{"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_reward"},
+        },
+    ],
+    ids=["no saving", "limit", "best", "best at the end"],
+)
+def test_sigterm_ends_the_run_after_the_step_with_a_checkpoint(make, tmp_path, prompts, saving):
     stop, before = StopOnSigterm(), signal.getsignal(signal.SIGTERM)
 
     def reward(completions, **_):
-        if trainer.state.global_step == 1:
+        if trainer.state.global_step == 2 and trainer.model.training:
             os.kill(os.getpid(), signal.SIGTERM)
         return length(completions)
 
-    trainer = make([reward], [stop], max_steps=5, num_generations=2)
-    with stop.listening():
+    settings = {"max_steps": 5, "num_generations": 2, "per_device_eval_batch_size": 32, **saving}
+    trainer = make([reward], [stop], eval_dataset=prompts, **settings)
+    with (
+        pytest.raises(StoppedBySignal, match=r"after step 3\. Everything so far is in .*checkpoint-3"),
+        stop.listening(),
+    ):
         trainer.train()
-    assert stop.stopped
-    assert trainer.state.global_step == 2
-    assert last_complete(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert trainer.state.global_step == 3
+    assert last_complete(tmp_path) == str(tmp_path / "checkpoint-3")
     assert signal.getsignal(signal.SIGTERM) is before
-    resumed = make([length], max_steps=5, num_generations=2)
+    if "load_best_model_at_end" in saving:
+        return  # what is compared below is not the last step's model
+    resumed = make([length], eval_dataset=prompts, **settings)
     resumed.train(resume_from_checkpoint=True)
-    whole = make([length], max_steps=5, num_generations=2)
+    whole = make([length], eval_dataset=prompts, **settings)
     whole.train()
-    assert torch.equal(weights(resumed), weights(whole))
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=1e-5, atol=1e-7)
 
 
 def test_outside_of_the_main_thread_there_is_nothing_to_listen_to():

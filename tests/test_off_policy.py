@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -144,6 +145,37 @@ def test_messages_go_through_the_template_and_end_where_the_turn_ends():
     assert ids(row, template=TEMPLATE) == ("u x y <eos> . a", "b c <eos>")
 
 
+THINKING = (  # opens a thought for generation, and drops thoughts of turns that are over
+    "{% for m in messages %}{{ m['role'][0] }} {{ m['content'].split('t ')[-1] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}a t {% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, THINKING], ids=["plain", "thinking"])
+@pytest.mark.parametrize("roles", [["user"], ["system"], ["user", "assistant", "user"]], ids="-".join)
+def test_the_prompt_is_the_one_that_a_rollout_gets(make, template, roles):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    prompt = [{"role": role, "content": "x y"} for role in roles]
+    row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "b c"}]}
+    trainer = make(processing_class=tokenizer, lmbda=1.0)
+    asked, completion = token_ids(row, tokenizer, [EOS], None)
+    assert asked == trainer.token_ids_of([prompt])[0]
+    assert " ".join(tokenizer.convert_ids_to_tokens(completion)) == "b c <eos>"
+
+
+def test_prompts_that_cannot_be_gone_on_from(make):
+    prefill = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    answer = [{"role": "assistant", "content": "a"}]
+    dataset = Dataset.from_dict({"prompt": [prefill] * 8, "completion": [answer] * 8})
+    with pytest.raises(ValueError, match=r"Row 0 .* ends with an assistant message"):
+        make(train_dataset=dataset)
+    with pytest.raises(ValueError, match="ends with an assistant message"):
+        ids({"prompt": prefill, "completion": answer}, template=TEMPLATE)
+    with pytest.raises(ValueError, match="has no tokens"):
+        ids({"prompt": " ", "completion": "a"})
+
+
 def test_whole_conversations_are_split_before_the_last_answer(make, rows):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
@@ -199,14 +231,23 @@ def test_with_lmbda_0_it_is_knowledge_distillation_with_soft_targets(make, tempe
     torch.testing.assert_close(loss, soft - entropy, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "grpo", "luspo"])
-def test_each_completion_is_trained_once_whatever_the_number_of_generations(make, loss_type):
+@pytest.mark.parametrize("rows_at_a_time", [1, 4])
+@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "grpo", "luspo", "bnpo", "cispo", "sapo", "vespo"])
+def test_each_completion_is_trained_once_whatever_the_number_of_generations(make, loss_type, rows_at_a_time):
+    """However micro-batches fall: with one row each, most hold nothing but a row that stands for another."""
     found = {}
     for group in (1, 4):
-        trainer = make(num_generations=group, loss_type=loss_type, per_device_train_batch_size=4 * group)
+        changes = {
+            "per_device_train_batch_size": rows_at_a_time,
+            "gradient_accumulation_steps": 4 * group // rows_at_a_time,
+        }
+        trainer = make(num_generations=group, loss_type=loss_type, epsilon_high=5.0, **changes)
         inputs = first_batch(trainer, size=4 * group)
+        trainer.current_gradient_accumulation_steps = 4 * group // rows_at_a_time
         assert inputs["completion_mask"].any(1).sum() == 4
-        trainer.rollout_loss(trainer.model, inputs).backward()
+        for start in range(0, 4 * group, rows_at_a_time):
+            part = {k: v[start : start + rows_at_a_time] if v.dim() else v for k, v in inputs.items()}
+            trainer.rollout_loss(trainer.model, part).backward()
         found[group] = gradients(trainer.model)
     assert relative_error(found[4], found[1]) < 1e-5
 
@@ -227,9 +268,29 @@ def test_the_student_learns_from_completions(make):
     assert sum(kl[-5:]) < 0.6 * sum(kl[:5])
 
 
-def test_completions_are_logged_where_there_are_any(make, tmp_path):
+def test_the_completions_table_shows_rollouts_of_its_step_alone(make, tmp_path):
     make(lmbda=0.5, log_completions=True, max_steps=3).train()
-    make(lmbda=0.0, log_completions=True, max_steps=1).train()
+    tables = [pd.read_parquet(tmp_path / "completions" / f"completions_{step:05}.parquet") for step in (1, 2, 3)]
+    assert [len(table) for table in tables] == [0, 4, 0]
+
+
+def test_a_partial_step_at_the_end_of_an_epoch_does_not_shift_the_turns(make, rows, tmp_path):
+    """Nine generation batches an epoch, two in a step: the last step of an epoch has one."""
+    settings = {
+        **{"lmbda": 0.5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 8},
+        **{"generation_batch_size": 2, "train_dataset": rows.select(range(18)), "save_strategy": "steps"},
+        **{"save_steps": 5, "num_generations": 1},
+    }
+
+    def turns(trainer, **kwargs):
+        seen, given_batch = [], trainer.given_batch
+        trainer.given_batch = lambda batch: (seen.append(given_batch(batch)), seen[-1])[1]
+        trainer.train(**kwargs)
+        return [batch is None for batch in seen]
+
+    whole = turns(make(**settings))
+    rest = turns(make(**settings), resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert rest == whole[-len(rest) :]
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

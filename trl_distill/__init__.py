@@ -3,7 +3,7 @@
 from ._version import __version__
 from .checkpoints import CheckpointError
 from .config import OPDConfig
-from .guards import NonFiniteLossError, RunawayError, StopOnSigterm
+from .guards import NonFiniteLossError, RunawayError, StopOnSigterm, StoppedBySignal
 from .heads import LMHead
 from .self_teachers import AdapterOff, MovingAverage
 from .served import ServedTeacher
@@ -25,6 +25,7 @@ __all__ = [
     "RunawayError",
     "ServedTeacher",
     "StopOnSigterm",
+    "StoppedBySignal",
     "Teacher",
     "TeacherAnswerError",
     "TeacherUnavailable",

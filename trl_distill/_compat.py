@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -228,7 +229,8 @@ class Seams(GRPOTrainer):
 
     def _counted(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """What TRL derives from the tokens of a batch: their number, for the loss and for the log; advantages of 0."""
-        counts = torch.stack([batch["prompt_mask"].sum(), batch["completion_mask"].sum()])
+        read = batch["completion_mask"].any(1, keepdim=True)  # equal rows count once
+        counts = torch.stack([(batch["prompt_mask"] * read).sum(), batch["completion_mask"].sum()])
         prompt, completion = self.accelerator.reduce(counts, reduction="sum").tolist()
         self.state.num_input_tokens_seen += prompt + completion
         self._metrics[self.mode]["num_tokens"] = [self.state.num_input_tokens_seen]
@@ -286,18 +288,21 @@ class Seams(GRPOTrainer):
             super()._save_checkpoint(model, trial)
             self.checkpoint_written(folder)
         except Exception as error:  # a full disk has many names: OSError, SafetensorError, RuntimeError
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)  # makes room, where the disk is full
+            self.args.save_total_limit = limit
+            if not self.args.should_save or os.path.isfile(os.path.join(folder, "trainer_state.json")):
+                raise  # not this process's files, or nothing that belongs to the checkpoint
+            shutil.rmtree(folder, ignore_errors=True)  # makes room, where the disk is full
             last = last_complete(self.args.output_dir)
             raise CheckpointError(
                 f"The checkpoint of step {self.state.global_step} could not be written: {error}. What there was of it "
                 f"is deleted. {f'The last complete one is {last}' if last else 'There is no earlier one'}. Make "
-                "room and start again with `resume_from_checkpoint=True`."
+                "room and start again with `resume_from_checkpoint=True` (`auto` on the command line)."
             ) from error
-        finally:
-            self.args.save_total_limit = limit
+        self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if limit is not None:  # it was written without
+                torch.save(self.args, os.path.join(folder, "training_args.bin"))
             mark_complete(folder)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(
@@ -353,6 +358,17 @@ class Seams(GRPOTrainer):
             for name in [name for name in metrics if name.startswith(prefixes)]:
                 del metrics[name]
 
+    def forget_completions(self) -> None:
+        """Empty the completions table, where rollouts would be shown again that are not trained on."""
+        for column in (*self._logs.values(), *self._logs["rewards"].values(), *self._logs["extra"].values()):
+            if isinstance(column, deque):
+                column.clear()
+
+    @property
+    def between_generations(self) -> bool:
+        """Whether all micro-steps of the last generation batch have been made."""
+        return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+
     def drop_reward_column(self, name: str) -> None:
         """Leave the reward function `name` out of the completions table."""
         self._logs["rewards"].pop(name, None)
@@ -364,7 +380,9 @@ class Seams(GRPOTrainer):
 
     # -- the normaliser ----------------------------------------------------------------------------------------------
 
-    def reduce_per_token(self, per_token: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    def reduce_per_token(
+        self, per_token: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any], loss_type: str | None = None
+    ) -> torch.Tensor:
         """
         Sum a per-token loss as TRL sums its policy loss under the same `loss_type`, accumulation included.
 
@@ -372,27 +390,29 @@ class Seams(GRPOTrainer):
             per_token (`torch.Tensor` of shape `(B, C)`): a value for each completion token.
             mask (`torch.Tensor` of shape `(B, C)`): 1 where a token counts.
             inputs (`dict`): the micro-batch, for its `num_items_in_batch`.
+            loss_type (`str`, *optional*): another than the run's.
 
         Returns:
             `torch.Tensor`: scalar.
         """
+        loss_type = loss_type or self.loss_type
         training = self.mode == "train"
         accumulation = self.current_gradient_accumulation_steps if training else 1
         per_token = per_token * mask
-        if self.loss_type in ("grpo", "sapo"):
+        if loss_type in ("grpo", "sapo"):
             return (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).mean() / accumulation
-        if self.loss_type == "bnpo":
+        if loss_type == "bnpo":
             return per_token.sum() / mask.sum().clamp(min=1) / accumulation
-        if self.loss_type == "dr_grpo":
+        if loss_type == "dr_grpo":
             return per_token.sum() / (per_token.size(0) * self.max_completion_length) / accumulation
-        if self.loss_type == "luspo":
+        if loss_type == "luspo":
             return per_token.sum(-1).mean() / accumulation
-        if self.loss_type in ("dapo", "cispo", "vespo"):
+        if loss_type in ("dapo", "cispo", "vespo"):
             tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
             if training:  # the count spans the generation batch: rescale it to one optimizer step
                 tokens = tokens * accumulation / self.args.steps_per_generation
             return per_token.sum() / tokens
         raise ValueError(
-            f"loss_type={self.loss_type!r} is not known to this version of trl_distill. Use one of: dapo, dr_grpo, "
+            f"loss_type={loss_type!r} is not known to this version of trl_distill. Use one of: dapo, dr_grpo, "
             "grpo, bnpo, luspo, cispo, sapo, vespo."
         )

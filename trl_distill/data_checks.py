@@ -129,6 +129,11 @@ def check_completions(dataset: Any, writers: list[str], removed: bool) -> None:
         )
     for i, row in enumerate(dataset.select_columns(["prompt", "completion"]) if isinstance(dataset, Dataset) else ()):
         prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, list) and prompt[-1].get("role") == "assistant":
+            raise ValueError(
+                f"Row {i} of the training dataset has a prompt that ends with an assistant message. `lmbda` below 1 "
+                "needs prompts that end with the user's; put the beginning of an answer into the completion."
+            )
         fits = isinstance(completion, str) == isinstance(prompt, str) and bool(completion)
         if not fits or (isinstance(completion, list) and [m.get("role") for m in completion] != ["assistant"]):
             raise ValueError(

@@ -15,12 +15,18 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 
+OWN = "trl_distill"
+
+
 def extensions_folder() -> Path:
-    """Where compiled ops go: `TORCH_EXTENSIONS_DIR`, a folder of this Python environment, or one of the user's."""
-    if os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    """
+    Where compiled ops go: a folder of our own, so that no lock in it is anybody else's.
+
+    It lies in `TORCH_EXTENSIONS_DIR`, in this Python environment, or among the user's caches.
+    """
     root = Path(sys.prefix) if os.access(sys.prefix, os.W_OK) else Path.home() / ".cache"
-    return root / "torch_extensions"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or root / "torch_extensions")
+    return folder if folder.name == OWN else folder / OWN
 
 
 def build_ops() -> None:
@@ -50,7 +56,7 @@ def build_ops() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja is there
-    with open(folder / "trl_distill.lock", "w") as lock:
+    with open(folder / "building.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for builder in builders:
             built = any(folder.rglob(f"{builder.name}.so"))

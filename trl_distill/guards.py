@@ -33,20 +33,20 @@ class RunawayError(RuntimeError):
     """Completions are cut, or repeat themselves, far beyond what was allowed."""
 
 
+class StoppedBySignal(RuntimeError):
+    """SIGTERM has ended the run after a step; what was trained is in a checkpoint, which the message names."""
+
+
 class StopOnSigterm(TrainerCallback):
     """
-    SIGTERM ends training after the current step, with a checkpoint.
+    SIGTERM ends training after the current step, with a checkpoint, by [`StoppedBySignal`].
 
     All processes stop together as soon as one of them has been told. To be added to a trainer's `callbacks`;
     `scripts/opd.py` does.
-
-    Attributes:
-        stopped (`bool`): whether training ended that way.
     """
 
     def __init__(self) -> None:
-        self.stopped = False
-        self._told = False
+        self._told = self._agreed = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -62,8 +62,11 @@ class StopOnSigterm(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         told = reduce(torch.tensor(float(self._told), device=args.device), reduction="sum")
-        if told.item() > 0:
-            self.stopped = control.should_save = control.should_training_stop = True
+        self._agreed = told.item() > 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._agreed:  # here, when all that follows a step has been done
+            raise StoppedBySignal("SIGTERM has come.")
 
 
 class Guard:

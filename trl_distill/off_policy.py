@@ -1,7 +1,7 @@
 """Off-policy batches: completions of the dataset in the place of rollouts, and when it is their turn.
 
-They are tokenised as TRL's SFT tokenises prompt and completion, and cut, ended and masked like rollouts. What is
-minimised on them is left to the trainer, reading datasets to `data.py`.
+Prompts are tokenised as for generation, completions go on from there, and are cut, ended and masked like rollouts. What
+is minimised on them is left to the trainer, reading datasets to `data.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
-from trl import apply_chat_template
 
 
 def is_on_policy(generation: int, lmbda: float) -> bool:
@@ -46,29 +45,59 @@ def token_ids(
         template_kwargs (`dict`, *optional*): for the chat template.
 
     Raises:
-        ValueError: the row has no completion.
+        ValueError: the row has no completion, or its prompt no tokens, or ends with the assistant's words.
     """
     if not row.get("completion"):
         raise ValueError(
             f"A row has the completion {row.get('completion')!r}, but `lmbda` below 1 trains on the dataset's "
             "completions. Drop such rows, or set `lmbda=1`."
         )
-    example = {"prompt": row["prompt"], "completion": row["completion"]}
-    conversational = not isinstance(row["prompt"], str)
-    if conversational:
-        example = apply_chat_template(example, tokenizer, **(template_kwargs or {}))
-
-    def encoded(text: str) -> list[int]:  # a template writes special tokens itself
-        return tokenizer(text, add_special_tokens=not conversational)["input_ids"]
-
-    prompt, whole = encoded(example["prompt"]), encoded(example["prompt"] + example["completion"])
+    asked, answer, special = row["prompt"], row["completion"], True
+    if not isinstance(asked, str):
+        asked, answer = _rendered(asked, answer, tokenizer, template_kwargs or {})
+        special = False  # a template writes special tokens itself
+    prompt, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for text in (asked, asked + answer))
+    if not prompt:
+        raise ValueError(f"A row has the prompt {row['prompt']!r}, which has no tokens. Drop such rows.")
     if whole[: len(prompt)] == prompt:
         completion = whole[len(prompt) :]
     else:  # the two meet inside of a token; a rollout goes on from the whole prompt
-        completion = tokenizer(example["completion"], add_special_tokens=False)["input_ids"]
+        completion = tokenizer(answer, add_special_tokens=False)["input_ids"]
     ends = [place for place, token in enumerate(completion) if token in stops]
     completion = completion[: ends[0] + 1] if ends else [*completion, tokenizer.eos_token_id]
     return prompt, completion[:limit]
+
+
+def _rendered(
+    prompt: list[dict[str, Any]],
+    completion: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: dict[str, Any],
+) -> tuple[str, str]:
+    """
+    Prompt and completion as text: the prompt as for generation, and what the template writes after it.
+
+    A template may not write the same in both, such as one that opens a thought for generation and drops thoughts of
+    finished turns. Then the completion is its text alone, as a rollout would be.
+    """
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError(
+            "A row has a prompt that ends with an assistant message, after which a rollout would begin another turn. "
+            "Let prompts end with the user's message, or put the beginning of the answer into the completion."
+        )
+    asked, whole = (
+        str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens, **template_kwargs))
+        for messages, opens in ((prompt, True), ([*prompt, *completion], False))
+    )
+    if whole.startswith(asked):
+        return asked, whole[len(asked) :]
+    content = completion[0].get("content")
+    if not isinstance(content, str):
+        raise ValueError(
+            "The chat template writes a prompt otherwise in front of an answer than for generation, and the answer "
+            f"{completion[0]!r} has no text of its own. Use text completions, or `lmbda=1`."
+        )
+    return asked, content
 
 
 def completion_batch(
@@ -102,8 +131,8 @@ def completion_batch(
         prompt, completion = token_ids(row, tokenizer, stops, limit, template_kwargs)
         cut = completion[-1] not in stops
         most = None if counted else 1  # of a row that does not count, a token is enough
-        prompts.append(torch.tensor(prompt[:most]))
-        completions.append(torch.tensor(completion[:most]))
+        prompts.append(torch.tensor(prompt[:most], dtype=torch.long))
+        completions.append(torch.tensor(completion[:most], dtype=torch.long))
         masks.append(torch.full_like(completions[-1], counted and not (cut and mask_truncated)))
     pad = functools.partial(pad_sequence, batch_first=True)
     return {

@@ -8,8 +8,10 @@ name of TRL in `_compat.py`.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,9 @@ from .teachers import Teacher
 
 
 logger = logging.getLogger(__name__)
+
+
+GENERATIONS = "generations.json"  # in a checkpoint, where `lmbda` is below 1
 
 
 def no_reward(completions: list, **_: Any) -> list[float]:
@@ -77,7 +82,7 @@ class OPDTrainer(Assembly):
         ValueError: before anything is trained, where teacher, student, dataset or settings do not fit together.
     """
 
-    _generation: int | None = None  # number of the current generation batch
+    _generations: int = 0  # how many generation batches there have been
 
     _tag_names = ["trl", "trl_distill", "on-policy-distillation"]
     _name = "On-Policy Distillation"
@@ -194,14 +199,12 @@ class OPDTrainer(Assembly):
         args = self.args
         if args.lmbda == 1 or self.mode == "eval" or self.beta_at(self.state.global_step) == 0:
             return None
-        if self._generation is None:  # the first since training began, or was resumed
-            done = self.state.global_step * args.gradient_accumulation_steps
-            self._generation = done // args.micro_steps_per_generation - 1
-        self._generation += 1
-        on_policy = is_on_policy(self._generation, args.lmbda)
+        on_policy = is_on_policy(self._generations, args.lmbda)
+        self._generations += 1
         self.record("distill/on_policy", float(on_policy))
         if on_policy:
             return None
+        self.forget_completions()
         batch = completion_batch(
             rows,
             first=self.accelerator.process_index * len(rows),
@@ -243,6 +246,7 @@ class OPDTrainer(Assembly):
 
     def rollout_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's policy loss plus beta times the divergence from the teacher, from one forward of the student."""
+        self.terms = {}
         if self.panel is None:
             return self.policy_loss(model, inputs)
         beta, rewarded, for_policy = self.beta_at(self.state.global_step), self.has_rewards, inputs
@@ -263,7 +267,7 @@ class OPDTrainer(Assembly):
             with self.accelerator.autocast():
                 judged(**self._student_inputs(rollouts))
         per_token, by_teacher = self._kl_term(self.estimator, judged.output, judgements, rollouts, inputs)
-        divergence = beta * self.reduce_per_token(per_token, rollouts.mask, inputs)
+        divergence = beta * self._reduced(per_token, rollouts, inputs)
         losses = {"distill/loss": divergence}
         if self.has_rewards and not self.has_side_terms:  # with side terms TRL logs it itself
             losses["policy_loss"] = policy
@@ -277,7 +281,7 @@ class OPDTrainer(Assembly):
             entropy_key = None  # TRL has logged it
         else:
             entropy_key = self._entropy_key if judged.output.log_probs is None else "entropy"
-        self.terms = losses
+        self.terms = {name: loss.detach() for name, loss in losses.items()}
         self._log_step(quantities, losses, entropy_key)
         return policy + divergence
 
@@ -291,19 +295,24 @@ class OPDTrainer(Assembly):
         with self.accelerator.autocast():
             judged(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask)
         per_token, by_teacher = self._kl_term(estimator, judged.output, judgements, rollouts, inputs)
-        loss = beta * self.reduce_per_token(self._by_row(per_token, inputs), rollouts.mask, inputs)
+        loss = beta * self._reduced(per_token, rollouts, inputs)
         of_tokens, _ = forces(judged.output, judgements, per_token, rollouts.mask, {}, beta)
         kl = f"distill/off_policy/{self.args.off_policy_divergence}"
         quantities = {kl: (per_token, rollouts.mask)} | {f"{kl}/{name}": found for name, found in by_teacher.items()}
         quantities["distill/off_policy/entropy"] = (of_tokens["entropy"], rollouts.mask)
-        self.terms = {"distill/loss": loss}
-        self._log_step(quantities, self.terms, None)
+        self.terms = {"distill/loss": loss.detach()}
+        self._log_step(quantities, {"distill/loss": loss}, None)
         return loss
 
-    def _by_row(self, per_token: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        """With the weights of rows, where there are any and the loss is averaged over rows."""
-        weighted = "row_weight" in inputs and self.averages_over_rows
-        return per_token * inputs["row_weight"][:, None] if weighted else per_token
+    def _reduced(self, per_token: torch.Tensor, rollouts: Rollouts, inputs: dict[str, Any]) -> torch.Tensor:
+        """As the loss is reduced; of rows that stand for several equal ones, each counts once."""
+        if "row_weight" not in inputs:
+            return self.reduce_per_token(per_token, rollouts.mask, inputs)
+        if self.averages_over_rows:
+            per_token = per_token * inputs["row_weight"][:, None]
+        # a micro-batch of nothing but such rows has no mean of its own
+        kind = "dapo" if self.loss_type == "bnpo" else self.loss_type
+        return self.reduce_per_token(per_token, rollouts.mask, inputs, kind)
 
     def _foresee(
         self, inputs: dict[str, Any], rollouts: Rollouts, judgements: list[Judgement], beta: float
@@ -316,7 +325,7 @@ class OPDTrainer(Assembly):
         """
         with torch.enable_grad():
             value = torch.zeros(rollouts.mask.shape, device=rollouts.mask.device, requires_grad=True)
-            reduced = self.reduce_per_token(self._by_row(value, inputs), rollouts.mask, inputs)
+            reduced = self._reduced(value, rollouts, inputs)
             (slope,) = torch.autograd.grad(reduced, value)
         for judgement in judgements:
             judgement.slope = beta * judgement.weight[:, None] * slope
@@ -407,7 +416,7 @@ class OPDTrainer(Assembly):
         return "entropy" if same else "distill/entropy"
 
     def begins(self, checkpoint: str | None) -> None:
-        self._generation = None
+        self._generations = self._generations_until(checkpoint)
         for teacher, _ in self.panel.members if self.panel is not None and checkpoint else ():
             if isinstance(teacher, MovingAverage):
                 teacher.load(str(checkpoint))
@@ -420,7 +429,15 @@ class OPDTrainer(Assembly):
             or (of_teacher and self.accelerator.num_processes == 1)
         )
 
+    def _generations_until(self, checkpoint: str | None) -> int:
+        """How many generation batches lie behind a checkpoint."""
+        path = Path(checkpoint or "", GENERATIONS)
+        return json.loads(path.read_text())["generations"] if checkpoint and path.is_file() else 0
+
     def checkpoint_written(self, folder: str) -> None:
+        if self.args.lmbda < 1 and self.accelerator.is_main_process:
+            unfinished = int(not self.between_generations)  # one that is under way is written anew
+            Path(folder, GENERATIONS).write_text(json.dumps({"generations": self._generations - unfinished}))
         for teacher, _ in self.panel.members if self.panel is not None else ():
             if isinstance(teacher, MovingAverage) and self.accelerator.is_main_process:
                 teacher.save(folder)

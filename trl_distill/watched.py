@@ -6,6 +6,7 @@ What is complete is in `checkpoints.py`, what runs away in `guards.py`; what is 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 
 from ._compat import Seams
-from .checkpoints import last_complete
-from .guards import Guard, NonFiniteLossError, RunawayError, repetition, save_evidence
+from .checkpoints import MARKER, last_complete, what_is_missing
+from .guards import Guard, NonFiniteLossError, RunawayError, StoppedBySignal, repetition, save_evidence
 from .metrics import means
 from .signals import TeacherAnswerError, TeacherUnavailable
 
@@ -44,7 +45,13 @@ class Watched(Seams):
             resume_from_checkpoint = last_complete(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
-        self.begins(str(resume_from_checkpoint) if resume_from_checkpoint else None)
+        checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        if checkpoint and os.path.isfile(os.path.join(checkpoint, MARKER)) and (missing := what_is_missing(checkpoint)):
+            raise ValueError(
+                f"The checkpoint {checkpoint} is not complete: {missing}. Name another one, or let "
+                "`resume_from_checkpoint=True` find it."
+            )
+        self.begins(checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except Exception as error:
@@ -52,9 +59,9 @@ class Watched(Seams):
                 raise  # nothing to save, or not all processes would take part in saving it
             advice = (
                 f"Training stopped after step {self.state.global_step}. Everything so far is in {self.save_now()}: "
-                "start again with `resume_from_checkpoint=True` when this is mended."
+                "start again with `resume_from_checkpoint=True` (`auto` on the command line) to go on."
             )
-            kinds = (TeacherUnavailable, TeacherAnswerError, RunawayError)
+            kinds = (TeacherUnavailable, TeacherAnswerError, RunawayError, StoppedBySignal)
             kind = next((kind for kind in kinds if isinstance(error, kind)), None)
             if kind is None:  # of a teacher of the user's own
                 error.add_note(advice)
@@ -66,7 +73,7 @@ class Watched(Seams):
 
     def known_to_all(self, error: Exception) -> bool:
         """Whether all processes have met this error at the same place, so that all can write a checkpoint."""
-        return isinstance(error, RunawayError)
+        return isinstance(error, RunawayError | StoppedBySignal)
 
     def loss_computed(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
         """Stop on all processes where the loss of one is no number, with what it was computed from."""
@@ -88,7 +95,8 @@ class Watched(Seams):
         last = last_complete(self.args.output_dir)
         go_on = f"The last complete checkpoint is {last}" if last else "There is no checkpoint yet"
         raise NonFiniteLossError(
-            f"The loss after step {step} is {loss.item()} on process {process}, and nothing was trained on it. "
+            f"The loss after step {step} is no number on {int(wrong.item())} of {self.accelerator.num_processes} "
+            f"processes (on this one it is {loss.item()}), and nothing was trained on it. "
             f"Prompts, completions and both terms are in {folder}. {go_on}. Look for a learning rate that is too high, "
             "fp16, or a reward that is no number."
         )
