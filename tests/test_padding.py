@@ -182,3 +182,18 @@ def test_a_trimmed_batch_gives_the_loss_of_the_whole(make):
     losses = [trainer.rollout_loss(trainer.model, {**inputs, **given}) for given in ({}, wide, trimmed(wide))]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
     torch.testing.assert_close(losses[0], losses[2], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"kl_estimator": "sampled"}, {"reward_funcs": [length], "num_generations": 2}])
+def test_packed_rows_give_the_same_update(make, monkeypatch, changes):
+    """As with a kernel for rows of any length; here through a mask that transformers makes of the positions."""
+    padded = make(max_steps=2, gradient_accumulation_steps=2, **changes)
+    watched(padded)
+    packed, seen = make(max_steps=2, gradient_accumulation_steps=2, **changes), []
+    monkeypatch.setattr("trl_distill.forwards.packs", lambda model: True)
+    for model in (packed.model, packed.teacher.model):
+        backbone = model.base_model.forward
+        model.base_model.forward = lambda *a, f=backbone, **k: (seen.append(k["input_ids"].shape[0]), f(*a, **k))[1]
+    watched(packed)
+    assert 1 in seen
+    assert relative_error(parameters(packed), parameters(padded)) < 1e-5

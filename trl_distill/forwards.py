@@ -73,9 +73,9 @@ def add_teacher_forward(model: nn.Module) -> None:
     def forward(self: PreTrainedModel, *args: Any, rollouts: Rollouts | None = None, **kwargs: Any) -> Any:
         if rollouts is None:
             return original_forward(self, *args, **kwargs)
-        output = self.base_model(*args, use_cache=False, **kwargs)
+        hidden = _last_hidden(self, *args, **kwargs)
         # A plain dataclass on purpose: accelerate would cast the tensors of a `ModelOutput` to fp32
-        return HiddenStates(_judged(output.last_hidden_state, rollouts.mask), LMHead(self))
+        return HiddenStates(_judged(hidden, rollouts.mask), LMHead(self))
 
     base.forward = types.MethodType(forward, base)
 
@@ -110,8 +110,7 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
         if rollouts is None:
             return fused_forward(self, *args, fused_lm_head=fused_lm_head, **kwargs)
         if judgements is None or asked is None:
-            output = self.base_model(*args, use_cache=False, **kwargs)
-            return HiddenStates(_judged(output.last_hidden_state, rollouts.mask), LMHead(self))
+            return HiddenStates(_judged(_last_hidden(self, *args, **kwargs), rollouts.mask), LMHead(self))
         device = self.get_output_embeddings().weight.device  # of a model that is split across devices, the last
         length, fields = rollouts.mask.shape[1], {}
         if fused_lm_head and asked.log_probs == "trl":
@@ -120,7 +119,7 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
             hidden = caught[0]
         else:
             kwargs.pop("labels", None)
-            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+            hidden = _last_hidden(self, *args, **kwargs)
         sampled = rollouts.input_ids[:, -length:].to(device)
         in_fp32: Any = torch.autocast(hidden.device.type, enabled=False) if fp32_head else nullcontext()
         measured = []
@@ -210,6 +209,27 @@ def _unbound_forward(model: nn.Module) -> Callable[..., Any]:
         return forward.__func__
     # a device map's hook is a partial of its own, with the module inside
     return functools.wraps(forward)(lambda _self, *args, **kwargs: forward(*args, **kwargs))
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether a model's attention takes rows of any length one after another, without a mask."""
+    return str(model.config._attn_implementation).startswith("flash_attention")
+
+
+def _last_hidden(model: PreTrainedModel, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """
+    Last hidden state `(B, T, H)` of the backbone; 0 on padding where rows were packed.
+
+    Packed, all rows are one sequence without padding; positions that begin again tell transformers where each begins.
+    """
+    ids, attended = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    if args or ids is None or attended is None or set(kwargs) - {"input_ids", "attention_mask"} or not packs(model):
+        return model.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+    kept = attended.bool()
+    positions = (attended.cumsum(1) - 1)[kept][None]
+    packed = model.base_model(input_ids=ids[kept][None], position_ids=positions, use_cache=False).last_hidden_state[0]
+    spread = packed.new_zeros(*ids.shape, packed.shape[-1])
+    return spread.masked_scatter(kept[..., None], packed)
 
 
 def has_relative_positions(config: Any) -> bool:
