@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl_distill import OPDTrainer, fused
 from trl_distill.forwards import Asked
 from trl_distill.fused import Form, Slopes, fused_divergence
-from trl_distill.heads import LMHead
+from trl_distill.heads import COMPARED, LMHead
 
 
 N = 7
@@ -127,6 +127,7 @@ def test_how_often_the_heads_are_multiplied_by(
     tmp_path, tokenizer, prompts, monkeypatch, rewards, changes, projections
 ):
     monkeypatch.setattr(fused, "TILE", 64 * VOCAB)
+    monkeypatch.setattr("trl_distill.forwards.compared", lambda *_: dict.fromkeys(COMPARED, torch.zeros(0)))
     trainer = OPDTrainer(
         model=make_model("untied", seed=1),
         teacher_model=make_model("untied", seed=2),

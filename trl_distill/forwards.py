@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ._compat import FusedCausalLMOutput
 from .fused import Slopes
-from .heads import LMHead, log_probs_of
+from .heads import LMHead, compared, log_probs_of
 from .signals import HiddenStates, Judgement, Rollouts
 
 
@@ -34,9 +34,12 @@ class DistilledOutput(FusedCausalLMOutput):
         measured (`list` of `dict[str, torch.Tensor]`): what the estimator measured against each judgement, of shape
             `(B, C)` or `(B, C, K)`, 0 where `Judgement.mask` is. Only the student receives a gradient. TRL's own
             fields are filled where log-probabilities were asked for, and `None` otherwise.
+        looked (`list` of `dict[str, torch.Tensor]`): how both models differ at a few of the tokens, see
+            [`~trl_distill.heads.compared`]; of judgements with hidden states.
     """
 
     measured: list[dict[str, torch.Tensor]] | None = None
+    looked: list[dict[str, torch.Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Asked:
         measure: an estimator's, see [`~trl_distill.estimators.Estimator`].
         log_probs (`str`): where log-probabilities come from, if they are wanted: "trl", from TRL's forward; "here", of
             the judged tokens alone; "shared", from the logits of the one judgement, which is of all tokens.
-        temperature (`float`): of sampling, for "here".
+        temperature (`float`): of sampling, for "here"; and of what is compared for the log.
         policy_slope (`torch.Tensor` of shape `(B, C)`, *optional*): derivative of the policy loss by each token's
             log-probability, as far as foreseen, for "shared".
     """
@@ -122,7 +125,7 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
             hidden = _last_hidden(self, *args, **kwargs)
         sampled = rollouts.input_ids[:, -length:].to(device)
         in_fp32: Any = torch.autocast(hidden.device.type, enabled=False) if fp32_head else nullcontext()
-        measured = []
+        measured, looked = [], []
         with in_fp32, LMHead(self).whole() as head:
             if fused_lm_head and asked.log_probs == "here":
                 states = _judged(hidden, rollouts.mask)
@@ -138,6 +141,8 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
                 if fp32_head:
                     states, signal = states.float(), signal.float()
                 with signal_on(signal, device) as signal:
+                    if isinstance(signal, HiddenStates):
+                        looked.append(compared(states.detach(), head, signal, asked.temperature))
                     found = asked.measure(
                         *(states, head, signal, sampled[mask], None if log_q is None else log_q[mask]),
                         slopes=_slopes(judgement, asked, mask),
@@ -145,7 +150,7 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
                 if "own_log_q" in found:
                     fields = _as_trls(hidden, judgement.mask, found.pop("own_log_q"), found["entropy"])
                 measured.append({name: _scatter(values, mask) for name, values in found.items()})
-        return DistilledOutput(**fields, measured=measured)
+        return DistilledOutput(**fields, measured=measured, looked=looked)
 
     base.forward = types.MethodType(forward, base)
 

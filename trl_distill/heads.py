@@ -17,8 +17,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ._compat import ChunkedDivergenceFunction, ChunkedLogProbFunction, gathered_head
+from .objective import summands
 from .signals import HiddenStates
 
+
+# Metrics look at whole logits of every so many-th token, at most so many in a micro-step, and at so many likeliest ids
+LOOK_EVERY, LOOK_MOST, TOP = 64, 128, 16
+COMPARED = ("reverse_kl", "forward_kl", "teacher_entropy", "top1_agreement", "top_overlap")
 
 # Tiles of what is projected here rather than in TRL's kernel: tokens, ids, and elements of gathered rows of a head
 TOKEN_TILE, VOCAB_TILE, ROW_TILE = 1024, 32768, 2**24
@@ -267,3 +272,43 @@ def _row_tiles(ids: torch.Tensor, width: int) -> Iterator[slice]:
     size = max(1, ROW_TILE // max(1, ids.shape[1] * width))
     for start in range(0, ids.shape[0], size):
         yield slice(start, start + size)
+
+
+@torch.no_grad()
+def compared(
+    hidden: torch.Tensor, head: LMHead, signal: HiddenStates, temperature: float, every: int | None = None
+) -> dict[str, torch.Tensor]:
+    """
+    How student and teacher differ at a few tokens, from whole logits: for the log.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`): the student's.
+        head ([`LMHead`]): the student's.
+        signal ([`~trl_distill.signals.HiddenStates`]): the teacher's, at the same tokens.
+        temperature (`float`): softmax temperature of both.
+        every (`int`, *optional*): look at every so many-th token; `LOOK_EVERY` unless given. At fewer where these are
+            more than `LOOK_MOST`.
+
+    Returns:
+        `dict` of `torch.Tensor` of shape `(n,)`, its keys `COMPARED`: both KLs and the teacher's entropy in nats,
+        "top1_agreement" (0 or 1), and "top_overlap", the share of both models' `TOP` likeliest ids in common.
+    """
+    chosen = slice(None, None, max(every or LOOK_EVERY, -(-len(hidden) // LOOK_MOST)))
+    shared = min(head.vocab_size, signal.head.vocab_size)
+    log_q, log_p = (
+        (which.logits(states[chosen].to(which.parameters()[0].device)).float()[:, :shared] / temperature).log_softmax(
+            -1
+        )
+        for which, states in ((head, hidden), (signal.head, signal.hidden))
+    )
+    log_p = log_p.to(log_q.device)
+    likeliest = [x.topk(min(TOP, shared)).indices for x in (log_q, log_p)]
+    common = (likeliest[0][:, :, None] == likeliest[1][:, None]).any(-1)
+    found = (
+        summands("reverse_kl", log_q, log_p).sum(-1),
+        summands("forward_kl", log_q, log_p).sum(-1),
+        -(log_p.exp() * log_p).sum(-1),
+        (likeliest[0][:, 0] == likeliest[1][:, 0]).float(),
+        common.float().mean(-1),
+    )
+    return dict(zip(COMPARED, found, strict=True))

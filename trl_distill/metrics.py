@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from .forwards import DistilledOutput
+from .heads import COMPARED
 from .signals import Judgement
 
 
@@ -76,3 +77,55 @@ def forces(
         toward_reward = inputs["advantages"].view(len(mask), -1)
         of_tokens["distill/disagreement"] = (toward_teacher * toward_reward < 0).float()
     return of_tokens, of_rows
+
+
+@torch.no_grad()
+def looked_at(
+    output: DistilledOutput, per_token: torch.Tensor, mask: torch.Tensor, name: str
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Where in a micro-batch the divergence is, and how student and teacher differ.
+
+    Args:
+        output ([`~trl_distill.forwards.DistilledOutput`]): of the student.
+        per_token (`torch.Tensor` of shape `(B, C)`): the divergence, nats.
+        mask (`torch.Tensor` of shape `(B, C)`, bool): judged tokens.
+        name (`str`): of the divergence in the log.
+
+    Returns:
+        Quantities with their masks, the same ones on every process: `<name>/quarter1` to `4`, the divergence in the
+        quarters of each completion; "distill/concentration", the share of tokens that carry 80 % of it;
+        "distill/teacher_log_prob", of the tokens that the student wrote, where it was measured; and what
+        [`~trl_distill.heads.compared`] tells of a few tokens.
+    """
+    per_token, place, length = per_token.detach(), mask.cumsum(1) - 1, mask.sum(1, keepdim=True)
+    quarter = (4 * place).div(length.clamp(min=1), rounding_mode="floor")
+    found = {f"{name}/quarter{i + 1}": (per_token, mask & (quarter == i)) for i in range(4)}
+    values = per_token[mask].clamp(min=0).sort(descending=True).values
+    carried = values.cumsum(0) < 0.8 * values.sum()
+    share = (carried.sum() + 1) / max(len(values), 1)
+    found["distill/concentration"] = share.view(1), (values.sum() > 0).view(1)
+    log_p = [one["log_p"].to(per_token.device) for one in output.measured or [] if "log_p" in one]
+    alone = len(output.measured or []) == len(log_p) == 1
+    found["distill/teacher_log_prob"] = (log_p[0], mask) if alone else (per_token, torch.zeros_like(mask))
+    for what in COMPARED:
+        parts = [one[what].to(per_token.device) for one in output.looked or []]
+        looked = torch.cat(parts) if parts else per_token.new_zeros(0)
+        found[f"distill/{what}"] = looked, torch.ones_like(looked)
+    return found
+
+
+@torch.no_grad()
+def by_reward(per_token: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor) -> dict[str, Any]:
+    """
+    The divergence of completions that the reward is for, and of those that it is against.
+
+    Args:
+        per_token, mask: as in [`shape_of`].
+        advantages (`torch.Tensor` of shape `(B,)` or `(B, C)`).
+
+    Returns:
+        Quantities with their masks: "rewarded" and "punished".
+    """
+    sign = advantages.view(len(mask), -1).expand_as(per_token)
+    return {"rewarded": (per_token, mask & (sign > 0)), "punished": (per_token, mask & (sign < 0))}

@@ -27,7 +27,7 @@ from .data import with_prompts
 from .data_checks import check_datasets
 from .estimators import Estimator
 from .forwards import Asked, DistilledOutput, JudgedModel
-from .metrics import forces, means
+from .metrics import by_reward, forces, looked_at, means
 from .off_policy import completion_batch, is_on_policy
 from .panel import read_specs
 from .self_teachers import MovingAverage
@@ -277,6 +277,10 @@ class OPDTrainer(Assembly):
         # rows that no reward function could score have no objective
         quantities |= {name: (values, ~values.isnan()) for name, values in of_rows.items()}
         quantities |= {f"{kl}/{name}": found for name, found in by_teacher.items()}
+        quantities = looked_at(judged.output, per_token, rollouts.mask, kl) | quantities
+        if self.has_rewards:
+            parts = by_reward(per_token, rollouts.mask, inputs["advantages"])
+            quantities |= {f"{kl}/{name}": found for name, found in parts.items()}
         if rewarded or self.has_side_terms:
             entropy_key = None  # TRL has logged it
         else:
