@@ -15,6 +15,7 @@ from teacher_server import TeacherServer
 from transformers import AutoModelForCausalLM
 
 from trl_distill import AdapterOff, MovingAverage, OPDTrainer, ServedTeacher, TeacherAnswerError, TeacherUnavailable
+from trl_distill.checkpoints import mark_complete
 from trl_distill.panel import weights_of
 
 
@@ -262,6 +263,7 @@ def test_the_moving_average_is_saved_and_resumed(make, prompts, tmp_path):
     for name, average in whole.teacher.averages.items():
         torch.testing.assert_close(resumed.teacher.averages[name], average, rtol=1e-5, atol=1e-7)
     (tmp_path / "checkpoint-2" / "teacher_ema.safetensors").unlink()
+    mark_complete(tmp_path / "checkpoint-2")  # as of a run that had none
     with pytest.raises(ValueError, match="from a run without `teacher_ema`"):
         make(**settings, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 

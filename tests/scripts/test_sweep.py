@@ -239,7 +239,7 @@ def test_an_interrupted_sweep_ends_as_one_that_was_not(sweep, how):
     if how == "SIGKILL":
         assert first.wait(60) == -signal.SIGKILL
     else:
-        out, _ = first.communicate(timeout=60)
+        out, _ = first.communicate(timeout=300)
         assert first.returncode == 130
         assert "the same command goes on" in " ".join(out.split())
     assert Path("out/000/result.json").exists()
@@ -250,7 +250,7 @@ def test_an_interrupted_sweep_ends_as_one_that_was_not(sweep, how):
         second = start("--runs", "3")
         assert "a run that it left behind" in second.stdout.readline()
         Path("hold-001").unlink()
-        out, _ = second.communicate(timeout=60)
+        out, _ = second.communicate(timeout=300)
         assert second.returncode == 0, out
     else:
         Path("hold-001").unlink()
