@@ -47,6 +47,8 @@ def folder(tmp_path) -> Path:
 def test_a_checkpoint_is_complete_while_its_files_are_as_they_were(folder):
     assert what_is_missing(folder) is None
     assert json.loads((folder / MARKER).read_text()) == {"inner/rest": 1, "weights": 5}
+    mark_complete(folder)
+    assert what_is_missing(folder) is None
     (folder / "weights").write_bytes(b"1234")
     assert what_is_missing(folder) == "weights has 4 bytes instead of 5"
     (folder / "weights").unlink()

@@ -26,6 +26,7 @@ class CheckpointError(RuntimeError):
 def mark_complete(folder: str | os.PathLike) -> None:
     """Say that everything in `folder` has been written."""
     folder = Path(folder)
+    unmark(folder)
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     unfinished = folder / f"{MARKER}.tmp"
     unfinished.write_text(json.dumps(files, indent=1) + "\n")
