@@ -57,5 +57,8 @@ def main(config: GenerateConfig) -> None:
 
 
 if __name__ == "__main__":
-    (config,) = TrlParser([GenerateConfig]).parse_args_and_config()  # type: ignore[list-item]
+    try:
+        (config,) = TrlParser([GenerateConfig]).parse_args_and_config()  # type: ignore[list-item]
+    except ValueError as error:
+        sys.exit(f"{error}")
     main(config)

@@ -26,6 +26,8 @@ import shlex
 import string
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -82,6 +84,15 @@ def with_environment(output_dir: str) -> str:
         ) from None
 
 
+@contextmanager
+def plainly() -> Iterator[None]:
+    """What is wrong with the arguments is said without a traceback, which would hide it."""
+    try:
+        yield
+    except ValueError as error:
+        sys.exit(f"{error}")
+
+
 def show(report: Report, error: Exception | None = None) -> None:
     """Print the preflight as a table, and leave: with status 1 where the run could not begin."""
     if error is not None and not isinstance(error, PreflightError):
@@ -94,16 +105,17 @@ def show(report: Report, error: Exception | None = None) -> None:
 
 def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConfig) -> None:
     if model_args.model_name_or_path is None:
-        raise ValueError("There is no student. Name it with `--model_name_or_path`.")
+        sys.exit("There is no student. Name it with `--model_name_or_path`.")
     if script_args.dataset_name is None:
-        raise ValueError("There is no dataset. Name it with `--dataset_name`: a hub name, a folder or a `.jsonl` file.")
-    args.output_dir = with_environment(args.output_dir or "")
-    rewards = [import_reward(path) for path in script_args.reward_funcs or []]
-    splits = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
-    train = take_split(splits, script_args.dataset_train_split, "training")
-    evaluate = None
-    if args.eval_strategy != "no":
-        evaluate = take_split(splits, script_args.dataset_test_split, "evaluation")
+        sys.exit("There is no dataset. Name it with `--dataset_name`: a hub name, a folder or a `.jsonl` file.")
+    with plainly():
+        args.output_dir = with_environment(args.output_dir or "")
+        rewards = [import_reward(path) for path in script_args.reward_funcs or []]
+        splits = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+        train = take_split(splits, script_args.dataset_train_split, "training")
+        evaluate = None
+        if args.eval_strategy != "no":
+            evaluate = take_split(splits, script_args.dataset_test_split, "evaluation")
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -151,4 +163,6 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
 if __name__ == "__main__":
     build_ops()  # before DeepSpeed does so in silence
     parser = TrlParser([OPDScriptArguments, OPDConfig, ModelConfig])  # type: ignore[list-item]
-    main(*parser.parse_args_and_config(taken_apart(sys.argv[1:])))
+    with plainly():
+        parsed = parser.parse_args_and_config(taken_apart(sys.argv[1:]))
+    main(*parsed)

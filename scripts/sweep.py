@@ -145,7 +145,7 @@ def settle(job: Job, status: int, last: int) -> dict[str, Any]:
     """Write down how a run has ended: its metrics, or the last lines of its log."""
     if status == 0 and job.state.is_file():
         log_history = json.loads(job.state.read_text())["log_history"]
-        result = {"settings": job.settings, "metrics": last_means(log_history, last)}
+        result = {"settings": job.settings, "command": job.command, "metrics": last_means(log_history, last)}
         (job.folder / FAILURE).unlink(missing_ok=True)
         write(job.folder / RESULT, result)
         return result

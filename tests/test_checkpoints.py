@@ -147,3 +147,13 @@ def test_what_fails_after_the_checkpoint_leaves_it(make, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert (tmp_path / "checkpoint-1" / "trainer_state.json").is_file()
+
+
+def test_a_finished_run_is_not_trained_on(make, tmp_path, caplog):
+    whole = make(max_steps=3)
+    whole.train()
+    again = make(max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert torch.equal(weights(again), weights(whole))
+    assert "finished already, after step 3" in caplog.text

@@ -148,6 +148,11 @@ class OPDTrainer(Assembly):
         if environment_factory is None:
             train_dataset, eval_dataset = with_prompts(train_dataset), with_prompts(eval_dataset)
         specs: dict[str, Any] = {}
+        if args.beta == 0 and not self.has_rewards:
+            raise ValueError(
+                "No reward source provided, and `beta` is 0, so that the teacher counts for nothing: there is nothing to "
+                "learn. Pass `reward_funcs`, or an `environment_factory` with a reward, or set `beta` above 0."
+            )
         if args.beta == 0 and teacher_model is not None:
             logger.warning("`beta` is 0, so this is plain GRPO: the teacher is not loaded.")
         if args.beta > 0:

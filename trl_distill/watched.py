@@ -6,18 +6,27 @@ What is complete is in `checkpoints.py`, what runs away in `guards.py`; what is 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer_utils import TrainOutput
 
 from ._compat import Seams
 from .checkpoints import MARKER, last_complete, what_is_missing
 from .guards import Guard, NonFiniteLossError, RunawayError, StoppedBySignal, repetition, save_evidence
 from .metrics import means
 from .signals import TeacherAnswerError, TeacherUnavailable
+
+
+logger = logging.getLogger(__name__)
+
+
+class _FinishedError(Exception):
+    """A run was resumed that had come to its end."""
 
 
 class Watched(Seams):
@@ -54,12 +63,16 @@ class Watched(Seams):
         self.begins(checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
+        except _FinishedError:
+            logger.warning(f"The run was finished already, after step {self.state.global_step}: nothing is trained.")
+            return TrainOutput(self.state.global_step, 0.0, {})
         except Exception as error:
             if self.state.global_step == 0 or not self.known_to_all(error):
                 raise  # nothing to save, or not all processes would take part in saving it
+            change = "" if isinstance(error, StoppedBySignal) else " when this is mended"
             advice = (
                 f"Training stopped after step {self.state.global_step}. Everything so far is in {self.save_now()}: "
-                "start again with `resume_from_checkpoint=True` (`auto` on the command line) to go on."
+                f"start again with `resume_from_checkpoint=True` (`auto` on the command line){change}."
             )
             kinds = (TeacherUnavailable, TeacherAnswerError, RunawayError, StoppedBySignal)
             kind = next((kind for kind in kinds if isinstance(error, kind)), None)
@@ -67,6 +80,11 @@ class Watched(Seams):
                 error.add_note(advice)
                 raise
             raise kind(f"{error} {advice}") from error
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step >= self.state.max_steps:  # transformers makes one step more
+            raise _FinishedError
+        return super().training_step(*args, **kwargs)
 
     def begins(self, checkpoint: str | None) -> None:
         """Called before training begins, or goes on from `checkpoint`."""
