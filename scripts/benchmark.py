@@ -190,7 +190,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--dry_run", action="store_true", help="all cells in miniature, on the CPU")
     parser.add_argument("--cells", nargs="+", help="only these, by name")
-    parser.add_argument("--repeats", type=int, default=4, help="timed turns of each contender")
+    parser.add_argument("--repeats", type=int, default=3, help="timed turns of each contender")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
     parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--no_growth", action="store_true", help="do not measure growth with size")
@@ -222,6 +222,8 @@ def main(options: argparse.Namespace) -> int:
             results["cells"].append(measure(cell, options, device, pool, lambda task=task: progress.advance(task)))
             progress.update(task, completed=progress.tasks[task].total)
             report.save(results, options.output_dir)  # nothing is lost where a later cell fails
+            if not console.is_terminal:  # where bars are drawn only at the end
+                console.print(f"{cell.name}: done")
     report.show(results, console)
     if any(cell["axis"] for cell in results["cells"]):
         report.draw(results, options.output_dir / "benchmark_growth.png")

@@ -43,7 +43,7 @@ class Cell:
     teacher: Size
     contenders: tuple[str, ...]
     vocab: int = 32_000
-    tokens: int = 112
+    tokens: int = 80
     prompt: int = 16
     ragged: bool = False
     rows: int = 8  # per optimizer step
@@ -147,14 +147,15 @@ def cpu_cells() -> list[Cell]:
     student, teacher = Size(256, 6, 768, 4, 2), Size(512, 8, 1536, 8, 4)
     base = Cell("", student, teacher, PURE)
     narrow = replace(base, student=Size(128, 4, 384, 4, 2, 32), teacher=Size(256, 6, 768, 4, 2), vocab=152_000)
-    ragged: dict[str, Any] = {"ragged": True, "tokens": 24}  # up to 240
+    ragged: dict[str, Any] = {"ragged": True, "tokens": 20}  # up to 200
     return [
         replace(base, name="uniform", contenders=ALL_PURE, generates=True),
-        replace(base, name="ragged", contenders=(*ALL_PURE, *ESTIMATORS), generates=True, **ragged),
+        replace(base, name="ragged", contenders=ALL_PURE, generates=True, **ragged),
+        replace(base, name="ragged, estimators", contenders=("ours", *ESTIMATORS), **ragged),
         replace(base, name="uniform, LoRA", lora=True),
         replace(base, name="ragged, LoRA", lora=True, **ragged),
         replace(narrow, name="uniform, 152k", tokens=48),
-        replace(narrow, name="ragged, 152k", contenders=(*PURE, *ESTIMATORS), ragged=True, tokens=10),
+        replace(narrow, name="ragged, 152k", ragged=True, tokens=10),
         replace(base, name="uniform, combined", contenders=COMBINED, group=4),
         replace(base, name="ragged, combined", contenders=COMBINED, group=4, **ragged),
         replace(
@@ -175,7 +176,8 @@ def gpu_cells() -> list[Cell]:
     ragged: dict[str, Any] = {"ragged": True, "tokens": 800}  # up to 8000
     return [
         replace(base, name="uniform", contenders=ALL_PURE, generates=True),
-        replace(base, name="ragged", contenders=(*PURE, *ESTIMATORS), **ragged),
+        replace(base, name="ragged", generates=True, **ragged),
+        replace(base, name="ragged, estimators", contenders=("ours", *ESTIMATORS), **ragged),
         replace(base, name="uniform, LoRA", lora=True),
         replace(base, name="ragged, LoRA", lora=True, **ragged),
         replace(base, name="uniform, 32k", vocab=32_000),
@@ -191,13 +193,14 @@ def growth_cells(gpu: bool) -> list[Cell]:
 
     On "wide", tokens grow once more with four times the vocabulary, in memory alone: hidden states do not know of it.
     """
+    tokens: tuple[int, ...]
     if gpu:
         base = replace(gpu_cells()[0], contenders=PURE, rows=4, generates=False, tokens=1024, vocab=32_000)
         tokens, vocabularies, layers = (512, 1024, 2048, 4096), (32_000, 64_000, 151_936), (9, 18, 36)
     else:
         student, teacher = Size(128, 4, 384, 4, 2, 32), Size(256, 6, 768, 4, 2)
-        base = Cell("", student, teacher, PURE, vocab=16_000, tokens=112)
-        tokens, vocabularies, layers = (48, 112, 240, 496), (8_000, 32_000, 152_000), (3, 12, 24)
+        base = Cell("", student, teacher, PURE, vocab=16_000, tokens=48)
+        tokens, vocabularies, layers = (48, 112, 240), (8_000, 32_000, 152_000), (3, 8, 16)
     cells = [replace(base, axis="tokens", at=base.rows * (base.prompt + n), tokens=n) for n in tokens]
     wide = replace(base, vocab=4 * base.vocab, timed=False)
     cells += [replace(wide, axis="wide", at=wide.rows * (wide.prompt + n), tokens=n) for n in (tokens[0], tokens[-1])]
@@ -205,7 +208,7 @@ def growth_cells(gpu: bool) -> list[Cell]:
     for deep in layers:
         size = replace(base.teacher, layers=deep)
         cells.append(replace(base, axis="teacher", at=sum(map(math.prod, projections(size))) / 1e6, teacher=size))
-    return [replace(cell, name=f"{cell.axis} {cell.at:.4g}") for cell in cells]
+    return [replace(cell, name=f"{cell.axis} {cell.at:.6g}") for cell in cells]
 
 
 def projections(size: Size) -> list[tuple[int, int, int]]:

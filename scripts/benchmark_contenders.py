@@ -254,10 +254,16 @@ class Contender:
             return
         self.trainer.model.to(device)
         self.teacher.to(device)
-        if device.type == "cpu" and self.trainer.optimizer is not None:
-            self.trainer.optimizer = None  # its state is as large as the student; the next turn makes it anew
-            self.trainer.lr_scheduler = None
+        if device.type == "cpu":
+            self.forget_optimizer()
         torch.cuda.empty_cache()
+
+    def forget_optimizer(self) -> None:
+        """Free the optimizer's state, which is larger than the student; the next step makes it anew."""
+        trainer = self.trainer
+        for holder in (trainer, trainer.callback_handler):
+            holder.optimizer = holder.lr_scheduler = None
+        trainer.accelerator.free_memory()
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from trl_distill.objective import topk_reverse_kl
 
 TOKENS_AT_ONCE = 256
 PRODUCT_ROWS = 1024  # a longer product is timed at this length, and its time scaled
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of a loss, relative to the size of its terms
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}  # of a loss, relative to the size of its terms
 
 
 @torch.no_grad()

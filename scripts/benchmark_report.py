@@ -186,7 +186,7 @@ def growth(results: dict[str, Any]) -> Sheet:
                     for quantity in ("update_s", "peak_mib")
                 )
                 mib = f"{found['peak_mib']:.0f}" if "peak_mib" in found else found.get("failed", "")
-                rows.append([AXES[cell["axis"]], f"{cell['at']:.4g}", found["label"], _seconds(found), mib])
+                rows.append([AXES[cell["axis"]], f"{cell['at']:.6g}", found["label"], _seconds(found), mib])
                 rows[-1] += [seconds, peak]
     return "Growth", ["grows", "to", "contender", "update, s", "peak, MiB", "ratio of time", "ratio of memory"], rows
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,11 +43,13 @@ def benchmark(scripts):
 def measured(benchmark, cells):
     """Measures a preset's cell in miniature; memory is left out, since it starts processes."""
 
-    def call(name: str, repeats: int = 2, **changes) -> dict:
+    def call(name: str, repeats: int = 1, **changes) -> dict:
         cell = next(cell for cell in cells.preset("cpu", dry_run=True) if cell.name == name)
         options = argparse.Namespace(repeats=repeats, threads=1)
         found = benchmark.measure(replace(cell, **changes), options, CPU, None, lambda: None)
-        return {"preset": "cpu", "dry_run": True, "cells": [json.loads(json.dumps(found))]}
+        machine = {"processor": "p", "device": "d", "threads": 1}
+        about = {"preset": "cpu", "dry_run": True, "machine": machine, "versions": {}, "command": "c"}
+        return {**about, "cells": [json.loads(json.dumps(found))]}
 
     return call
 
@@ -54,14 +58,15 @@ def measured(benchmark, cells):
     ("name", "changes"),
     [
         ("ragged", {}),
-        ("ragged, LoRA", {"contenders": ("ours", "distillation", "gkd")}),
+        pytest.param("ragged, estimators", {}, marks=pytest.mark.slow),
+        pytest.param("ragged, LoRA", {}, marks=pytest.mark.slow),
         ("ragged, combined", {}),
     ],
 )
 def test_every_loss_is_what_its_objective_has_on_the_rollouts(measured, name, changes):
     import benchmark_report as report
 
-    results = measured(name, **changes)
+    results = measured(name, repeats=2, **changes)
     (cell,) = results["cells"]
     assert report.disagreeing(results) == []
     for found in cell["contenders"].values():
@@ -81,7 +86,7 @@ def test_no_ratio_where_a_loss_is_another(measured, monkeypatch):
 
     honest = DistillationTrainer.compute_loss
     monkeypatch.setattr(DistillationTrainer, "compute_loss", lambda *a, **k: honest(*a, **k) * 1.0001)
-    results = measured("uniform", repeats=1)
+    results = measured("uniform")
     rows = {row[2]: row for row in report.speed(results)[2]}
     assert report.REFUSED in rows["`DistillationTrainer`"]
     assert report.REFUSED not in rows["`GKDTrainer`"]
@@ -96,15 +101,28 @@ def test_no_ratio_at_all_where_ours_is_wrong(measured, monkeypatch):
 
     honest = OPDTrainer.compute_loss
     monkeypatch.setattr(OPDTrainer, "compute_loss", lambda *a, **k: honest(*a, **k) * 1.0001)
-    results = measured("uniform", repeats=1, generates=True)
+    results = measured("uniform", contenders=("ours", "distillation"), generates=True)
     assert all(row[5] == report.REFUSED for row in report.speed(results)[2])
 
 
 def test_generation_counts_for_the_step_alone(measured):
-    results = measured("uniform", repeats=1, generates=True, tokens=12)
+    results = measured("uniform", contenders=("ours", "gkd"), generates=True, tokens=12)
     for found in results["cells"][0]["contenders"].values():
         assert found["generation_s"] > 0
         assert found["step_s"][0] > found["generation_s"]
+
+
+def test_an_optimizer_that_is_forgotten_is_gone_and_made_anew(scripts, cells, tmp_path):
+    from benchmark_contenders import Contender, Parts
+
+    cell = cells.preset("cpu", dry_run=True)[0]
+    contender = Contender("ours", Parts(cell, cells.make_rollouts(cell), tmp_path, CPU))
+    before = contender.turn(0).loss
+    inner = weakref.ref(contender.trainer.optimizer.optimizer)
+    contender.forget_optimizer()
+    gc.collect()
+    assert inner() is None
+    assert contender.turn(0).loss == before
 
 
 def test_ragged_lengths_reach_ten_medians(cells):
@@ -153,8 +171,7 @@ def test_peak_memory_sees_what_was_there_for_a_moment(scripts):
 def test_docs_are_written_between_the_markers_of_their_preset(measured, tmp_path):
     import benchmark_report as report
 
-    machine = {"processor": "p", "device": "d", "threads": 1}
-    results = {**measured("uniform", repeats=1), "machine": machine, "versions": {}, "command": "c"}
+    results = measured("uniform", contenders=("ours",))
     page = tmp_path / "page.md"
     begin, end = "<!-- benchmark cpu: begin -->", "<!-- benchmark cpu: end -->"
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
