@@ -1,0 +1,242 @@
+"""How fast, and how large, is an update? `OPDTrainer` beside TRL's `DistillationTrainer`, `GKDTrainer`, `GRPOTrainer`.
+
+    python scripts/benchmark.py                          # two CPU cores, 15 minutes
+    python scripts/benchmark.py --preset gpu             # one GPU: Qwen3-0.6B and 4B in shape, 2 k to 8 k tokens
+    python scripts/benchmark.py --preset gpu --dry_run   # the same cells in miniature, on a CPU: a rehearsal
+
+Random weights and rollouts, the same for all; contenders take turns within one run. A number is a ratio of medians,
+ours by theirs, given only where both losses are what their objectives have on these rollouts. Every cell is also held
+against its floor, the bare matrix products that it cannot do without. Peak memory is measured apart from time, each
+contender in a process of its own. Writes `benchmark.json` and a picture; `--write_docs` puts both into `docs/`.
+
+Left out on purpose: quality (all minimise what they say), several devices, vLLM, and every combination of settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
+
+import benchmark_report as report
+import torch
+from benchmark_cells import Cell, make_rollouts, preset
+from benchmark_contenders import KINDS, Contender, Parts, memory_of
+from benchmark_reference import floor_seconds, reference_losses
+from datasets.utils.logging import disable_progress_bar as quiet_datasets
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers.utils import logging as transformers_logging
+
+
+console = Console()
+ROOT = Path(__file__).parents[1]
+OUT_OF_MEMORY = "out of memory"
+
+
+def measure(
+    cell: Cell,
+    options: argparse.Namespace,
+    device: torch.device,
+    pool: ProcessPoolExecutor | None,
+    advance: Any,
+) -> dict[str, Any]:
+    """Everything that is measured of one cell: plain numbers, ready for JSON."""
+    rollouts = make_rollouts(cell)
+    expected = reference_losses(cell, rollouts, device)
+    found: dict[str, Any] = {
+        name: {
+            "label": KINDS[name].label,
+            "ours": KINDS[name].is_ours,
+            "objective": KINDS[name].objective,
+            "expected": expected[KINDS[name].objective],
+            "scale": expected["scale"],
+        }
+        for name in cell.contenders
+    }
+    result = {**asdict(cell), "lengths": cell.lengths(), "contenders": found, "floor_s": []}
+    result |= {"tokens_in_all": rollouts.tokens, "completion_tokens": rollouts.completion_tokens}
+    with tempfile.TemporaryDirectory() as folder:
+        if cell.timed:
+            parts = {name: Parts(cell, rollouts, Path(folder) / str(i), device) for i, name in enumerate(found)}
+            result["floor_s"] = take_turns(cell, parts, found, options.repeats, advance)
+        for name in cell.contenders:
+            if pool is None:
+                break
+            peak = pool.submit(memory_of, name, cell, folder, device.type, options.threads).result()
+            if peak is None:
+                found[name].setdefault("failed", OUT_OF_MEMORY)
+            else:
+                found[name] = {**found[name], "loss": peak["loss"], "peak_mib": peak["peak_mib"]}
+            advance()
+    return result
+
+
+def take_turns(cell: Cell, parts: dict[str, Parts], found: dict[str, Any], repeats: int, advance: Any) -> list[float]:
+    """Time the contenders of a cell one after another, `repeats` times; returns the floor's seconds in each round."""
+    contenders: dict[str, Contender] = {}
+    floor = []
+    for name, its_parts in parts.items():
+        try:
+            contender = Contender(name, its_parts)
+            found[name]["loss"] = contender.turn(0).loss  # not timed: it warms up
+            found[name]["update_s"] = []
+            contenders[name] = contender
+        except torch.OutOfMemoryError:
+            found[name]["failed"] = OUT_OF_MEMORY
+        advance()
+    device, rollouts = next((p.device, p.rollouts) for p in parts.values())
+    for seed in range(1, repeats + 1):
+        for name, contender in contenders.items():
+            turn = contender.turn(seed)
+            found[name]["update_s"].append(turn.update)
+            advance()
+        if not cell.axis:
+            floor.append(floor_seconds(cell, rollouts, device))
+    for name, contender in contenders.items() if not cell.axis else ():
+        if cell.generates:
+            turn = contender.turn(repeats, generating=True)
+            found[name] |= {"step_s": [turn.update + turn.generation], "generation_s": turn.generation}
+        found[name]["shares"] = contender.shares(repeats)
+        advance()
+    for contender in contenders.values():
+        contender.close()
+    return floor
+
+
+def steps_of(cell: Cell, repeats: int, memory: bool) -> int:
+    """How often a cell's bar advances."""
+    rounds = memory + (1 + repeats + (not cell.axis)) * cell.timed
+    return len(cell.contenders) * rounds
+
+
+def memory_pool(wanted: bool) -> Any:
+    """A process for each task, forked from one that has imported everything and computed nothing."""
+    if not wanted:
+        return nullcontext()
+    context = multiprocessing.get_context("forkserver")
+    paths = [str(ROOT / "scripts"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # the server imports before it knows ours
+    # there, memory that is freed goes back at once, so that a peak is one of use
+    os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    context.set_forkserver_preload(["benchmark_contenders"])
+    return ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1, initializer=be_quiet)
+
+
+def be_quiet() -> None:
+    """Let the libraries keep to themselves what is known: unchecked tokenizers, progress of saving a model."""
+    quiet_datasets()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for name in ("trl", "trl_distill", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Machine, versions and command, as they stand above the tables."""
+    names = Path("/proc/cpuinfo")
+    processor = next(
+        (line.split(":")[1].strip() for line in names.read_text().splitlines() if line.startswith("model name"))
+        if names.exists()
+        else iter(()),
+        platform.processor() or platform.machine(),
+    )
+    shown = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores, no GPU"
+    return {
+        "preset": options.preset,
+        "dry_run": options.dry_run,
+        "machine": {"processor": processor, "device": shown, "threads": torch.get_num_threads()},
+        "versions": {
+            "Python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "peft", "trl_distill")},
+        },
+        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+    }
+
+
+def chosen(options: argparse.Namespace) -> list[Cell]:
+    """The cells that were asked for."""
+    cells = preset(options.preset, options.dry_run)
+    if options.no_growth:
+        cells = [cell for cell in cells if not cell.axis]
+    if options.cells is None:
+        return cells
+    unknown = sorted(set(options.cells) - {cell.name for cell in cells})
+    if unknown:
+        raise ValueError(f"There are no cells {unknown}. Choose from {[cell.name for cell in cells]}.")
+    return [cell for cell in cells if cell.name in options.cells]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--dry_run", action="store_true", help="all cells in miniature, on the CPU")
+    parser.add_argument("--cells", nargs="+", help="only these, by name")
+    parser.add_argument("--repeats", type=int, default=3, help="timed turns of each contender")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
+    parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--no_growth", action="store_true", help="do not measure growth with size")
+    parser.add_argument("--write_docs", action="store_true", help="write the tables and the picture to docs/")
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmark_output"))
+    return parser.parse_args(arguments)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure, show and save; 1 where a loss was not its objective's."""
+    if options.preset == "gpu" and not options.dry_run and not torch.cuda.is_available():
+        sys.exit(
+            "The GPU preset needs a GPU, and PyTorch sees none. Rehearse it with `--dry_run`, or use `--preset cpu`."
+        )
+    if options.repeats < 1:
+        sys.exit(f"`--repeats` is {options.repeats}, and no median comes of that. Write 1 or more.")
+    try:
+        cells = chosen(options)
+    except ValueError as error:
+        sys.exit(f"{error}")
+    be_quiet()
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if options.preset == "gpu" and not options.dry_run else "cpu")
+    results: dict[str, Any] = {**about(options, device), "cells": []}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with memory_pool(not options.no_memory) as pool, Progress(*columns, console=console) as progress:
+        for cell in cells:
+            task = progress.add_task(cell.name, total=steps_of(cell, options.repeats, pool is not None))
+            results["cells"].append(measure(cell, options, device, pool, lambda task=task: progress.advance(task)))
+            progress.update(task, completed=progress.tasks[task].total)
+            report.save(results, options.output_dir)  # nothing is lost where a later cell fails
+            if not console.is_terminal:  # where bars are drawn only at the end
+                console.print(f"{cell.name}: done")
+    report.show(results, console)
+    if any(cell["axis"] for cell in results["cells"]):
+        report.draw(results, options.output_dir / "benchmark_growth.png")
+    if options.write_docs:
+        report.write_docs(results, ROOT / "docs" / "benchmarks.md")
+        if any(cell["axis"] for cell in results["cells"]):
+            report.draw(results, ROOT / "docs" / "images" / "benchmark_growth.png")
+    others = report.disagreeing(results)
+    for line in others:
+        console.print(line)
+    console.print(f"Results are in {options.output_dir}: benchmark.json" + ", and docs/" * options.write_docs)
+    return 1 if others else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse()))

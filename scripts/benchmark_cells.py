@@ -1,0 +1,229 @@
+"""What `benchmark.py` measures on: models by size, rollouts by length, and the named cells of each preset.
+
+A cell is one shape and the contenders that run on it. Lengths stand at the quantiles of their distribution, so that a
+"ragged" batch of eight rows is ragged in the same way on every seed; order and token ids are drawn. Who the contenders
+are is left to `benchmark_contenders.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, set_seed
+
+
+PAD, EOS, FIRST = 0, 1, 3  # ids from `FIRST` on are drawn
+RAGGED = 10  # longest completion, in medians
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model shaped like Qwen3, with tied embeddings."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int = 64
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One shape; `tokens` is the length of a completion, or with `ragged` the median."""
+
+    name: str
+    student: Size
+    teacher: Size
+    contenders: tuple[str, ...]
+    vocab: int = 32_000
+    tokens: int = 80
+    prompt: int = 16
+    ragged: bool = False
+    rows: int = 8  # per optimizer step
+    micro_batch: int = 2  # rows per forward
+    group: int = 1  # completions per prompt
+    lora: bool = False
+    dtype: str = "float32"
+    timed: bool = True
+    generates: bool = False  # also measured with generation
+    axis: str = ""  # of the growth that this cell is a point of
+    at: float = 0.0  # where on that axis
+
+    def lengths(self) -> list[int]:
+        """Tokens of each completion, its stop token included, in ascending order."""
+        if not self.ragged:
+            return [self.tokens] * self.rows
+        normal = NormalDist()
+        quantiles = [(row + 0.5) / self.rows for row in range(self.rows)]
+        sigma = math.log(RAGGED) / normal.inv_cdf(quantiles[-1])
+        return [max(2, round(self.tokens * math.exp(sigma * normal.inv_cdf(q)))) for q in quantiles]
+
+    def shrunk(self) -> Cell:
+        """The same cell, small enough for a rehearsal of everything but speed."""
+        tiny = Size(32, 2, 64, 2, 1, 16)
+        small: dict[str, Any] = {"student": tiny, "teacher": replace(tiny, hidden=48, layers=3), "prompt": 4}
+        return replace(self, vocab=max(64, self.vocab // 256), tokens=max(3, self.tokens // 256), **small)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Token ids of each row; rows of one prompt stand together."""
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+
+    @property
+    def tokens(self) -> int:
+        """Of prompts and completions."""
+        return sum(map(len, self.prompts)) + self.completion_tokens
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(map(len, self.completions))
+
+
+def make_rollouts(cell: Cell, seed: int = 0) -> Rollouts:
+    """Random ids; each completion ends with the stop token, which stands nowhere else."""
+    draw = random.Random(seed)
+    lengths = cell.lengths()
+    draw.shuffle(lengths)
+    asked = [[draw.randrange(FIRST, cell.vocab) for _ in range(cell.prompt)] for _ in range(cell.rows // cell.group)]
+    return Rollouts(
+        prompts=[asked[row // cell.group] for row in range(cell.rows)],
+        completions=[[draw.randrange(FIRST, cell.vocab) for _ in range(n - 1)] + [EOS] for n in lengths],
+    )
+
+
+def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+    """One word for each id: "w17" is 17."""
+    special = ["<pad>", "<eos>", "<unk>"]  # else "w1" would be found in "w17"
+    words = [*special, *(f"w{i}" for i in range(FIRST, vocab))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    pad, eos, unknown = special
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, unk_token=unknown, padding_side="left"
+    )
+
+
+def make_model(size: Size, cell: Cell, seed: int, device: torch.device) -> Any:
+    """Random weights, the same on each call."""
+    set_seed(seed)
+    config = Qwen3Config(
+        vocab_size=cell.vocab,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.head_dim,
+        max_position_embeddings=40_960,
+        initializer_range=size.hidden**-0.5,  # logits of variance 1, so that a divergence is not zero by accident
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    )
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, cell.dtype))
+    model.generation_config.eos_token_id = EOS
+    return model
+
+
+PURE = ("ours", "distillation")
+ALL_PURE = (*PURE, "gkd")
+ESTIMATORS = ("ours, top-k", "ours, sampled")
+COMBINED = ("ours, combined", "grpo")
+
+
+def cpu_cells() -> list[Cell]:
+    student, teacher = Size(256, 6, 768, 4, 2), Size(512, 8, 1536, 8, 4)
+    base = Cell("", student, teacher, PURE)
+    narrow = replace(base, student=Size(128, 4, 384, 4, 2, 32), teacher=Size(256, 6, 768, 4, 2), vocab=152_000)
+    ragged: dict[str, Any] = {"ragged": True, "tokens": 20}  # up to 200
+    return [
+        replace(base, name="uniform", contenders=ALL_PURE, generates=True),
+        replace(base, name="ragged", contenders=ALL_PURE, generates=True, **ragged),
+        replace(base, name="ragged, estimators", contenders=("ours", *ESTIMATORS), **ragged),
+        replace(base, name="uniform, LoRA", lora=True),
+        replace(base, name="ragged, LoRA", lora=True, **ragged),
+        replace(narrow, name="uniform, 152k", tokens=48),
+        replace(narrow, name="ragged, 152k", ragged=True, tokens=10),
+        replace(base, name="uniform, combined", contenders=COMBINED, group=4),
+        replace(base, name="ragged, combined", contenders=COMBINED, group=4, **ragged),
+        replace(
+            narrow,
+            name="4k tokens, 152k",
+            contenders=ALL_PURE,
+            student=Size(64, 2, 192, 2, 1, 32),
+            teacher=Size(128, 2, 384, 4, 2, 32),
+            tokens=512,
+            timed=False,
+        ),
+    ]
+
+
+def gpu_cells() -> list[Cell]:
+    student, teacher = Size(1024, 28, 3072, 16, 8, 128), Size(2560, 36, 9728, 32, 8, 128)
+    base = Cell("", student, teacher, PURE, vocab=151_936, tokens=2048, prompt=256, dtype="bfloat16")
+    ragged: dict[str, Any] = {"ragged": True, "tokens": 800}  # up to 8000
+    return [
+        replace(base, name="uniform", contenders=ALL_PURE, generates=True),
+        replace(base, name="ragged", generates=True, **ragged),
+        replace(base, name="ragged, estimators", contenders=("ours", *ESTIMATORS), **ragged),
+        replace(base, name="uniform, LoRA", lora=True),
+        replace(base, name="ragged, LoRA", lora=True, **ragged),
+        replace(base, name="uniform, 32k", vocab=32_000),
+        replace(base, name="ragged, 32k", vocab=32_000, **ragged),
+        replace(base, name="uniform, combined", contenders=COMBINED, group=4),
+        replace(base, name="ragged, combined", contenders=COMBINED, group=4, **ragged),
+    ]
+
+
+def growth_cells(gpu: bool) -> list[Cell]:
+    """
+    Points on three axes: tokens per step, vocabulary, parameters of the teacher's layers.
+
+    On "wide", tokens grow once more with four times the vocabulary, in memory alone: hidden states do not know of it.
+    """
+    tokens: tuple[int, ...]
+    if gpu:
+        base = replace(gpu_cells()[0], contenders=PURE, rows=4, generates=False, tokens=1024, vocab=32_000)
+        tokens, vocabularies, layers = (512, 1024, 2048, 4096), (32_000, 64_000, 151_936), (9, 18, 36)
+    else:
+        student, teacher = Size(128, 4, 384, 4, 2, 32), Size(256, 6, 768, 4, 2)
+        base = Cell("", student, teacher, PURE, vocab=16_000, tokens=48)
+        tokens, vocabularies, layers = (48, 112, 240), (8_000, 32_000, 152_000), (3, 8, 16)
+    cells = [replace(base, axis="tokens", at=base.rows * (base.prompt + n), tokens=n) for n in tokens]
+    wide = replace(base, vocab=4 * base.vocab, timed=False)
+    cells += [replace(wide, axis="wide", at=wide.rows * (wide.prompt + n), tokens=n) for n in (tokens[0], tokens[-1])]
+    cells += [replace(base, axis="vocabulary", at=v, vocab=v) for v in vocabularies]
+    for deep in layers:
+        size = replace(base.teacher, layers=deep)
+        cells.append(replace(base, axis="teacher", at=sum(map(math.prod, projections(size))) / 1e6, teacher=size))
+    return [replace(cell, name=f"{cell.axis} {cell.at:.6g}") for cell in cells]
+
+
+def projections(size: Size) -> list[tuple[int, int, int]]:
+    """`(count, in, out)` of a backbone's linear maps."""
+    queries, keys = size.heads * size.head_dim, size.kv_heads * size.head_dim
+    return [
+        (size.layers, size.hidden, queries),
+        (2 * size.layers, size.hidden, keys),
+        (size.layers, queries, size.hidden),
+        (2 * size.layers, size.hidden, size.intermediate),
+        (size.layers, size.intermediate, size.hidden),
+    ]
+
+
+def preset(name: str, dry_run: bool) -> list[Cell]:
+    """The cells of a preset, those of its growth at the end."""
+    cells = [*(gpu_cells() if name == "gpu" else cpu_cells()), *growth_cells(name == "gpu")]
+    return [cell.shrunk() for cell in cells] if dry_run else cells

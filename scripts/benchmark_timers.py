@@ -1,0 +1,145 @@
+"""Clocks and memory for `benchmark.py`: where the seconds of a step go, and how much memory it needs at its peak.
+
+Hooks on modules and on gradients only: nothing here knows how a trainer computes its loss. What a loss does between
+the backbones counts as LM heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+
+PARTS = ("student forward", "backward", "teacher", "LM heads", "rest")
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Shares:
+    """
+    Seconds of a step by part; the parts add up to the whole.
+
+    Args:
+        trainer: any of transformers' trainers.
+        student, teacher: its models, without wrappers.
+        device (`torch.device`): synchronised at every change of part.
+
+    Attributes:
+        seconds (`dict[str, float]`): by the names in `PARTS`.
+    """
+
+    def __init__(self, trainer: Any, student: Any, teacher: Any, device: torch.device):
+        self.trainer, self.student, self.teacher, self.device = trainer, student, teacher, device
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._stack: list[str] = []
+        self._since = 0.0
+
+    def _spend(self) -> None:
+        synchronize(self.device)
+        now = time.perf_counter()
+        if self._stack:
+            self.seconds[self._stack[-1]] += now - self._since
+        self._since = now
+
+    def _push(self, part: str) -> None:
+        self._spend()
+        self._stack.append(part)
+
+    def _pop(self) -> None:
+        self._spend()
+        self._stack.pop()
+
+    def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._push(part)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._pop()
+
+        return timed
+
+    def _reached_backbone(self, gradient: torch.Tensor) -> None:
+        """The gradient of the last hidden state is complete: heads are done, the backbone begins."""
+        if self._stack[-1] == "LM heads":
+            self._spend()
+            self._stack[-1] = "backward"
+
+    def _watch(self, module: torch.nn.Module, part: str) -> Iterator[Any]:
+        yield module.register_forward_pre_hook(lambda *_: self._push(part))
+        yield module.register_forward_hook(lambda *_: self._pop())
+
+    def _after_student(self, _module: Any, _args: Any, output: Any) -> None:
+        if output.last_hidden_state.requires_grad:
+            output.last_hidden_state.register_hook(self._reached_backbone)
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Within this context steps are taken apart."""
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        hooks = [
+            *self._watch(self.student.base_model, "student forward"),
+            *self._watch(self.teacher, "LM heads"),  # what a teacher's forward does beside its backbone
+            *self._watch(self.teacher.base_model, "teacher"),
+            self.student.base_model.register_forward_hook(self._after_student),
+        ]
+        clock = _Bounds(self)
+        trainer.add_callback(clock)
+        trainer.compute_loss = self._timed("LM heads", trainer.compute_loss)
+        accelerator.backward = self._timed("LM heads", accelerator.backward)
+        try:
+            yield
+        finally:
+            del trainer.compute_loss, accelerator.backward
+            trainer.remove_callback(clock)
+            for hook in hooks:
+                hook.remove()
+
+
+class _Bounds(TrainerCallback):
+    """Where a step begins and ends: between, what nothing else claims is the rest."""
+
+    def __init__(self, shares: Shares):
+        self.shares = shares
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.shares._push("rest")
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.shares._pop()
+
+
+def peak_memory(device: torch.device, call: Callable[[], Any]) -> float:
+    """MiB at the peak of `call` above what was held before it: of the GPU's allocator, or of the whole process."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    if not CLEAR.exists():
+        raise RuntimeError(
+            "Peak memory on a CPU is read from /proc/self, which only Linux has. Run with `--no_memory`."
+        )
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR.write_text("5")  # the peak so far is forgotten
+    before = _kib("VmRSS")
+    call()
+    return (_kib("VmHWM") - before) / 2**10
+
+
+def _kib(field: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
