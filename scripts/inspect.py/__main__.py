@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from trl_distill import checks
-from trl_distill.data import load_splits, take_split, with_prompts
+from trl_distill.data import load_splits, with_prompts
 from trl_distill.forwards import add_teacher_forward, unwrap_adapter
 from trl_distill.preflight import stop_ids
 from trl_distill.report import Summary, TokenTable, page
@@ -121,6 +121,22 @@ def check_teacher(tokenizer: Any, teacher: str, model: Any, student: Any) -> Non
             console.print(f"[yellow]{finding}[/]")
 
 
+def first_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows that are asked about."""
+    splits = load_splits(options.prompts)
+    if options.split not in splits:
+        raise ValueError(
+            f"{options.prompts} has no split {options.split!r}, only {', '.join(splits)}. Name one of them with `--split`."
+        )
+    dataset = with_prompts(splits[options.split])
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f'{options.prompts} has the columns {", ".join(dataset.column_names)}, but no "prompt" and no "messages". '
+            "Rename the one that holds the questions."
+        )
+    return list(dataset.select(range(min(options.num_prompts, len(dataset)))))
+
+
 class Collector:
     """Writes and judges batch by batch, with a progress bar."""
 
@@ -166,10 +182,7 @@ def main(words: list[str] | None = None) -> None:
     options = arguments(words)
     transformers_logging.disable_progress_bar()
     rewards = [import_reward(path) for path in options.reward_funcs]
-    dataset = with_prompts(take_split(load_splits(options.prompts), options.split, "training"))
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f'--prompts has the columns {", ".join(dataset.column_names)}, but no "prompt".')
-    rows = list(dataset.select(range(min(options.num_prompts, len(dataset)))))
+    rows = first_rows(options)
     console.print("Loading models ...")
     names = [options.model, *([options.compare_with] if options.compare_with else [])]
     students = [load(name, "student", options) for name in names]
