@@ -126,7 +126,8 @@ def first_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     splits = load_splits(options.prompts)
     if options.split not in splits:
         raise ValueError(
-            f"{options.prompts} has no split {options.split!r}, only {', '.join(splits)}. Name one of them with `--split`."
+            f"{options.prompts} has no split {options.split!r}, only {', '.join(splits)}. Name one of them with "
+            "`--split`."
         )
     dataset = with_prompts(splits[options.split])
     if "prompt" not in dataset.column_names:
@@ -204,7 +205,7 @@ def main(words: list[str] | None = None) -> None:
         others = collector.collect(students[1], students[1:], teacher, how, merged, "the second student's own")
         own = [summary(completions), summary(others)]
     table = TokenTable(
-        title=f"{Path(options.model).name or options.model}: tokens by KL to {Path(options.teacher).name}",
+        title=f"{' and '.join(Path(name).name for name in names)}: tokens by KL to {Path(options.teacher).name}",
         teacher=options.teacher,
         students=tuple(names),
         completions=tuple(completions),

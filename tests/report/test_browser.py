@@ -64,7 +64,7 @@ def wait(page, condition: str) -> None:
 
 
 def titles(page) -> list[str]:
-    return page.locator("article:visible h3").all_inner_texts()
+    return page.locator("article:not([hidden]) h3").all_text_contents()
 
 
 def token(page, card: int, place: int, lane: int = 0):
@@ -136,11 +136,11 @@ def test_search_shows_what_fits_and_highlights_across_tokens(opened, table):
     page.keyboard.type("CAT SA")
     wait(page, "document.querySelectorAll('article:not([hidden])').length === 2")
     assert titles(page) == ["Completion 3", "Completion 1"]
-    assert page.locator("article:has(#row-0) .t.hit").all_inner_texts() == [" cat", " sat"]
+    assert page.locator("article:has(#row-0) .t.hit").all_text_contents() == [" cat", " sat"]
     assert page.locator("#shown").inner_text().startswith("2 of 3 completions shown")
     page.fill("#search", "first PROMPT")
     wait(page, "document.querySelectorAll('article:not([hidden])').length === 1")
-    assert page.locator("mark").all_inner_texts() == ["first prompt"]
+    assert page.locator("mark").all_text_contents() == ["first prompt"]
     page.fill("#search", "<script>")
     wait(page, "document.querySelector('article:not([hidden]) h3').textContent === 'Completion 2'")
     page.fill("#search", "not there")
@@ -157,6 +157,18 @@ def test_threshold_and_worst_tokens(opened, table):
     wait(page, "document.querySelectorAll('article:not([hidden])').length === 1")
     page.locator("#threshold").fill("0")
     wait(page, "document.querySelectorAll('article:not([hidden])').length === 3")
+
+
+def test_two_changes_at_once_are_both_made(opened, table):
+    page = opened(table())
+    page.fill("#search", "cat")
+    page.evaluate(
+        "(() => { const search = document.getElementById('search'), show = document.getElementById('show');"
+        "search.value = ''; search.dispatchEvent(new Event('input'));"
+        "show.value = 'worst'; show.dispatchEvent(new Event('change')); })()"
+    )
+    wait(page, "document.querySelectorAll('.gap').length > 0")
+    assert page.locator(".t.hit, mark").count() == 0
 
 
 def test_the_keyboard_alone_reaches_everything(opened, table):
@@ -256,7 +268,7 @@ def test_two_checkpoints_side_by_side(opened, table):
     assert boxes[0]["y"] == boxes[1]["y"]
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
     token(page, 1, 1).hover()
-    assert page.locator("#panel .tops h3").all_inner_texts() == ["A: checkpoint-100", "Teacher", "B: checkpoint-500"]
+    assert page.locator("#panel .tops h3").all_inner_texts() == ["Student A", "Teacher", "Student B"]
     assert "same" in token(page, 1, 1, lane=1).get_attribute("class")
     assert "A: KL(student ‖ teacher)\n4.00 nats" in page.locator("#panel dl").inner_text()
     assert "B: KL(student ‖ teacher)\n2.00 nats" in page.locator("#panel dl").inner_text()

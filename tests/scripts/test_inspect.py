@@ -33,23 +33,8 @@ def main(monkeypatch, saved, prompts):
     )
 
     def call(*words: str) -> dict:
-        module.main(
-            [
-                "--model",
-                "student",
-                "--teacher",
-                "teacher",
-                "--prompts",
-                "prompts.jsonl",
-                "--device",
-                "cpu",
-                "--max_completion_length",
-                "6",
-                "--output",
-                "out/report.html",
-            ]
-            + list(words)
-        )
+        usual = "--model student --teacher teacher --prompts prompts.jsonl --device cpu --max_completion_length 6"
+        module.main([*usual.split(), "--output", "out/report.html", *words])
         html = (saved / "out" / "report.html").read_text()
         return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', html, re.S)[1])
 

@@ -28,7 +28,7 @@ function percent(p) {
   if (p === null) return "n/a";
   if (p === 0 || p === 1) return `${100 * p}%`;
   if (p < 0.0005) return "<0.1%";
-  return p < 1 && p > 0.9995 ? ">99.9%" : `${(100 * p).toFixed(1)}%`;
+  return p < 1 && p > 0.999 ? ">99.9%" : `${(100 * p).toFixed(1)}%`;
 }
 const level = (kl) => (kl === null ? LEVELS.length : LEVELS.filter((least) => kl >= least).length);
 const mean = (xs) => (xs.length ? xs.reduce((a, b) => a + b, 0) / xs.length : 0);
@@ -104,18 +104,18 @@ function tiles(s) {
     el("div", { class: "tile" }, el("dt", {}, what), el("dd", {}, String(value), " ", el("small", {}, unit)))));
 }
 function comparison() {
-  const line = (what, of, values) => el("tr", {}, el("th", { scope: "row" }, what), ...values.map((s) => el("td", {}, of(s))));
-  const block = (title, values, lines) => [el("tr", {}, el("th", { colspan: 3, scope: "rowgroup" }, title)),
-    ...lines.filter(([, of]) => values.some((s) => of(s) !== "n/a")).map(([what, of]) => line(what, of, values))];
-  const kls = [["KL(student ‖ teacher)", (s) => nats(s.kl)], ["KL(teacher ‖ student)", (s) => nats(s.forward_kl)],
-    ["same first choice as the teacher", (s) => percent(s.agreement)]];
-  const on = `On A's completions (${count(rows.length, "completion")}, ${count(data.summaries[0].tokens, "token")})`;
-  const own = [...kls, ["reward", (s) => points(s.reward)],
-    ["tokens per completion", (s) => (s.tokens / s.completions).toFixed(1)], ["cut at the limit", (s) => percent(s.truncated)]];
+  const number = (of) => (s) => (s[of] === null ? "n/a" : nats(s[of]));
+  const lines = [["KL(student ‖ teacher)", number("kl")], ["KL(teacher ‖ student)", number("forward_kl")],
+    ["same first choice", (s) => percent(s.agreement)], ["log-probability", number("log_prob")],
+    ["reward", (s) => points(s.reward)], ["tokens each", (s) => (s.tokens / s.completions).toFixed(1)],
+    ["cut at the limit", (s) => percent(s.truncated)]];
+  const groups = [["on A's completions", data.summaries, 4], ["each on its own", data.own, lines.length]].filter(([, of]) => of.length);
+  const cells = (inside) => groups.flatMap(([, of, known]) => of.map((s, i) => inside(s, i, known)));
   return el("table", {},
-    el("thead", {}, el("tr", {}, el("td", {}), ...letters.map((letter, i) => el("th", { scope: "col", class: classes[i] }, letter)))),
-    el("tbody", {}, ...block(on, data.summaries, [...kls, ["log-probability of the tokens", (s) => nats(s.log_prob)]]),
-      ...(data.own.length ? block("Each on completions of its own", data.own, own) : [])));
+    el("thead", {}, el("tr", {}, el("td", {}), ...groups.map(([title]) => el("th", { colspan: 2, scope: "colgroup" }, title))),
+      el("tr", {}, el("td", {}), ...cells((_, i) => el("th", { scope: "col", class: classes[i] }, letters[i])))),
+    el("tbody", {}, ...lines.filter(([, of]) => [...data.summaries, ...data.own].some((s) => of(s) !== "n/a")).map(([what, of], n) =>
+      el("tr", {}, el("th", { scope: "row" }, what), ...cells((s, _, known) => el("td", {}, n < known ? of(s) : ""))))));
 }
 function drawCurve() {
   const figure = $("curve"), last = Math.max(0, ...data.curves.flat().map((p) => p.last));

@@ -32,8 +32,8 @@ function show(row, view, i, speak) {
   row.views.forEach((v, n) => add(`log-probability, ${letters[n]}`, nats(v.logp[i])));
   add("log-probability, teacher", nats(teacher.logp[i]));
   add("position, id", `${i + 1}, ${chosen}`);
-  const lists = row.views.map((v, n) => alternatives(two ? `${letters[n]}: ${data.students[n]}` : "Student's top 5", classes[n], v, i, chosen));
-  lists.splice(two ? 1 : 1, 0, alternatives(two ? "Teacher" : "Teacher's top 5", "teacher", teacher, i, chosen));
+  const lists = row.views.map((v, n) => alternatives(two ? `Student ${letters[n]}` : "Student's top 5", classes[n], v, i, chosen));
+  lists.splice(1, 0, alternatives(two ? "Teacher" : "Teacher's top 5", "teacher", teacher, i, chosen));
   $("panel-token").textContent = written;
   $("panel-body").replaceChildren(el("div", { class: "tops" }, ...lists), el("dl", {}, ...facts),
     el("p", { class: "hint" }, `▸ the token that was written · completion ${row.index + 1}${pinned ? " · pinned, Esc lets go" : " · Enter or tap pins"}`));
@@ -150,7 +150,7 @@ function controls() {
   const limit = () => { state.limit = ofSlider(Number($("threshold").value)); $("threshold").setAttribute("aria-valuetext", `${nats(state.limit)} nats`); };
   limit();
   let waiting = 0;
-  const soon = (change) => () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(() => { change(); apply(); }); };
+  const soon = (change) => () => { change(); cancelAnimationFrame(waiting); waiting = requestAnimationFrame(apply); };
   $("threshold").addEventListener("input", soon(limit));
   $("search").addEventListener("input", soon(() => { state.query = $("search").value.toLowerCase(); search(); }));
   $("show").addEventListener("change", soon(() => { state.only = $("show").value === "worst"; }));
