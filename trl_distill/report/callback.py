@@ -163,13 +163,15 @@ class TokenReport(TrainerCallback):
         trainer, args, tokenizer = self._trainer, self._trainer.args, self._trainer.tokenizer
         temperature = args.kl_temperature or args.temperature
         merged = getattr(trainer.estimator, "stops", ())
+        # where vLLM writes, TRL has no settings for `generate`, and none that keeps to the teacher's vocabulary
+        suppressed = () if trainer.use_vllm else trainer.generation_config.suppress_tokens or ()
         how = Sampling(
             limit=trainer.max_completion_length,
             stops=tuple(trainer.eos_token_ids),
             temperature=args.temperature,
             generations=self.num_generations,
             seed=self.seed,
-            suppressed=tuple(trainer.generation_config.suppress_tokens or ()),
+            suppressed=tuple(suppressed),
         )
         teacher, device = trainer.panel.teachers[self._name], trainer.accelerator.device
         completions: list[Completion] = []
