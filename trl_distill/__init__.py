@@ -5,6 +5,7 @@ from .checkpoints import CheckpointError
 from .config import OPDConfig
 from .guards import NonFiniteLossError, RunawayError, StopOnSigterm, StoppedBySignal
 from .heads import LMHead
+from .report import TokenReport
 from .self_teachers import AdapterOff, MovingAverage
 from .served import ServedTeacher
 from .signals import HiddenStates, Rollouts, TeacherAnswerError, TeacherUnavailable, TokenLogProbs
@@ -30,5 +31,6 @@ __all__ = [
     "TeacherAnswerError",
     "TeacherUnavailable",
     "TokenLogProbs",
+    "TokenReport",
     "__version__",
 ]

@@ -22,6 +22,7 @@ from .heads import LMHead
 from .off_policy import token_ids
 from .panel import Panel, make_panel
 from .preflight import LONGEST_OF, Report, context_of, examine, probe_kl, prompts_to_look_at, real_stops
+from .report.callback import TokenReport
 from .self_teachers import ADAPTER_OFF, AdapterOff, FollowStudent, MovingAverage
 from .served import ServedTeacher
 from .signals import HiddenStates
@@ -84,6 +85,12 @@ class Assembly(Watched):
                 "reward_funcs": self.reward_func_names if self.has_rewards else [],
             }
             self.add_callback(WandbExtras(facts))
+
+    def show_to_reports(self) -> None:
+        """Let every [`~trl_distill.TokenReport`] look at this trainer, or refuse to."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TokenReport):
+                callback.bind(self)
 
     def add_teachers(self, specs: dict[str, Any]) -> None:
         """Check that teachers and student fit, load the teachers, and let the student answer their signals."""

@@ -190,6 +190,7 @@ class OPDTrainer(Assembly):
             except (ValueError, TeacherAnswerError, TeacherUnavailable) as error:
                 vars(error).setdefault("report", self.preflight)  # what was found until then, for `--check_only`
                 raise
+        self.show_to_reports()
 
     def beta_at(self, step: int) -> float:
         """Weight of the teacher's term at an optimizer step."""
@@ -426,6 +427,7 @@ class OPDTrainer(Assembly):
 
     def begins(self, checkpoint: str | None) -> None:
         self._generations = self._generations_until(checkpoint)
+        self.show_to_reports()  # those that were added since
         for teacher, _ in self.panel.members if self.panel is not None and checkpoint else ():
             if isinstance(teacher, MovingAverage):
                 teacher.load(str(checkpoint))

@@ -1,0 +1,244 @@
+"""The token-level report of saved models: one HTML file that opens anywhere, offline.
+
+    python scripts/inspect.py --model out/checkpoint-100 --teacher Qwen/Qwen3-4B --prompts prompts.jsonl
+
+The student writes a completion of each prompt, and the page shows its tokens by their KL to the teacher, with what both
+would rather have written. `--compare_with out/checkpoint-500` judges the same completions for a second student;
+`--completions dataset` judges the dataset's own; `--reward_funcs module.function` adds rewards; `--report_to wandb`
+logs the page too. During training: `trl_distill.TokenReport`. See docs/report.md.
+
+A folder, since a file of this name would take the place of Python's own `inspect` for every script beside it. Left out
+on purpose: several devices, and models that do not fit on one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+
+sys.path.append(str(Path(__file__).parents[1]))  # the other scripts, and rewards beside them
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
+
+import torch
+
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, it would look for one and warn
+
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from trl_distill import checks
+from trl_distill.data import import_reward, load_splits, with_prompts
+from trl_distill.forwards import add_teacher_forward, unwrap_adapter
+from trl_distill.preflight import stop_ids
+from trl_distill.report import Summary, TokenTable, page
+from trl_distill.report.callback import log_to_wandb
+from trl_distill.report.collect import (
+    Sampling,
+    Written,
+    answers_with,
+    given,
+    judged,
+    labels_of,
+    prompt_ids,
+    rollouts_of,
+    sampled,
+    undisturbed,
+    with_rewards,
+)
+from trl_distill.report.rows import Completion, summary
+
+
+console = Console()
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="inspect.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="the student: a folder or a name on the hub; an adapter's folder with peft")
+    add("--teacher", required=True, help="who judges")
+    add("--prompts", required=True, help='a .jsonl file, folder or name on the hub, with a "prompt" column')
+    add("--split", default="train", help="of the prompts")
+    add("--num_prompts", type=int, default=50, help="how many, from the first")
+    add("--compare_with", help="a second student: it judges the first one's completions, and writes some of its own")
+    add("--completions", choices=["sample", "dataset"], default="sample", help='or those of a "completion" column')
+    add("--num_generations", type=int, default=1, help="completions per prompt")
+    add("--max_completion_length", type=int, default=256, help="tokens")
+    add("--temperature", type=float, default=1.0, help="of sampling, and of both models in the KL")
+    add("--reward_funcs", nargs="*", default=[], help="import paths (`module.function`) or names from trl.rewards")
+    add("--seed", type=int, default=0)
+    add("--batch_size", type=int, default=8, help="completions at a time")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="auto", help="of both models; the checkpoint's own by default")
+    add("--output", type=Path, default=Path("token_report.html"))
+    add("--report_to", choices=["none", "wandb"], default="none")
+    options = parser.parse_args(words)
+    for name in ("num_prompts", "num_generations", "max_completion_length", "batch_size", "temperature"):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name} is {getattr(options, name)}; it must be more than 0")
+    if options.output.is_dir():
+        parser.error(f"--output {options.output} is a folder; name a file, such as {options.output / 'report.html'}")
+    return options
+
+
+def load(name: str, whose: str, options: argparse.Namespace) -> Any:
+    """A model whose forward gives hidden states, after a check that its logits follow from them."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype).to(options.device).eval()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"The {whose} {name!r} could not be loaded. ({error})") from None
+    checks.check_text_only(model.config, whose)
+    add_teacher_forward(model)
+    probe = rollouts_of([[0]], [[1, 2, 3]], 0, options.device)
+    with torch.no_grad():
+        expected = model(input_ids=probe.input_ids).logits[0, :-1]
+        states = answers_with(model)(probe)
+        checks.check_logits(expected, states.head.logits(states.hidden), whose)
+    return model
+
+
+def check_teacher(tokenizer: Any, teacher: str, model: Any, student: Any) -> None:
+    """Stop where token ids mean something else to the teacher."""
+    theirs = checks.load_tokenizer(teacher)
+    sizes = [unwrap_adapter(m).config.get_text_config().vocab_size for m in (student, model)]
+    for finding in (checks.same_tokenizer(tokenizer, theirs), checks.vocabulary(tokenizer, *sizes)):
+        if finding.level == "error":
+            raise SystemExit(str(finding))
+        if finding.level == "warning":
+            console.print(f"[yellow]{finding}[/]")
+
+
+def first_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows that are asked about."""
+    splits = load_splits(options.prompts)
+    if options.split not in splits:
+        raise ValueError(
+            f"{options.prompts} has no split {options.split!r}, only {', '.join(splits)}. Name one of them with "
+            "`--split`."
+        )
+    dataset = with_prompts(splits[options.split])
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f'{options.prompts} has the columns {", ".join(dataset.column_names)}, but no "prompt" and no "messages". '
+            "Rename the one that holds the questions."
+        )
+    return list(dataset.select(range(min(options.num_prompts, len(dataset)))))
+
+
+class Collector:
+    """Writes and judges batch by batch, with a progress bar."""
+
+    def __init__(self, options: argparse.Namespace, rows: list[dict[str, Any]], tokenizer: Any, rewards: list[Any]):
+        self.options, self.rows, self.tokenizer, self.rewards = options, rows, tokenizer, rewards
+
+    def _batches(self, writer: Any, how: Sampling, teacher: Any, label: str, progress: Progress) -> Any:
+        """Written completions, `batch_size` at a time."""
+        from_dataset = self.options.completions == "dataset"
+        size = max(1, self.options.batch_size // how.generations)
+        bar = progress.add_task(label, total=len(self.rows))
+        for start in range(0, len(self.rows), size):
+            rows = self.rows[start : start + size]
+            if from_dataset:
+                yield [given(row, self.tokenizer, how) for row in rows]
+            else:
+                prompts = [prompt_ids(self.tokenizer, row["prompt"]) for row in rows]
+                yield sampled(writer, rows, prompts, self.tokenizer.pad_token_id, replace(how, seed=how.seed + start))
+            progress.update(bar, advance=len(rows))
+
+    def collect(
+        self, writer: Any, judges: list[Any], teacher: Any, how: Sampling, merged: list[int], label: str
+    ) -> list[Completion]:
+        """`writer` writes, `judges` are compared with the teacher on that; with rewards."""
+        written: list[Written] = []
+        completions: list[Completion] = []
+        with Progress(console=console) as progress, undisturbed(writer, teacher, *judges):
+            for batch in self._batches(writer, how, teacher, label, progress):
+                completions += judged(
+                    batch,
+                    [answers_with(judge) for judge in judges],
+                    answers_with(teacher),
+                    self.tokenizer,
+                    self.options.device,
+                    merged,
+                    self.options.temperature,
+                )
+                written += batch
+        return with_rewards(completions, written, self.rewards, self.tokenizer)
+
+
+def main(words: list[str] | None = None) -> None:
+    options = arguments(words)
+    transformers_logging.disable_progress_bar()
+    rewards = [import_reward(path) for path in options.reward_funcs]
+    rows = first_rows(options)
+    console.print("Loading models ...")
+    names = [options.model, *([options.compare_with] if options.compare_with else [])]
+    students = [load(name, "student", options) for name in names]
+    teacher = load(options.teacher, "teacher", options)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    check_teacher(tokenizer, options.teacher, teacher, students[0])
+
+    of_each = [stop_ids(model.config, model.generation_config, tokenizer) for model in (*students, teacher)]
+    stops = sorted(set().union(*of_each))
+    merged = stops if any(ids != of_each[-1] for ids in of_each) else []
+    how = Sampling(
+        options.max_completion_length, tuple(stops), options.temperature, options.num_generations, options.seed
+    )
+    collector = Collector(options, rows, tokenizer, rewards)
+    completions = collector.collect(students[0], students, teacher, how, merged, "judging")
+    own: list[Summary] = []
+    if options.compare_with and options.completions == "sample":
+        others = collector.collect(students[1], students[1:], teacher, how, merged, "the second student's own")
+        own = [summary(completions), summary(others)]
+    table = TokenTable(
+        title=f"{' and '.join(Path(name).name for name in names)}: tokens by KL to {Path(options.teacher).name}",
+        teacher=options.teacher,
+        students=tuple(names),
+        completions=tuple(completions),
+        labels=labels_of(completions, tokenizer),
+        own=tuple(own),
+        settings={
+            "prompts": options.prompts,
+            "completions": "of the dataset" if options.completions == "dataset" else "sampled",
+            "temperature": f"{options.temperature:g}",
+            "seed": str(options.seed),
+            "up to": f"{options.max_completion_length} tokens",
+        },
+    )
+    write(table, options)
+
+
+def write(table: TokenTable, options: argparse.Namespace) -> None:
+    """The page to its file, perhaps to wandb, and a last line that says where it lies."""
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(page(table), encoding="utf-8")
+    if options.report_to == "wandb":
+        import wandb
+
+        wandb.init(config={"student": table.students[0], "teacher": table.teacher, **table.settings})
+        log_to_wandb(options.output, "reports/tokens", {})
+        wandb.finish()
+    of_all = summary(table.completions)
+    console.print(
+        f"{of_all.completions} completions, {of_all.tokens} tokens, {of_all.kl or 0:.3f} nats per token from the "
+        f"teacher. The report is in {options.output}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

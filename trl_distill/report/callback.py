@@ -1,0 +1,216 @@
+"""`TokenReport`: the token-level report during training, every so many steps and at the end.
+
+It looks at the student that is trained, in eval mode and with random numbers of its own, so that training goes on as if
+nobody had looked. Collecting is in `collect.py`, the page in `page.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from ..signals import HiddenStates
+from ..teachers import is_sharded
+from .collect import (
+    RewardFunction,
+    Sampling,
+    Written,
+    answers_with,
+    judged,
+    labels_of,
+    sampled,
+    undisturbed,
+    with_rewards,
+)
+from .page import page
+from .rows import Completion, TokenTable
+
+
+logger = logging.getLogger(__name__)
+
+
+class TokenReport(TrainerCallback):
+    """
+    Writes `output_dir/reports/step-000100.html` and so on, and logs it to wandb as "reports/tokens" where that is on.
+
+    ```python
+    >>> trainer = OPDTrainer(..., callbacks=[TokenReport(every=100)])
+    ```
+
+    The student writes at its training temperature, always with the same seed. Only the main process works; others wait
+    for it at the next step. A report that cannot be made is a warning, never the end of a training run.
+
+    Args:
+        every (`int`, *optional*, defaults to 100):
+            Steps between two reports. There is one after the last step in any case.
+        prompts (`Dataset`, or `list` of `dict`, `str` or messages, *optional*):
+            Rows with a "prompt", perhaps a "teacher_prompt", and what rewards ask for. Defaults to the trainer's
+            evaluation dataset, else its training dataset.
+        rows (`int`, *optional*, defaults to 16):
+            How many of them are used, from the first.
+        num_generations (`int`, *optional*, defaults to 1):
+            Completions per prompt.
+        reward_funcs (`list` of functions, *optional*):
+            Called as TRL calls them. The trainer's own are not called unless they stand here too: one that counts its
+            calls, or is paid by call, would notice.
+        teacher (`str`, *optional*):
+            Of several teachers, the name of the one that judges.
+        batch_size (`int`, *optional*, defaults to 8):
+            Completions that are written and judged at a time.
+        seed (`int`, *optional*, defaults to 0):
+            Of sampling.
+
+    Raises:
+        ValueError: when the trainer is made, where it has no teacher in this process, or weights are sharded.
+    """
+
+    def __init__(
+        self,
+        every: int = 100,
+        prompts: Any = None,
+        rows: int = 16,
+        num_generations: int = 1,
+        reward_funcs: Sequence[RewardFunction] = (),
+        teacher: str | None = None,
+        batch_size: int = 8,
+        seed: int = 0,
+    ):
+        numbers = {"every": every, "rows": rows, "num_generations": num_generations, "batch_size": batch_size}
+        for name, value in numbers.items():
+            if value < 1:
+                raise ValueError(f"`TokenReport({name}={value})`: it must be 1 or more.")
+        self.every, self.prompts, self.rows, self.num_generations = every, prompts, rows, num_generations
+        self.reward_funcs, self.teacher, self.batch_size, self.seed = list(reward_funcs), teacher, batch_size, seed
+        self._trainer: Any = None
+        self._rows: list[dict[str, Any]] = []
+        self._last = -1  # step of the last report
+
+    def bind(self, trainer: Any) -> None:
+        """Take the trainer that is looked at; called by it, when it is made and before it trains."""
+        if is_sharded(trainer.accelerator):
+            raise ValueError(
+                "`TokenReport` samples from the student on the main process alone, which ZeRO-3 and FSDP do not allow: "
+                "every forward takes all processes. Leave it out, and run `scripts/inspect.py` on checkpoints."
+            )
+        if trainer.panel is None:
+            raise ValueError(
+                "`TokenReport` shows the KL to a teacher, but this trainer has none (`beta` is 0). Leave it out, or "
+                "give a `teacher_model`."
+            )
+        names = trainer.panel.names
+        if self.teacher is None and trainer.panel.several:
+            raise ValueError(
+                f"There are several teachers ({', '.join(names)}). Say which of them judges: "
+                f"`TokenReport(teacher={names[0]!r})`."
+            )
+        name = names[0] if self.teacher is None else self.teacher
+        if name not in names:
+            raise ValueError(f"`TokenReport(teacher={name!r})`: there is no such teacher, only {', '.join(names)}.")
+        if getattr(trainer.panel.teachers[name], "gives", HiddenStates) is not HiddenStates:
+            raise ValueError(
+                "`TokenReport` needs the teacher's whole distribution, but one behind a server gives a few "
+                "log-probabilities. Leave it out, and run `scripts/inspect.py` where the teacher can be loaded."
+            )
+        self._rows = self._first_rows(trainer)
+        self._trainer, self._name, self._last = trainer, name, -1
+
+    def _first_rows(self, trainer: Any) -> list[dict[str, Any]]:
+        source = self.prompts
+        if source is None:
+            evaluated = trainer.eval_dataset
+            source = evaluated if isinstance(evaluated, Dataset) else trainer.train_dataset
+            if not isinstance(source, Dataset):
+                raise ValueError(
+                    f"`TokenReport` would take its prompts from a {type(source).__name__}, which may be read only "
+                    "once. Give it some of its own: `TokenReport(prompts=[...])`."
+                )
+        first = [source[i] for i in range(min(self.rows, len(source)))]
+        rows = [row if isinstance(row, dict) else {"prompt": row} for row in first]
+        if not rows or any(not row.get("prompt") for row in rows):
+            raise ValueError("`TokenReport` needs at least one row, and a prompt in each of them.")
+        return rows
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self.every == 0:
+            self._report(args, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._report(args, state.global_step)
+
+    def _report(self, args: Any, step: int) -> None:
+        if self._trainer is None or not self._trainer.accelerator.is_main_process or step == self._last:
+            return
+        self._last = step
+        path = Path(args.output_dir) / "reports" / f"step-{step:06d}.html"
+        try:
+            text = page(self._table(step))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+            if "wandb" in args.report_to:
+                log_to_wandb(path, "reports/tokens", {"train/global_step": step})
+        except Exception as error:
+            logger.warning(f"There is no token report of step {step}: {error}", exc_info=True)
+
+    def _table(self, step: int) -> TokenTable:
+        trainer, args, tokenizer = self._trainer, self._trainer.args, self._trainer.tokenizer
+        temperature = args.kl_temperature or args.temperature
+        merged = getattr(trainer.estimator, "stops", ())
+        # where vLLM writes, TRL has no settings for `generate`, and none that keeps to the teacher's vocabulary
+        suppressed = () if trainer.use_vllm else trainer.generation_config.suppress_tokens or ()
+        how = Sampling(
+            limit=trainer.max_completion_length,
+            stops=tuple(trainer.eos_token_ids),
+            temperature=args.temperature,
+            generations=self.num_generations,
+            seed=self.seed,
+            suppressed=tuple(suppressed),
+        )
+        teacher, device = trainer.panel.teachers[self._name], trainer.accelerator.device
+        completions: list[Completion] = []
+        written: list[Written] = []
+        prompts = trainer.token_ids_of([row["prompt"] for row in self._rows])
+        with undisturbed(trainer.model), trainer.accelerator.autocast():
+            size = max(1, self.batch_size // self.num_generations)
+            for start in range(0, len(self._rows), size):
+                part = slice(start, start + size)
+                batch = sampled(trainer.model, self._rows[part], prompts[part], tokenizer.pad_token_id, how)
+                student = answers_with(trainer.model)
+                completions += judged(batch, [student], teacher.score, tokenizer, device, merged, temperature)
+                written += batch
+            completions = with_rewards(completions, written, self.reward_funcs, tokenizer)
+        return TokenTable(
+            title=f"Tokens after step {step}",
+            teacher=self._name if trainer.panel.several else _name(teacher),
+            students=(_name(trainer),),
+            completions=tuple(completions),
+            labels=labels_of(completions, tokenizer),
+            settings={
+                "temperature": f"{temperature:g}",
+                "seed": str(self.seed),
+                "up to": f"{how.limit} tokens",
+            },
+        )
+
+
+def _name(owner: Any) -> str:
+    """What a model, or whoever holds one, came from; its class where that is unknown."""
+    from ..tracking import name_of
+
+    model = getattr(owner, "model", owner)
+    return name_of(model)
+
+
+def log_to_wandb(path: Path, name: str, beside: dict[str, Any]) -> None:
+    """Log a report to the active wandb run as it is; nothing where there is no run."""
+    import wandb
+
+    if wandb.run is not None:
+        wandb.log({name: wandb.Html(path.read_text("utf-8"), inject=False), **beside})

@@ -1,0 +1,108 @@
+"""A [`TokenTable`] as one HTML file that needs nothing else: data as JSON, a style sheet, a script that draws.
+
+Whatever models wrote reaches the page as JSON alone and is shown as text. A content security policy lets nothing run or
+load but the two parts named here, by their hashes. What the page does is in the three `.js` files.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+import string
+from dataclasses import asdict
+from importlib import resources
+from typing import Any
+
+from .rows import Opinion, TokenTable, View, curve, summary
+
+
+SCRIPTS = ("data.js", "cards.js", "panel.js")  # in this order, in one scope
+_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+
+
+def page(table: TokenTable) -> str:
+    """
+    The report as HTML.
+
+    Raises:
+        ValueError: there is no completion to show.
+    """
+    if not table.completions:
+        raise ValueError("There is no completion to report on. Give at least one prompt.")
+    css = _part("report.css")
+    js = '(() => {\n"use strict";\n' + "\n".join(_part(name) for name in SCRIPTS) + "})();\n"
+    return string.Template(_part("report.html")).substitute(
+        title=html.escape(table.title),
+        css=css,
+        css_hash=_hash(css),
+        js=js,
+        js_hash=_hash(js),
+        data=embedded(data_of(table)),
+    )
+
+
+def _part(name: str) -> str:
+    return (resources.files(__package__) / name).read_text("utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def embedded(data: Any) -> str:
+    """JSON that may stand inside of a `<script>`: nothing in it can end the element or begin another."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = text.encode("utf-8", "replace").decode()  # lone surrogates have no place in a file
+    return text.translate(_ESCAPES)
+
+
+def data_of(table: TokenTable) -> dict[str, Any]:
+    """What the script reads; numbers are rounded, and those that are no numbers become `null`."""
+    students = range(len(table.students))
+    return {
+        "title": table.title,
+        "teacher": table.teacher,
+        "students": table.students,
+        "labels": {str(token): text for token, text in table.labels.items()},
+        "settings": table.settings,
+        "summaries": [_rounded(asdict(summary(table.completions, student))) for student in students],
+        "own": [_rounded(asdict(own)) for own in table.own],
+        "curves": [[_rounded(asdict(p)) for p in curve(table.completions, student)] for student in students],
+        "rows": [
+            {
+                "prompt": row.prompt,
+                "ids": row.ids,
+                "texts": row.texts,
+                "truncated": row.truncated,
+                "reward": _rounded(row.reward),
+                "rewards": _rounded(row.rewards),
+                "teacher": _opinion(row.teacher),
+                "views": [_opinion(view) for view in row.views],
+            }
+            for row in table.completions
+        ],
+    }
+
+
+def _opinion(opinion: Opinion) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "logp": _rounded(opinion.log_probs),
+        "top": [[[token for token, _ in top], _rounded([p for _, p in top])] for top in opinion.top],
+    }
+    if isinstance(opinion, View):
+        found |= {"kl": _rounded(opinion.kl), "fkl": _rounded(opinion.forward_kl)}
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    """Floats with four significant digits or decimals, whichever is more."""
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(inner) for inner in value]
+    if isinstance(value, float):
+        return None if not math.isfinite(value) else float(f"{value:.4g}") if abs(value) < 1 else round(value, 4)
+    return value
