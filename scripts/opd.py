@@ -158,6 +158,7 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     what = "The adapter" if model_args.use_peft else "The model"
     trainer.accelerator.print(f"Done after {trainer.state.global_step} steps. {what} is in {args.output_dir}")
+    trainer.accelerator.end_training()  # ends the process group, whose threads may else crash a process that leaves
 
 
 if __name__ == "__main__":

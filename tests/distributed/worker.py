@@ -132,6 +132,7 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         ],
     }
     (folder / f"result-{accelerator.process_index}.json").write_text(json.dumps(result))
+    accelerator.end_training()  # as scripts/opd.py does
 
 
 if __name__ == "__main__":

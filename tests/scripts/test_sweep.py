@@ -217,8 +217,16 @@ def test_a_program_that_leaves_no_log_has_failed(sweep, capsys):
 
 
 def start(*arguments: str) -> subprocess.Popen:
+    """In a session of its own, in which Ctrl-C counts also where whoever runs the tests ignores it (`nohup ... &`)."""
     words = [sys.executable, str(SCRIPTS / "sweep.py"), "--sweep", "sweep.yaml", "--output_dir", "out", *arguments]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for(path: str) -> None:
