@@ -97,7 +97,8 @@ def test_a_run_with_rewards_says_all_of_itself(run_offline, saved):
     assert len(table["data"]) == 4
     picture = folder / "files" / summary["plots/training.path"]
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert (summary["plots/training.width"], summary["plots/training.height"]) == (1050, 810)  # two panels
+    size = summary["plots/training.width"], summary["plots/training.height"]
+    assert size == (1050, 1170)  # both KLs and the reward
 
 
 def test_a_run_without_rewards_has_neither_reward_nor_its_column(run_offline, saved):

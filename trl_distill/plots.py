@@ -105,7 +105,7 @@ def ranking_figure(rows: Sequence[tuple[str, float]], label: str, maximize: bool
 
 def training_figure(log_history: Sequence[dict[str, Any]], title: str = "") -> Any:
     """
-    How one run went: divergence and reward over the steps, each as far as it was logged.
+    How one run went: divergences and reward over the steps, each as far as it was logged.
 
     Args:
         log_history (`Sequence[dict]`): the trainer's, `trainer.state.log_history`.
@@ -135,7 +135,7 @@ def training_figure(log_history: Sequence[dict[str, Any]], title: str = "") -> A
 
 
 def _divergences(log_history: Sequence[dict[str, Any]]) -> list[str]:
-    """The key under which the run's divergence was logged; several teachers' own ones are left out."""
+    """The keys under which divergences were logged; several teachers' own ones are left out."""
     from .config import DIVERGENCES
 
     keys = (f"distill/{name}" for name in DIVERGENCES)
