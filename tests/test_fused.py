@@ -83,6 +83,14 @@ def test_whatever_was_foreseen_the_gradient_is_right(given, form):
                 assert relative_error(found, right) < 1e-4
 
 
+def test_slopes_may_be_rounded(given):
+    """As autocast may leave them: within what rounding does to them, and right all the same."""
+    d, q = torch.linspace(0.1, 1, N), torch.linspace(-1, 1, N)
+    expected = derived(given, Form(), (d, q), None)
+    for found, right in zip(derived(given, Form(), (d, q), Slopes(d.bfloat16(), q.bfloat16())), expected, strict=True):
+        assert relative_error(found, right) < 1e-4
+
+
 def test_a_second_backward_pass_is_right_too(given):
     hidden, head, teacher_hidden, teacher_head, ids = given
     d = torch.linspace(0.1, 1, N)

@@ -94,7 +94,7 @@ def fused_divergence(
     if shared < head.vocab_size:
         weight, bias = weight[:shared], None if bias is None else bias[:shared]
     ids = torch.zeros(len(hidden), dtype=torch.long) if sampled is None else sampled.clamp(max=shared - 1)
-    expected = (None, None) if slopes is None else slopes
+    expected = [None if slope is None else slope.float() for slope in slopes or (None, None)]
     how = _How(form, head, teacher_head)
     found = _Fused.apply(hidden.to(device), weight, bias, teacher_hidden.to(device), ids.to(device), *expected, how)
     return Found(*found)
