@@ -83,6 +83,28 @@ def test_whatever_was_foreseen_the_gradient_is_right(given, form):
                 assert relative_error(found, right) < 1e-4
 
 
+def test_autocast_rounds_what_is_multiplied_and_nothing_else(given):
+    """Values and gradients are those in fp32 of rounded states and weights, but for the rounding of the gradients."""
+    hidden, head, teacher_hidden, teacher_head, ids = given
+    d, q = torch.linspace(0.1, 1, N), torch.linspace(-1, 1, N)
+    found = {}
+    for rounded in (True, False):
+        if not rounded:
+            with torch.no_grad():
+                hidden, teacher_hidden = (x.bfloat16().float() for x in (hidden, teacher_hidden))
+                hidden.requires_grad_()
+                for which in (head, teacher_head):
+                    which.parameters()[0].copy_(which.parameters()[0].bfloat16())
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            found[rounded] = fused_divergence(hidden, head, teacher_hidden, teacher_head, Form(), ids, Slopes(d, q))
+        loss = (d * found[rounded].divergence + q * found[rounded].log_q).sum()
+        found[rounded] += torch.autograd.grad(loss, [hidden, head.parameters()[0]])
+    for ours, exact in zip(found[True][:4], found[False][:4], strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+    for ours, exact in zip(found[True][4:], found[False][4:], strict=True):
+        assert relative_error(ours, exact) < 1e-2
+
+
 def test_slopes_may_be_rounded(given):
     """As autocast may leave them: within what rounding does to them, and right all the same."""
     d, q = torch.linspace(0.1, 1, N), torch.linspace(-1, 1, N)

@@ -231,7 +231,8 @@ def _run(
     hidden, weight, bias, teacher_hidden, ids = tensors
     how, dtype = ctx.how, ctx.dtype
     teacher_weight, teacher_bias = how.teacher.parameters()
-    with gathered_head(weight, bias), gathered_head(teacher_weight, teacher_bias):
+    plain = torch.autocast(hidden.device.type, enabled=False)  # which would round the sums, too
+    with plain, gathered_head(weight, bias), gathered_head(teacher_weight, teacher_bias):
         shared = weight.shape[0]
         ours = _Projection(how.student, weight, bias, dtype)
         teachers = _Projection(
