@@ -149,9 +149,10 @@ def reward(completions, **_):
     [
         (None, {}, 4),  # both forward, and two gradients
         ([reward], {}, 4),  # the same logits serve the policy loss
+        ([reward], {"reward_start_step": 5}, 4),  # and weigh nothing before it begins
         (None, {"kl_discount": 0.5}, 8),  # what is still to come is not foreseen: both once more, and their gradients
     ],
-    ids=["pure", "combined", "discounted"],
+    ids=["pure", "combined", "reward later", "discounted"],
 )
 def test_how_often_the_heads_are_multiplied_by(
     tmp_path, tokenizer, prompts, monkeypatch, rewards, changes, projections

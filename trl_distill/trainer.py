@@ -265,7 +265,7 @@ class OPDTrainer(Assembly):
             return self.policy_loss(model, for_policy)
         rollouts = Rollouts.from_inputs(inputs)
         judgements = self.panel.judge(inputs, self.mode == "train")
-        judged = JudgedModel(model, rollouts, judgements, self._asked(inputs, rollouts, judgements, beta))
+        judged = JudgedModel(model, rollouts, judgements, self._asked(for_policy, rollouts, judgements, beta))
         if rewarded or self.has_side_terms:
             policy = self.policy_loss(judged, for_policy)
         else:

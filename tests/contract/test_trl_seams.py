@@ -11,10 +11,12 @@ import torch
 from helpers import VOCAB, batch, config, in_training, make_model
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
 
 import trl_distill
 from trl_distill import OPDTrainer, _compat
+from trl_distill._compat import has_triton
 
 
 LOSS_TYPES = ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
@@ -47,6 +49,9 @@ def grpo(tmp_path, tokenizer, prompts):
         ("_generate_and_score_completions", ["self", "inputs"]),
         ("_tokenize_prompts", ["self", "prompts"]),
         ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_prepare_inputs", ["self", "generation_batch"]),
+        ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
+        ("_get_output_dir", ["self", "trial"]),
         ("log", ["self", "logs", "start_time"]),
     ],
 )
@@ -75,6 +80,45 @@ def test_attributes_exist(grpo):
     assert trainer.loss_type == "dapo"
     assert grpo(entropy_coef=0.1).has_side_terms
     assert not trainer.has_side_terms
+
+
+def test_a_generation_batch_waits_in_micro_batches_that_are_taken_by_the_step(grpo):
+    """What `by_length` puts into another order, and how the first one is found."""
+    trainer = grpo(gradient_accumulation_steps=2, max_steps=2)
+    taken, prepare = [], GRPOTrainer._prepare_inputs
+
+    def watched(batch):
+        inputs = prepare(trainer, batch)
+        taken.append(inputs is trainer._buffered_inputs[trainer._step % trainer.args.steps_per_generation])
+        return inputs
+
+    trainer._prepare_inputs = watched
+    assert (trainer._step, trainer.between_generations) == (0, True)
+    trainer.train()
+    assert taken == [True] * 4
+    assert (trainer._step, trainer.between_generations) == (4, True)
+    assert [len(batch["prompt_ids"]) for batch in trainer._buffered_inputs] == [4, 4]
+
+
+def test_transformers_deletes_older_checkpoints_as_we_call_it(tmp_path):
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    best = str(tmp_path / "checkpoint-1")
+    rotate_checkpoints(str(tmp_path), save_total_limit=2, best_model_checkpoint=best, use_mtime=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_the_completions_table_is_made_of_columns_that_can_be_emptied(grpo):
+    trainer = grpo(log_completions=True, max_steps=1)
+    trainer.train()
+    assert len(trainer._logs["prompt"]) == len(trainer._logs["completion"]) == 4
+    trainer.forget_completions()
+    columns = [trainer._logs[name] for name in ("prompt", "completion", "advantages")]
+    assert not any(map(len, [*columns, *trainer._logs["rewards"].values()]))
+
+
+def test_on_a_cpu_there_is_no_triton():
+    assert has_triton(torch.device("cpu")) is False
 
 
 def test_mode_follows_the_model(grpo):
@@ -310,9 +354,9 @@ def test_private_names_stay_in_compat():
     private = {name for name in vars(GRPOTrainer) if name.startswith("_") and not name.startswith("__")}
     private |= {"_metrics", "_logs", "_tokenizer", "_is_vlm", "_step", "_buffered_inputs", "_entropy_bonus_enabled"}
     private -= {"_tag_names", "_name", "_paper"}  # what TRL has subclasses set
-    for file in Path(trl_distill.__file__).parent.glob("*.py"):
+    for file in Path(trl_distill.__file__).parent.rglob("*.py"):
         text = file.read_text()
         assert "trl.experimental" not in text
         if file.name != "_compat.py":
-            assert not re.search(r"\b(from|import) trl\.", text), file.name
+            assert not re.search(r"^\s*(from|import) trl\.", text, re.MULTILINE), file.name
             assert not private & {name.lstrip(".") for name in re.findall(r"\._\w+", text)}, file.name

@@ -83,7 +83,7 @@ class Pipeline:
                 check_human(self.config.human_data, Prompts(self.work).text)
             if self.config.new_prompts:
                 self._make_prompts()
-            self._generate()
+            self._write()
             scores = self._score() if self.scorer is not None else None
             task = self.progress.add_task("filtering", total=len(Prompts(self.work)))
             Finish(self.config, self.work, scores, lambda: self.progress.advance(task)).build(settings, fingerprint)
@@ -139,7 +139,7 @@ class Pipeline:
 
         NewPrompts(config, self.work, source).run(lambda made: self.progress.update(task, completed=made))
 
-    def _generate(self) -> None:
+    def _write(self) -> None:
         prompts = Prompts(self.work)
         for index, (name, address) in enumerate(self.config.teachers.items()):
 

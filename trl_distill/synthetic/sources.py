@@ -120,7 +120,7 @@ class TransformersSource:
         possible = [i for i, answer in enumerate(answers) if not isinstance(answer, Refusal)]
         for start in range(0, len(possible), self.batch_size):
             chosen = possible[start : start + self.batch_size]
-            for i, completions in zip(chosen, self._generate([encoded[i] for i in chosen]), strict=True):
+            for i, completions in zip(chosen, self._write([encoded[i] for i in chosen]), strict=True):
                 answers[i] = completions
         return answers
 
@@ -144,7 +144,7 @@ class TransformersSource:
         return None
 
     @torch.no_grad()
-    def _generate(self, batch: list[list[int]]) -> list[list[Completion]]:
+    def _write(self, batch: list[list[int]]) -> list[list[Completion]]:
         inputs = self.tokenizer.pad({"input_ids": batch}, return_tensors="pt").to(self.device)
         s = self.sampling
         how: dict[str, Any] = {"do_sample": False}
