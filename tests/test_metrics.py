@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from helpers import VOCAB, batch, config, in_training, make_model
 
 from trl_distill import OPDTrainer, heads
+from trl_distill.fused import Form, fused_divergence
 from trl_distill.heads import COMPARED, LMHead, compared
 from trl_distill.metrics import by_reward, means
 from trl_distill.signals import HiddenStates
@@ -95,13 +96,18 @@ def test_values_against_full_logits(tmp_path, tokenizer, prompts, monkeypatch, r
             assert found[f"distill/reverse_kl/{name}"] == pytest.approx(kl[rows][mask[rows]].mean().item(), rel=1e-4)
 
 
-def test_few_tokens_are_looked_at():
+def test_few_tokens_are_looked_at(monkeypatch):
     head, signal = LMHead(make_model(seed=1)), HiddenStates(torch.randn(1000, 16), LMHead(make_model(seed=2)))
     for length, every, seen in ((1000, 64, 16), (1000, 1, 125), (3, 64, 1), (0, 64, 0)):
+        monkeypatch.setattr(heads, "LOOK_EVERY", every)
         part = HiddenStates(signal.hidden[:length], signal.head)
-        found = compared(torch.randn(length, 16), head, part, 1.0, every)
-        assert set(found) == set(COMPARED)
-        assert all(len(values) == seen for values in found.values())
+        found = compared(torch.randn(length, 16), head, part, 1.0)
+        assert found.shape == (len(COMPARED), seen)
+        form, ids = Form(), torch.zeros(length).long()
+        found = fused_divergence(
+            torch.randn(length, 16), head, part.hidden, part.head, form, ids, look_every=heads.look_every(length)
+        )
+        assert found.looked.shape == (len(COMPARED), seen)
 
 
 def test_the_reward_s_sign():

@@ -15,7 +15,7 @@ import torch
 from . import objective
 from ._compat import has_triton
 from .fused import Form, Slopes, fused_divergence
-from .heads import LMHead, kernel_divergence, log_probs_of, logits_of, top_ids
+from .heads import LMHead, kernel_divergence, log_probs_of, logits_of, look_every, top_ids
 from .signals import HiddenStates, Signal, TokenLogProbs
 
 
@@ -37,11 +37,13 @@ class Estimator(Protocol):
     Attributes:
         needs_log_probs (`bool`): whether the student's log-probability of the sampled token is needed, with gradient.
         takes (`tuple` of types): the signals that it can work with.
+        temperature (`float`): softmax temperature of both models.
         stops (`list[int]`): ids that count as one; empty where there is nothing to merge.
     """
 
     needs_log_probs: bool
     takes: tuple[type, ...]
+    temperature: float
     stops: list[int]
 
     def shares_logits(self, device: torch.device) -> bool:
@@ -57,7 +59,11 @@ class Estimator(Protocol):
         log_q: torch.Tensor | None,  # (N,) the student's log-probability of `sampled`, at the sampling temperature
         slopes: Slopes | None = None,  # what the gradients will be, where that is known
     ) -> Measured:
-        """Per judged token, tensors of shape `(N,)` or `(N, K)`."""
+        """
+        Per judged token, tensors of shape `(N,)` or `(N, K)`.
+
+        With them may come "own_log_q", where logits are shared, and "looked", the [`~trl_distill.heads.differences`].
+        """
         ...
 
     def term(
@@ -92,8 +98,9 @@ class Full:
         if uses_kernel(hidden.device, self.divergence):
             return self._by_kernel(hidden, head, signal, sampled, log_q)
         form = Form(self.divergence, self.alpha, self.temperature, tuple(self.stops))
-        found = fused_divergence(hidden, head, signal.hidden, signal.head, form, sampled, slopes)
-        measured = {"divergence": found.divergence, "entropy": found.entropy}
+        every = look_every(len(hidden))
+        found = fused_divergence(hidden, head, signal.hidden, signal.head, form, sampled, slopes, every)
+        measured = {"divergence": found.divergence, "entropy": found.entropy, "looked": found.looked}
         if slopes is not None and slopes.log_q is not None:
             measured["own_log_q"] = found.log_q
         if self.log_p_temperature == self.temperature:

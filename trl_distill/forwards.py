@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ._compat import FusedCausalLMOutput
+from .estimators import Estimator
 from .fused import Slopes
 from .heads import LMHead, compared, log_probs_of
 from .signals import HiddenStates, Judgement, Rollouts
@@ -34,12 +35,12 @@ class DistilledOutput(FusedCausalLMOutput):
         measured (`list` of `dict[str, torch.Tensor]`): what the estimator measured against each judgement, of shape
             `(B, C)` or `(B, C, K)`, 0 where `Judgement.mask` is. Only the student receives a gradient. TRL's own
             fields are filled where log-probabilities were asked for, and `None` otherwise.
-        looked (`list` of `dict[str, torch.Tensor]`): how both models differ at a few of the tokens, see
-            [`~trl_distill.heads.compared`]; of judgements with hidden states.
+        looked (`list` of `torch.Tensor`): how both models differ at a few of the tokens, see
+            [`~trl_distill.heads.differences`]; of judgements with hidden states.
     """
 
     measured: list[dict[str, torch.Tensor]] | None = None
-    looked: list[dict[str, torch.Tensor]] | None = None
+    looked: list[torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,15 @@ class Asked:
     What a student's forward is asked to do with the judgements.
 
     Attributes:
-        measure: an estimator's, see [`~trl_distill.estimators.Estimator`].
+        estimator ([`~trl_distill.estimators.Estimator`]): what is measured against each judgement.
         log_probs (`str`): where log-probabilities come from, if they are wanted: "trl", from TRL's forward; "here", of
             the judged tokens alone; "shared", from the logits of the one judgement, which is of all tokens.
-        temperature (`float`): of sampling, for "here"; and of what is compared for the log.
+        temperature (`float`): of sampling, for "here".
         policy_slope (`torch.Tensor` of shape `(B, C)`, *optional*): derivative of the policy loss by each token's
             log-probability, as far as foreseen, for "shared".
     """
 
-    measure: Callable[..., dict[str, torch.Tensor]]
+    estimator: Estimator
     log_probs: str = "trl"
     temperature: float = 1.0
     policy_slope: torch.Tensor | None = None
@@ -141,12 +142,14 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
                 if fp32_head:
                     states, signal = states.float(), signal.float()
                 with signal_on(signal, device) as signal:
-                    if isinstance(signal, HiddenStates):
-                        looked.append(compared(states.detach(), head, signal, asked.temperature))
-                    found = asked.measure(
+                    found = asked.estimator.measure(
                         *(states, head, signal, sampled[mask], None if log_q is None else log_q[mask]),
                         slopes=_slopes(judgement, asked, mask),
                     )
+                    if "looked" in found:
+                        looked.append(found.pop("looked"))
+                    elif isinstance(signal, HiddenStates):
+                        looked.append(compared(states.detach(), head, signal, asked.estimator.temperature))
                 if "own_log_q" in found:
                     fields = _as_trls(hidden, judgement.mask, found.pop("own_log_q"), found["entropy"])
                 measured.append({name: _scatter(values, mask) for name, values in found.items()})

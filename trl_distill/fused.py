@@ -16,11 +16,12 @@ import torch
 
 from . import objective
 from ._compat import gathered_head
-from .heads import LMHead, check_same_device
+from .heads import COMPARED, LMHead, check_same_device, differences
 
 
-# Elements of a tile of logits: on CPUs as many as stay near the cache, but no fewer than MIN_ROWS tokens
-CPU_TILE, MIN_ROWS, TILE = 2**22, 128, 2**26
+# (GPUs, CPUs): elements of each model's tile of logits, elements of the part that is worked on at a time, and ids that
+# are projected at a time. On CPUs a part stays in the cache, and narrow products with a head are faster.
+TILE, PART, IDS = (2**26, 2**24), (2**24, 2**18), (2**30, 2**11)
 MATCHES = 1e-5  # relative: how far a gradient may be from what was expected and still count as that
 
 
@@ -47,13 +48,15 @@ class Found(NamedTuple):
     Per judged token, of shape `(N,)`, fp32, in nats.
 
     `divergence` and `log_q`, the student's log-probability of the sampled token, carry gradients; the student's
-    `entropy` and the teacher's `log_p` of the sampled token do not.
+    `entropy` and the teacher's `log_p` of the sampled token do not. Nor does `looked`: how the models differ at every
+    so many-th token, see [`~trl_distill.heads.differences`].
     """
 
     divergence: torch.Tensor
     log_q: torch.Tensor
     entropy: torch.Tensor
     log_p: torch.Tensor
+    looked: torch.Tensor
 
 
 class Slopes(NamedTuple):
@@ -71,6 +74,7 @@ def fused_divergence(
     form: Form,
     sampled: torch.Tensor | None = None,
     slopes: Slopes | None = None,
+    look_every: int = 0,
 ) -> Found:
     """
     Divergence of student and teacher over the ids that both have, and what else the same logits tell.
@@ -85,6 +89,7 @@ def fused_divergence(
             model lacks they mean nothing.
         slopes ([`Slopes`], *optional*): what the gradient will be, up to a common factor. Right slopes save two
             projections; wrong ones cost time, not correctness.
+        look_every (`int`): compare the models at every so many-th token for the log; 0 at none.
     """
     weight, bias = head.parameters()
     teacher_weight, _ = teacher_head.parameters()
@@ -95,7 +100,7 @@ def fused_divergence(
         weight, bias = weight[:shared], None if bias is None else bias[:shared]
     ids = torch.zeros(len(hidden), dtype=torch.long) if sampled is None else sampled.clamp(max=shared - 1)
     expected = [None if slope is None else slope.float() for slope in slopes or (None, None)]
-    how = _How(form, head, teacher_head)
+    how = _How(form, head, teacher_head, look_every)
     found = _Fused.apply(hidden.to(device), weight, bias, teacher_hidden.to(device), ids.to(device), *expected, how)
     return Found(*found)
 
@@ -105,6 +110,7 @@ class _How:
     form: Form
     student: LMHead
     teacher: LMHead
+    look_every: int
 
 
 class _Fused(torch.autograd.Function):
@@ -117,11 +123,13 @@ class _Fused(torch.autograd.Function):
         ctx.how = how
         forms_gradient = slope is not None and any(ctx.needs_input_grad[:3])
         grads = _Gradients.wanted_by(ctx.needs_input_grad) if forms_gradient else None
-        found = Found(*(torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in Found._fields))
+        looked = -(-len(hidden) // how.look_every) if how.look_every else 0
+        shapes = [(len(hidden),)] * 4 + [(len(COMPARED), looked)]
+        found = Found(*(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes))
         _run(ctx, (hidden, weight, bias, teacher_hidden, ids), found, grads, slope, slope_log_q)
         ctx.save_for_backward(hidden, weight, bias, teacher_hidden, ids, slope, slope_log_q)
         ctx.formed = grads
-        ctx.mark_non_differentiable(found.entropy, found.log_p)
+        ctx.mark_non_differentiable(found.entropy, found.log_p, found.looked)
         ctx.set_materialize_grads(False)
         return tuple(found)
 
@@ -178,8 +186,6 @@ class _Gradients:
         """Made where ZeRO-3 has gathered the weight and its shape is known."""
         if self.wants[0] and self.hidden is None:
             self.hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        if self.wants[1] and self.weight is None:
-            self.weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device)
         if self.wants[2] and self.bias is None:
             self.bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=hidden.device)
 
@@ -188,8 +194,8 @@ class _Gradients:
         rounded = found.to(states.dtype)
         if self.hidden is not None:
             _add_product(self.hidden[rows], rounded, weight)
-        if self.weight is not None:
-            _add_product(self.weight, rounded.T, states)
+        if self.wants[1]:
+            self.weight = _add_product(self.weight, rounded.T, states)
         if self.bias is not None:
             self.bias += found.sum(0)
 
@@ -204,19 +210,13 @@ class _Gradients:
         return [None if s is None or i is None else s.to(i.dtype) for s, i in zip(sums, inputs, strict=True)]
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """`total += a @ b` in fp32, whatever the factors are rounded to."""
+def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`total += a @ b` in fp32, whatever the factors are rounded to; a new sum where there is none yet."""
     if a.dtype == torch.float32 or not a.is_cuda:
-        total.addmm_(a.float(), b.float())
-    else:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b` in fp32."""
-    if a.dtype == torch.float32 or not a.is_cuda:
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a.float(), b.float()) if total is None else total.addmm_(a.float(), b.float())
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def _run(
@@ -240,31 +240,36 @@ def _run(
         )
         if grads is not None:
             grads.begin(hidden, weight)
-        for rows in _row_tiles(len(hidden), shared, hidden.device):
+        for rows in _slices(0, len(hidden), _most(TILE, shared, hidden.device)):
             states = hidden[rows].to(dtype)
-            logits = ours(states)
-            log_q = logits.scaled(how.form.temperature).log_softmax(-1)
-            log_p = teachers(teacher_hidden[rows].to(dtype)).scaled(how.form.temperature).log_softmax(-1)
-            parts = [None if s is None else s[rows, None] for s in (slope, slope_log_q)]
-            tile = _Tile(log_q, log_p, how.form)
-            if found is not None:
-                at = ids[rows, None]
-                found.log_q[rows] = log_q.gather(1, at)[:, 0]
-                found.log_p[rows] = log_p.gather(1, at)[:, 0]
-                found.entropy[rows] = -torch.linalg.vecdot(tile.q, log_q)
-            derivative = tile.measure(found and found.divergence[rows], grads is not None, *parts)
-            if grads is not None and derivative is not None:
-                if parts[1] is not None:
-                    derivative.scatter_add_(1, ids[rows, None], parts[1])
-                grads.add(rows, logits.through(derivative.div_(how.form.temperature)), states, ours.weight)
+            both = ours(states), teachers(teacher_hidden[rows].to(dtype))
+            for part in _slices(rows.start, rows.stop, _most(PART, shared, hidden.device)):
+                logits, theirs = (which[part.start - rows.start : part.stop - rows.start] for which in both)
+                of_student = ours.finish(logits, how.form.temperature)
+                block = _Block(of_student, teachers.finish(theirs, how.form.temperature), how.form)
+                if found is not None:
+                    block.tell(found, part, ids[part, None], how.look_every)
+                slopes = [None if s is None else s[part, None] for s in (slope, slope_log_q)]
+                derivative = block.measure(found and found.divergence[part], grads is not None, *slopes)
+                if derivative is not None:
+                    if slopes[1] is not None:
+                        derivative.scatter_add_(1, ids[part, None], slopes[1])
+                    ours.through(derivative, of_student, how.form.temperature)
+            if grads is not None:
+                grads.add(rows, both[1], states, ours.weight)  # where the derivatives were left
 
 
-def _row_tiles(length: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
-    """Slices of tokens. At least one, so that heads which ZeRO-3 has sharded are gathered on every process."""
-    most = TILE // vocab_size
-    size = min(max(CPU_TILE // vocab_size, MIN_ROWS), most) if device.type == "cpu" else most
-    for start in range(0, max(length, 1), max(size, 1)):
-        yield slice(start, start + max(size, 1))
+def _most(elements: tuple[int, int], vocab_size: int, device: torch.device) -> int:
+    """Rows of logits that make so many elements."""
+    return max(1, elements[device.type == "cpu"] // vocab_size)
+
+
+def _slices(start: int, stop: int, most: int) -> Iterator[slice]:
+    """Slices of like size. At least one, so that heads which ZeRO-3 has sharded are gathered on every process."""
+    pieces = max(1, -(-(stop - start) // most))
+    size = max(1, -(-(stop - start) // pieces))
+    for begin in range(start, max(stop, start + 1), size):
+        yield slice(begin, min(begin + size, stop))
 
 
 class _Projection:
@@ -272,45 +277,62 @@ class _Projection:
 
     def __init__(self, head: LMHead, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
         self.head, self.weight, self.bias = head, weight.detach().to(dtype), bias
+        self._buffer: torch.Tensor | None = None
         if not weight.is_cuda:
             self.weight = self.weight.float()  # rounded, and then multiplied in fp32: once for all tiles
 
-    def __call__(self, states: torch.Tensor) -> _Logits:
-        logits = _product(states, self.weight.T)
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """What the weight alone makes of them, `(n, V)`, fp32; in the memory of the tile before."""
+        if states.is_cuda and states.dtype != torch.float32:
+            return torch.mm(states, self.weight.T, out_dtype=torch.float32)
+        if self._buffer is None:
+            self._buffer = states.new_empty(len(states), len(self.weight), dtype=torch.float32)
+        logits = self._buffer[: len(states)]
+        for ids in _slices(0, len(self.weight), IDS[states.device.type == "cpu"]):
+            torch.mm(states.float(), self.weight[ids].T, out=logits[:, ids])
+        return logits
+
+    def finish(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Bias, the model's scale and soft cap, and temperature, in place."""
         if self.bias is not None:
             logits += self.bias.detach().float()
-        return _Logits(logits, self.head)
+        if self.head.softcap is not None:
+            logits.mul_(self.head.logit_scale / self.head.softcap).tanh_().mul_(self.head.softcap / temperature)
+        elif self.head.logit_scale != temperature:
+            logits.mul_(self.head.logit_scale / temperature)
+        return logits
+
+    def through(self, derivative: torch.Tensor, finished: torch.Tensor, temperature: float) -> None:
+        """A derivative by finished logits as one by what was projected, in place."""
+        if self.head.softcap is not None:
+            derivative.mul_(1 - (finished * (temperature / self.head.softcap)).square_())
+        if self.head.logit_scale != temperature:
+            derivative.mul_(self.head.logit_scale / temperature)
 
 
-class _Logits:
-    """Logits of a tile, `(n, V)`, after the model's scale and soft cap."""
+class _Block:
+    """Logits of both models at a few tokens, `(n, V)`, and what becomes of them, in the memory of the teacher's."""
 
-    def __init__(self, projected: torch.Tensor, head: LMHead):
-        self.scale, self.softcap = head.logit_scale, head.softcap
-        self.bent: torch.Tensor | None = None
-        if self.scale != 1.0:
-            projected.mul_(self.scale)
-        if self.softcap is not None:
-            self.bent = projected.div_(self.softcap).tanh_()
-            projected = self.softcap * self.bent
-        self.values = projected
+    def __init__(self, ours: torch.Tensor, theirs: torch.Tensor, form: Form):
+        self.ours, self.theirs, self.form = ours, theirs, form
+        highest = theirs.amax(-1, keepdim=True)
+        self.log_norm_p = highest + torch.sub(theirs, highest).exp_().sum(-1, keepdim=True).log_()  # (n, 1)
+        highest = ours.amax(-1, keepdim=True)
+        self.mass = torch.sub(ours, highest).exp_()  # q, but for its sum
+        self.norm = self.mass.sum(-1, keepdim=True)
+        self.log_norm_q = highest + self.norm.log()
 
-    def scaled(self, temperature: float) -> torch.Tensor:
-        return self.values if temperature == 1.0 else self.values / temperature
-
-    def through(self, derivative: torch.Tensor) -> torch.Tensor:
-        """A derivative by these logits as one by what was projected; in place."""
-        if self.bent is not None:
-            derivative.mul_(1 - self.bent.square())
-        return derivative if self.scale == 1.0 else derivative.mul_(self.scale)
-
-
-class _Tile:
-    """Log-probabilities of both models at a few tokens, `(n, V)`, and what becomes of them; reuses their memory."""
-
-    def __init__(self, log_q: torch.Tensor, log_p: torch.Tensor, form: Form):
-        self.log_q, self.log_p, self.form = log_q, log_p, form
-        self.q = log_q.exp()
+    def tell(self, found: Found, rows: slice, at: torch.Tensor, look_every: int) -> None:
+        """Write what is no divergence; `at` are the sampled ids, `(n, 1)`."""
+        found.log_q[rows] = (self.ours.gather(1, at) - self.log_norm_q)[:, 0]
+        found.log_p[rows] = (self.theirs.gather(1, at) - self.log_norm_p)[:, 0]
+        mean = (self.mass * self.ours).sum(-1, keepdim=True) / self.norm
+        found.entropy[rows] = (self.log_norm_q - mean)[:, 0]
+        first = -(-rows.start // look_every) if look_every else 0
+        if look_every and first * look_every < rows.stop:
+            here = slice(first * look_every - rows.start, None, look_every)
+            log_q, log_p = self.ours[here] - self.log_norm_q[here], self.theirs[here] - self.log_norm_p[here]
+            found.looked[:, first : first + len(log_q)] = differences(log_q, log_p)
 
     def measure(
         self,
@@ -324,31 +346,32 @@ class _Tile:
 
         With Σ_v f(log q_v) as the divergence and g = ∂f, the derivative by logit u is g_u − q_u Σ_v g_v.
         """
-        if self.form.divergence == "reverse_kl" and not self.form.stops:  # q (log q − log p − KL)
-            difference = torch.sub(self.log_q, self.log_p, out=self.log_p)
-            divergence = torch.linalg.vecdot(self.q, difference)
-            derivative = difference.sub_(divergence[:, None]) if wanted else None
-            if derivative is not None:
-                derivative.mul_(0.0 if slope is None else slope)
-                if slope_log_q is not None:
-                    derivative.sub_(slope_log_q)
-                derivative.mul_(self.q)
+        if self.form.divergence == "reverse_kl" and not self.form.stops:  # q (log q − log p − KL): norms cancel
+            difference = torch.sub(self.ours, self.theirs, out=self.theirs)
+            mean = (self.mass * difference).sum(-1, keepdim=True) / self.norm
+            divergence = (mean - self.log_norm_q + self.log_norm_p)[:, 0]
+            if wanted:
+                factor = torch.zeros_like(self.norm) if slope is None else slope / self.norm
+                of_log_q = 0.0 if slope_log_q is None else slope_log_q / self.norm
+                difference.mul_(factor).sub_(mean * factor + of_log_q).mul_(self.mass)
         else:
             divergence, derivative = self._by_autograd(wanted)
             if derivative is not None:
-                derivative.addcmul_(self.q, derivative.sum(-1, keepdim=True), value=-1.0)
+                q = self.mass.div_(self.norm)
+                derivative.addcmul_(q, derivative.sum(-1, keepdim=True), value=-1.0)
                 derivative.mul_(0.0 if slope is None else slope)
                 if slope_log_q is not None:
-                    derivative.addcmul_(self.q, slope_log_q.expand_as(self.q), value=-1.0)
+                    derivative.addcmul_(q, slope_log_q.expand_as(q), value=-1.0)
+                self.theirs.copy_(derivative)
         if value is not None:
             value.copy_(divergence)
-        return derivative
+        return self.theirs if wanted else None
 
     def _by_autograd(self, wanted: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Any form, stop tokens merged: its value and its derivatives by the log-probabilities."""
-        form, log_p = self.form, self.log_p
+        form, log_p = self.form, self.theirs - self.log_norm_p
         with torch.enable_grad():
-            log_q = self.log_q.requires_grad_(wanted)
+            log_q = (self.ours - self.log_norm_q).requires_grad_(wanted)
             divergence = objective.summands(form.divergence, log_q, log_p, form.alpha).sum(-1)
             if form.stops:
                 ours, theirs = (x[:, list(form.stops)] for x in (log_q, log_p))

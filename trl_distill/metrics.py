@@ -96,7 +96,7 @@ def looked_at(
         Quantities with their masks, the same ones on every process: `<name>/quarter1` to `4`, the divergence in the
         quarters of each completion; "distill/concentration", the share of tokens that carry 80 % of it;
         "distill/teacher_log_prob", of the tokens that the student wrote, where it was measured; and what
-        [`~trl_distill.heads.compared`] tells of a few tokens.
+        [`~trl_distill.heads.differences`] tells of a few tokens.
     """
     per_token, place, length = per_token.detach(), mask.cumsum(1) - 1, mask.sum(1, keepdim=True)
     quarter = (4 * place).div(length.clamp(min=1), rounding_mode="floor")
@@ -108,10 +108,9 @@ def looked_at(
     log_p = [one["log_p"].to(per_token.device) for one in output.measured or [] if "log_p" in one]
     alone = len(output.measured or []) == len(log_p) == 1
     found["distill/teacher_log_prob"] = (log_p[0], mask) if alone else (per_token, torch.zeros_like(mask))
-    for what in COMPARED:
-        parts = [one[what].to(per_token.device) for one in output.looked or []]
-        looked = torch.cat(parts) if parts else per_token.new_zeros(0)
-        found[f"distill/{what}"] = looked, torch.ones_like(looked)
+    parts = [one.to(per_token.device) for one in output.looked or []]
+    looked = torch.cat(parts, dim=1) if parts else per_token.new_zeros(len(COMPARED), 0)
+    found |= {f"distill/{what}": (row, torch.ones_like(row)) for what, row in zip(COMPARED, looked, strict=True)}
     return found
 
 

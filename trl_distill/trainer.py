@@ -301,7 +301,7 @@ class OPDTrainer(Assembly):
         judgements = self.panel.judge(inputs, training=True) if self.panel is not None else []
         estimator = self.off_policy_estimator
         self._foresee(inputs, rollouts, judgements, beta)
-        judged = JudgedModel(model, rollouts, judgements, Asked(estimator.measure))
+        judged = JudgedModel(model, rollouts, judgements, Asked(estimator))
         with self.accelerator.autocast():
             judged(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask)
         per_token, by_teacher = self._kl_term(estimator, judged.output, judgements, rollouts, inputs)
@@ -347,12 +347,12 @@ class OPDTrainer(Assembly):
         # a ratio to log-probabilities that TRL computed needs TRL's own, rounded alike; its side terms need more of it
         known = ("old_per_token_logps", "importance_sampling_ratio", "tool_mask")
         if self.has_side_terms or any(name in inputs for name in known):
-            return Asked(estimator.measure)
+            return Asked(estimator)
         whole = len(judgements) == 1 and bool((judgements[0].mask == rollouts.mask).all())
         if whole and self.same_vocabulary and estimator.shares_logits(rollouts.mask.device):
             # of fresh rollouts the policy loss is -A log q; where it is not, the backward pass makes up for it
-            return Asked(estimator.measure, "shared", policy_slope=-inputs["advantages"].view(len(slope), -1) * slope)
-        return Asked(estimator.measure, "here", self.args.temperature)
+            return Asked(estimator, "shared", policy_slope=-inputs["advantages"].view(len(slope), -1) * slope)
+        return Asked(estimator, "here", self.args.temperature)
 
     def _student_inputs(self, rollouts: Rollouts) -> dict[str, Any]:
         """Arguments of the student's forward where there is no policy loss to call it."""
