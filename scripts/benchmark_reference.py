@@ -93,29 +93,29 @@ class Product:
 
 def products(cell: Cell, rollouts: Rollouts) -> list[Product]:
     """What a step of exact distillation has to multiply."""
-    forwards = cell.rows // cell.micro_batch
-    tokens, judged = round(rollouts.tokens / forwards), round(rollouts.completion_tokens / forwards)
     student, teacher = cell.student.hidden, cell.teacher.hidden
-    found = [
-        Product(forwards, judged, student, cell.vocab),
-        Product(forwards, judged, teacher, cell.vocab),
-        Product(forwards, judged, cell.vocab, student),
-    ]
-    if not cell.lora:  # else the head is frozen
-        found.append(Product(forwards, cell.vocab, judged, student))
-    found += _backbone(cell.teacher, forwards, tokens, rollouts, passes=1)
-    found += _backbone(cell.student, forwards, tokens, rollouts, passes=2 if cell.lora else 3)
+    rows = sorted(zip(rollouts.prompts, rollouts.completions, strict=True), key=lambda row: len(row[1]))
+    found = []
+    for start in range(0, cell.rows, cell.micro_batch):  # rows of like length in one forward
+        forward = rows[start : start + cell.micro_batch]
+        judged = sum(len(completion) for _, completion in forward)
+        found += [Product(1, judged, student, cell.vocab), Product(1, judged, teacher, cell.vocab)]
+        found.append(Product(1, judged, cell.vocab, student))
+        if not cell.lora:  # else the head is frozen
+            found.append(Product(1, cell.vocab, judged, student))
+        lengths = [len(prompt) + len(completion) for prompt, completion in forward]
+        found += _backbone(cell.teacher, lengths, passes=1)
+        found += _backbone(cell.student, lengths, passes=2 if cell.lora else 3)
     return found
 
 
-def _backbone(size: Size, forwards: int, tokens: int, rollouts: Rollouts, passes: int) -> list[Product]:
+def _backbone(size: Size, lengths: list[int], passes: int) -> list[Product]:
     """One pass: forward; two: and gradients of activations; three: and of weights."""
-    found = []
+    found, tokens = [], sum(lengths)
     for count, width, out in projections(size):
         forms = [(tokens, width, out), (tokens, out, width), (width, tokens, out)]
-        found += [Product(count * forwards, *form) for form in forms[:passes]]
-    for prompt, completion in zip(rollouts.prompts, rollouts.completions, strict=True):
-        length = len(prompt) + len(completion)
+        found += [Product(count, *form) for form in forms[:passes]]
+    for length in lengths:
         times = size.layers * (1 if passes == 1 else 3) / 2  # backward takes two products for each one
         found.append(Product(times, length, size.head_dim, length, size.heads))
         found.append(Product(times, length, length, size.head_dim, size.heads))

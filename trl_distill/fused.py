@@ -8,6 +8,7 @@ projections in `heads.py`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from .heads import COMPARED, LMHead, check_same_device, differences
 
 # (GPUs, CPUs): elements of each model's tile of logits, elements of the part that is worked on at a time, and ids that
 # are projected at a time. On CPUs a part stays in the cache, and narrow products with a head are faster.
-TILE, PART, IDS = (2**26, 2**24), (2**24, 2**18), (2**30, 2**11)
+TILE, PART, IDS = (2**26, 2**24), (2**24, 2**19), (2**30, 2**11)
 MATCHES = 1e-5  # relative: how far a gradient may be from what was expected and still count as that
 
 
@@ -234,10 +235,9 @@ def _run(
     plain = torch.autocast(hidden.device.type, enabled=False)  # which would round the sums, too
     with plain, gathered_head(weight, bias), gathered_head(teacher_weight, teacher_bias):
         shared = weight.shape[0]
-        ours = _Projection(how.student, weight, bias, dtype)
-        teachers = _Projection(
-            how.teacher, teacher_weight[:shared], None if teacher_bias is None else teacher_bias[:shared], dtype
-        )
+        teacher_weight, teacher_bias = teacher_weight[:shared], None if teacher_bias is None else teacher_bias[:shared]
+        ours = _Projection(how.student, weight, bias, dtype, "student")
+        teachers = _Projection(how.teacher, teacher_weight, teacher_bias, dtype, "teacher")
         if grads is not None:
             grads.begin(hidden, weight)
         for rows in _slices(0, len(hidden), _most(TILE, shared, hidden.device)):
@@ -275,19 +275,17 @@ def _slices(start: int, stop: int, most: int) -> Iterator[slice]:
 class _Projection:
     """A head as a function of hidden states in the given dtype."""
 
-    def __init__(self, head: LMHead, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
+    def __init__(self, head: LMHead, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, name: str):
         self.head, self.weight, self.bias = head, weight.detach().to(dtype), bias
-        self._buffer: torch.Tensor | None = None
+        self.room = _Room(name, weight.device)
         if not weight.is_cuda:
             self.weight = self.weight.float()  # rounded, and then multiplied in fp32: once for all tiles
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """What the weight alone makes of them, `(n, V)`, fp32; in the memory of the tile before."""
+        """What the weight alone makes of them, `(n, V)`, fp32, until the next tile."""
         if states.is_cuda and states.dtype != torch.float32:
             return torch.mm(states, self.weight.T, out_dtype=torch.float32)
-        if self._buffer is None:
-            self._buffer = states.new_empty(len(states), len(self.weight), dtype=torch.float32)
-        logits = self._buffer[: len(states)]
+        logits = self.room.take(len(states), len(self.weight))
         for ids in _slices(0, len(self.weight), IDS[states.device.type == "cpu"]):
             torch.mm(states.float(), self.weight[ids].T, out=logits[:, ids])
         return logits
@@ -310,24 +308,52 @@ class _Projection:
             derivative.mul_(self.head.logit_scale / temperature)
 
 
+_kept = threading.local()
+
+
+class _Room:
+    """
+    Memory that is used again and again: on CPUs every new page costs several times what is done with it.
+
+    On CPUs it is kept for the next micro-step, by each thread; GPUs have an allocator that does so.
+    """
+
+    def __init__(self, name: str, device: torch.device):
+        self.name, self.device = name, device
+        self._memory = getattr(_kept, name, None)
+
+    def take(self, rows: int, columns: int) -> torch.Tensor:
+        """Uninitialised, `(rows, columns)`, fp32; what was taken before is overwritten."""
+        if self._memory is None or self._memory.numel() < rows * columns:
+            self._memory = torch.empty(rows * columns, dtype=torch.float32, device=self.device)
+            if self.device.type == "cpu":
+                setattr(_kept, self.name, self._memory)
+        return self._memory[: rows * columns].view(rows, columns)
+
+
 class _Block:
     """Logits of both models at a few tokens, `(n, V)`, and what becomes of them, in the memory of the teacher's."""
 
     def __init__(self, ours: torch.Tensor, theirs: torch.Tensor, form: Form):
         self.ours, self.theirs, self.form = ours, theirs, form
+        self.mass, self.product = (_Room(name, ours.device).take(*ours.shape) for name in ("mass", "product"))
         highest = theirs.amax(-1, keepdim=True)
-        self.log_norm_p = highest + torch.sub(theirs, highest).exp_().sum(-1, keepdim=True).log_()  # (n, 1)
+        norm = torch.sub(theirs, highest, out=self.product).exp_().sum(-1, keepdim=True)  # (n, 1)
+        self.log_norm_p = highest + norm.log_()
         highest = ours.amax(-1, keepdim=True)
-        self.mass = torch.sub(ours, highest).exp_()  # q, but for its sum
+        torch.sub(ours, highest, out=self.mass).exp_()  # q, but for its sum
         self.norm = self.mass.sum(-1, keepdim=True)
         self.log_norm_q = highest + self.norm.log()
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Under q: `(n, V)` to `(n, 1)`."""
+        return torch.mul(self.mass, values, out=self.product).sum(-1, keepdim=True) / self.norm
 
     def tell(self, found: Found, rows: slice, at: torch.Tensor, look_every: int) -> None:
         """Write what is no divergence; `at` are the sampled ids, `(n, 1)`."""
         found.log_q[rows] = (self.ours.gather(1, at) - self.log_norm_q)[:, 0]
         found.log_p[rows] = (self.theirs.gather(1, at) - self.log_norm_p)[:, 0]
-        mean = (self.mass * self.ours).sum(-1, keepdim=True) / self.norm
-        found.entropy[rows] = (self.log_norm_q - mean)[:, 0]
+        found.entropy[rows] = (self.log_norm_q - self.mean(self.ours))[:, 0]
         first = -(-rows.start // look_every) if look_every else 0
         if look_every and first * look_every < rows.stop:
             here = slice(first * look_every - rows.start, None, look_every)
@@ -348,7 +374,7 @@ class _Block:
         """
         if self.form.divergence == "reverse_kl" and not self.form.stops:  # q (log q − log p − KL): norms cancel
             difference = torch.sub(self.ours, self.theirs, out=self.theirs)
-            mean = (self.mass * difference).sum(-1, keepdim=True) / self.norm
+            mean = self.mean(difference)
             divergence = (mean - self.log_norm_q + self.log_norm_p)[:, 0]
             if wanted:
                 factor = torch.zeros_like(self.norm) if slope is None else slope / self.norm
