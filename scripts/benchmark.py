@@ -34,7 +34,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, each process would say what it looks for
 warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
+warnings.filterwarnings("ignore", message="Unfeasible length constraints")  # the length is forced, on purpose
 
 import benchmark_report as report
 import torch

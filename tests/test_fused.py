@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import VOCAB, batch, config, gradients, in_training, make_model, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 
 from trl_distill import OPDTrainer, fused
 from trl_distill.forwards import Asked
@@ -203,3 +204,26 @@ def test_own_log_probabilities_change_nothing(tmp_path, tokenizer, prompts, monk
         found[source] = loss.item(), gradients(trainer.model)
     assert found["ours"][0] == pytest.approx(found["trl"][0], rel=1e-5)
     assert relative_error(found["ours"][1], found["trl"][1]) < 1e-5
+
+
+def test_memory_is_given_back_when_training_ends(tmp_path, tokenizer, prompts):
+    trainer = OPDTrainer(
+        model=make_model("tied", seed=1),
+        teacher_model=make_model("untied", seed=2),
+        args=config(tmp_path, max_steps=1),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+        callbacks=[Kept()],
+    )
+    trainer.train()
+    assert Kept.seen == {"student", "teacher", "mass", "product"}
+    assert not vars(fused._kept)
+
+
+class Kept(TrainerCallback):
+    """Notes what is kept between micro-steps."""
+
+    seen: set[str]
+
+    def on_step_end(self, *_, **__):
+        type(self).seen = set(vars(fused._kept))

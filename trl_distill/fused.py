@@ -315,7 +315,7 @@ class _Room:
     """
     Memory that is used again and again: on CPUs every new page costs several times what is done with it.
 
-    On CPUs it is kept for the next micro-step, by each thread; GPUs have an allocator that does so.
+    On CPUs each thread keeps it for the next micro-step, until [`release_memory`]; GPUs have an allocator for that.
     """
 
     def __init__(self, name: str, device: torch.device):
@@ -329,6 +329,11 @@ class _Room:
             if self.device.type == "cpu":
                 setattr(_kept, self.name, self._memory)
         return self._memory[: rows * columns].view(rows, columns)
+
+
+def release_memory() -> None:
+    """Give back what this thread keeps between micro-steps."""
+    _kept.__dict__.clear()
 
 
 class _Block:

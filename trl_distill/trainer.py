@@ -27,6 +27,7 @@ from .data import with_prompts
 from .data_checks import check_datasets
 from .estimators import Estimator
 from .forwards import Asked, DistilledOutput, JudgedModel
+from .fused import release_memory
 from .metrics import by_reward, forces, looked_at, means
 from .off_policy import completion_batch, is_on_policy
 from .panel import read_specs
@@ -431,6 +432,9 @@ class OPDTrainer(Assembly):
         for teacher, _ in self.panel.members if self.panel is not None and checkpoint else ():
             if isinstance(teacher, MovingAverage):
                 teacher.load(str(checkpoint))
+
+    def ended(self) -> None:
+        release_memory()
 
     def known_to_all(self, error: Exception) -> bool:
         of_teacher = isinstance(error, TeacherUnavailable | TeacherAnswerError)

@@ -80,6 +80,8 @@ class Watched(Seams):
                 error.add_note(advice)
                 raise
             raise kind(f"{error} {advice}") from error
+        finally:
+            self.ended()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.state.global_step >= self.state.max_steps:  # transformers makes one step more
@@ -88,6 +90,9 @@ class Watched(Seams):
 
     def begins(self, checkpoint: str | None) -> None:
         """Called before training begins, or goes on from `checkpoint`."""
+
+    def ended(self) -> None:
+        """Called when training has ended, for whatever reason."""
 
     def known_to_all(self, error: Exception) -> bool:
         """Whether all processes have met this error at the same place, so that all can write a checkpoint."""
