@@ -98,7 +98,7 @@ def test_a_run_with_rewards_says_all_of_itself(run_offline, saved):
     picture = folder / "files" / summary["plots/training.path"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     size = summary["plots/training.width"], summary["plots/training.height"]
-    assert size == (1050, 1170)  # both KLs and the reward
+    assert size == (1650, 1320)  # three rows of two panels
 
 
 def test_a_run_without_rewards_has_neither_reward_nor_its_column(run_offline, saved):

@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import nn
 
 from . import checks
+from .closing import ClosingTable
 from .config import OPDConfig
 from .estimators import Estimator, check_signals, make_estimator
 from .forwards import add_student_forward, has_relative_positions, last_hidden_state, unwrap_adapter
@@ -77,7 +78,9 @@ class Assembly(Watched):
         checks.check_text_only(config, "student")
 
     def track(self, specs: dict[str, Any]) -> None:
-        """Where wandb is logged to, let its run say who was distilled from whom, with which rewards."""
+        """Tables and pictures of the run; where wandb is logged to, it says who was distilled from whom, with what."""
+        if not self.args.disable_tqdm:
+            self.add_callback(ClosingTable())
         if "wandb" in self.args.report_to:
             facts = {
                 "student": name_of(self.model),

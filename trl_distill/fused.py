@@ -23,6 +23,7 @@ from .heads import COMPARED, LMHead, check_same_device, differences
 # (GPUs, CPUs): elements of each model's tile of logits, elements of the part that is worked on at a time, and ids that
 # are projected at a time. On CPUs a part stays in the cache, and narrow products with a head are faster.
 TILE, PART, IDS = (2**26, 2**24), (2**24, 2**19), (2**30, 2**11)
+KEPT = 2**23  # elements: memory up to this size is kept on CPUs from one micro-step to the next
 MATCHES = 1e-5  # relative: how far a gradient may be from what was expected and still count as that
 
 
@@ -315,7 +316,8 @@ class _Room:
     """
     Memory that is used again and again: on CPUs every new page costs several times what is done with it.
 
-    On CPUs each thread keeps it for the next micro-step, until [`release_memory`]; GPUs have an allocator for that.
+    On CPUs each thread keeps it for the next micro-step, if it is not large, until [`release_memory`]; GPUs have an
+    allocator for that.
     """
 
     def __init__(self, name: str, device: torch.device):
@@ -326,7 +328,7 @@ class _Room:
         """Uninitialised, `(rows, columns)`, fp32; what was taken before is overwritten."""
         if self._memory is None or self._memory.numel() < rows * columns:
             self._memory = torch.empty(rows * columns, dtype=torch.float32, device=self.device)
-            if self.device.type == "cpu":
+            if self.device.type == "cpu" and self._memory.numel() <= KEPT:
                 setattr(_kept, self.name, self._memory)
         return self._memory[: rows * columns].view(rows, columns)
 

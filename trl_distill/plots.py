@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,46 +103,105 @@ def ranking_figure(rows: Sequence[tuple[str, float]], label: str, maximize: bool
     return figure
 
 
-def training_figure(log_history: Sequence[dict[str, Any]], title: str = "") -> Any:
+# What a run's picture shows: the label of each panel, and its keys; the first is drawn solid, the second dashed
+_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("KL to the teacher, nats per token", ("distill/reverse_kl", "distill/forward_kl")),
+    ("divergence that is minimised", ()),  # one of its own name
+    ("reward", ("reward",)),
+    ("objective: reward − beta · KL", ("objective",)),
+    ("entropy, nats", ("entropy", "distill/teacher_entropy")),
+    ("agreement", ("distill/top1_agreement", "distill/top_overlap")),
+    ("completion length, tokens", ("completions/mean_length",)),
+)
+_NAMES = {
+    "distill/reverse_kl": "KL(student ‖ teacher)",
+    "distill/forward_kl": "KL(teacher ‖ student)",
+    "entropy": "student",
+    "distill/teacher_entropy": "teacher",
+    "distill/top1_agreement": "likeliest token",
+    "distill/top_overlap": "16 likeliest tokens",
+}
+
+
+def training_figure(
+    logs: Mapping[str, Sequence[dict[str, Any]]], levels: dict[str, float] | None = None, title: str = ""
+) -> Any:
     """
-    How one run went: divergences and reward over the steps, each as far as it was logged.
+    How one run went, or several: KL both ways, reward, objective, entropy, agreement and lengths, as far as logged.
 
     Args:
-        log_history (`Sequence[dict]`): the trainer's, `trainer.state.log_history`.
+        logs (`dict`): by the run's name its log, `trainer.state.log_history`.
+        levels (`dict[str, float]`, *optional*): by the log's key a level that is known, such as the teacher's reward.
         title (`str`): above the picture.
 
     Raises:
-        ValueError: neither was logged.
+        ValueError: nothing of that was logged.
         ImportError: matplotlib is not installed.
     """
-    curves = {}
-    for key in [*_divergences(log_history), "reward"]:
-        points = [(row["step"], row[key]) for row in log_history if row.get(key) is not None]
-        if points:
-            curves[key] = points
-    if not curves:
+    panels = []
+    for label, keys in _PANELS:
+        chosen = keys or tuple(_other_divergences(logs))
+        if any(row.get(key) is not None for log in logs.values() for row in log for key in chosen):
+            panels.append((label, chosen))
+    if not any("KL" in label or "divergence" in label or label == "reward" for label, _ in panels):
         raise ValueError("The log holds neither a divergence nor a reward; log at least one step (`logging_steps`).")
-    figure = _figure(7, 2.4 * len(curves) + 0.6)
-    axes = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (key, points) in zip(axes, curves.items(), strict=True):
-        axis.plot(*zip(*points, strict=True), color=ORANGE if key == "reward" else BLUE, linewidth=1.6)
-        axis.set(ylabel=key if key == "reward" else f"{key}\nnats per token")
-        _plain(axis)
-    axes[-1].set(xlabel="optimizer step")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    rows = -(-len(panels) // 2)
+    figure = new_figure(11, 2.7 * rows + 0.7)
+    axes = figure.subplots(rows, 2, sharex=True, squeeze=False).flatten()
+    for axis, (label, keys) in zip(axes, panels, strict=False):
+        _panel(axis, label, keys, logs, levels or {})
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes[max(0, len(panels) - 2) : len(panels)]:
+        axis.set(xlabel="optimizer step")
+        axis.tick_params(labelbottom=True)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    if len(logs) > 1:
+        handles = [axes[0].plot([], [], color=colour, linewidth=2)[0] for colour in _run_colours(logs)]
+        figure.legend(handles, list(logs), loc="outside lower center", ncols=min(4, len(logs)), frameon=False)
     figure.suptitle(title, fontsize=11)
     return figure
 
 
-def _divergences(log_history: Sequence[dict[str, Any]]) -> list[str]:
-    """The keys under which divergences were logged; several teachers' own ones are left out."""
+def _panel(
+    axis: Any, label: str, keys: Sequence[str], logs: Mapping[str, Sequence[dict[str, Any]]], levels: dict[str, float]
+) -> None:
+    from matplotlib.lines import Line2D
+
+    for log, colour in zip(logs.values(), _run_colours(logs), strict=True):
+        for key, style in zip(keys, ("-", "--"), strict=False):
+            points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, linestyle=style, linewidth=1.6)
+    shown = [key for key in keys if any(row.get(key) is not None for log in logs.values() for row in log)]
+    handles = [
+        Line2D([], [], color="#555555", linestyle=("-", "--")[keys.index(key)], label=_NAMES.get(key, key))
+        for key in shown
+        if len(keys) > 1
+    ]
+    for key in set(keys) & set(levels):
+        axis.axhline(levels[key], color="#555555", linestyle=":", linewidth=1.4)
+        handles.append(Line2D([], [], color="#555555", linestyle=":", label=f"teacher {levels[key]:.3g}"))
+    if handles:
+        axis.legend(handles=handles, frameon=False, fontsize=8)
+    axis.set_title(label, fontsize=10, loc="left")
+    plain(axis)
+
+
+def _run_colours(logs: Mapping[str, Any]) -> list[str]:
+    colours = (BLUE, ORANGE, "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito's
+    return [colours[i % len(colours)] for i in range(len(logs))]
+
+
+def _other_divergences(logs: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
+    """The keys of divergences that have no panel of their own; several teachers' own ones are left out."""
     from .config import DIVERGENCES
 
-    keys = (f"distill/{name}" for name in DIVERGENCES)
-    return [key for key in keys if any(key in row for row in log_history)]
+    keys = (f"distill/{name}" for name in DIVERGENCES if not name.endswith("_kl") or name.startswith("skewed"))
+    return [key for key in keys if any(key in row for log in logs.values() for row in log)][:2]
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure of its own, without pyplot, which would change the backend of the notebook that trains."""
     try:
         from matplotlib.figure import Figure
@@ -154,14 +213,14 @@ def _figure(width: float, height: float) -> Any:
 def _axis(size: int, title: str, height: float = 4.8) -> tuple[Any, Any]:
     if size == 0:
         raise ValueError("There is nothing to draw: no run has logged what the picture shows.")
-    figure = _figure(7.5, height)
+    figure = new_figure(7.5, height)
     axis = figure.subplots()
     axis.set_title(title, fontsize=11)
-    _plain(axis)
+    plain(axis)
     return figure, axis
 
 
-def _plain(axis: Any) -> None:
+def plain(axis: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
 

@@ -39,7 +39,7 @@ def drawn(figure: Any) -> Any:
 class WandbExtras(TrainerCallback):
     """
     Adds to the active wandb run: "student", "teachers" and "reward_funcs" in the configuration, and at the end
-    "plots/training", the divergence and the reward over the steps.
+    "plots/training", how it went over the steps.
 
     Args:
         facts (`dict`): what is added to the configuration.
@@ -60,7 +60,7 @@ class WandbExtras(TrainerCallback):
         if wandb.run is None:
             return
         try:
-            picture = drawn(training_figure(state.log_history))
+            picture = drawn(training_figure({"": state.log_history}))
         except (ImportError, ValueError) as error:
             logger.warning(f"No picture of the training is sent to wandb. {error}")
             return

@@ -32,31 +32,17 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, it would look for one and warn
 
+from judging import check_teacher, first_rows, load, stops_of, tokenizer_of
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from trl_distill import checks
-from trl_distill.data import import_reward, load_splits, with_prompts
-from trl_distill.forwards import add_teacher_forward, unwrap_adapter
-from trl_distill.preflight import stop_ids
+from trl_distill.data import import_reward
 from trl_distill.report import Summary, TokenTable, page
 from trl_distill.report.callback import log_to_wandb
-from trl_distill.report.collect import (
-    Sampling,
-    Written,
-    answers_with,
-    given,
-    judged,
-    labels_of,
-    prompt_ids,
-    rollouts_of,
-    sampled,
-    undisturbed,
-    with_rewards,
-)
+from trl_distill.report.collect import judged, labels_of, with_rewards
 from trl_distill.report.rows import Completion, summary
+from trl_distill.samples import Sampling, Written, answers_with, given, prompt_ids, sampled, undisturbed
 
 
 console = Console()
@@ -91,50 +77,6 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     if options.output.is_dir():
         parser.error(f"--output {options.output} is a folder; name a file, such as {options.output / 'report.html'}")
     return options
-
-
-def load(name: str, whose: str, options: argparse.Namespace) -> Any:
-    """A model whose forward gives hidden states, after a check that its logits follow from them."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype).to(options.device).eval()
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"The {whose} {name!r} could not be loaded. ({error})") from None
-    checks.check_text_only(model.config, whose)
-    add_teacher_forward(model)
-    probe = rollouts_of([[0]], [[1, 2, 3]], 0, options.device)
-    with torch.no_grad():
-        expected = model(input_ids=probe.input_ids).logits[0, :-1]
-        states = answers_with(model)(probe)
-        checks.check_logits(expected, states.head.logits(states.hidden), whose)
-    return model
-
-
-def check_teacher(tokenizer: Any, teacher: str, model: Any, student: Any) -> None:
-    """Stop where token ids mean something else to the teacher."""
-    theirs = checks.load_tokenizer(teacher)
-    sizes = [unwrap_adapter(m).config.get_text_config().vocab_size for m in (student, model)]
-    for finding in (checks.same_tokenizer(tokenizer, theirs), checks.vocabulary(tokenizer, *sizes)):
-        if finding.level == "error":
-            raise SystemExit(str(finding))
-        if finding.level == "warning":
-            console.print(f"[yellow]{finding}[/]")
-
-
-def first_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows that are asked about."""
-    splits = load_splits(options.prompts)
-    if options.split not in splits:
-        raise ValueError(
-            f"{options.prompts} has no split {options.split!r}, only {', '.join(splits)}. Name one of them with "
-            "`--split`."
-        )
-    dataset = with_prompts(splits[options.split])
-    if "prompt" not in dataset.column_names:
-        raise ValueError(
-            f'{options.prompts} has the columns {", ".join(dataset.column_names)}, but no "prompt" and no "messages". '
-            "Rename the one that holds the questions."
-        )
-    return list(dataset.select(range(min(options.num_prompts, len(dataset)))))
 
 
 class Collector:
@@ -182,18 +124,15 @@ def main(words: list[str] | None = None) -> None:
     options = arguments(words)
     transformers_logging.disable_progress_bar()
     rewards = [import_reward(path) for path in options.reward_funcs]
-    rows = first_rows(options)
+    rows = first_rows(options.prompts, options.split, options.num_prompts)
     console.print("Loading models ...")
     names = [options.model, *([options.compare_with] if options.compare_with else [])]
-    students = [load(name, "student", options) for name in names]
-    teacher = load(options.teacher, "teacher", options)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    students = [load(name, "student", options.dtype, options.device) for name in names]
+    teacher = load(options.teacher, "teacher", options.dtype, options.device)
+    tokenizer = tokenizer_of(options.model)
     check_teacher(tokenizer, options.teacher, teacher, students[0])
 
-    of_each = [stop_ids(model.config, model.generation_config, tokenizer) for model in (*students, teacher)]
-    stops = sorted(set().union(*of_each))
-    merged = stops if any(ids != of_each[-1] for ids in of_each) else []
+    stops, merged = stops_of([*students, teacher], tokenizer)
     how = Sampling(
         options.max_completion_length, tuple(stops), options.temperature, options.num_generations, options.seed
     )

@@ -12,16 +12,8 @@ from helpers import EOS, PAD, make_model
 from trl_distill.forwards import add_teacher_forward
 from trl_distill.objective import as_one_class, reverse_kl, summands
 from trl_distill.report import collect
-from trl_distill.report.collect import (
-    Sampling,
-    Written,
-    answers_with,
-    given,
-    judged,
-    sampled,
-    undisturbed,
-    with_rewards,
-)
+from trl_distill.report.collect import judged, with_rewards
+from trl_distill.samples import Sampling, Written, answers_with, given, sampled, undisturbed
 
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]

@@ -15,19 +15,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from ..samples import RewardFunction, Sampling, Written, answers_with, sampled, undisturbed
 from ..signals import HiddenStates
 from ..teachers import is_sharded
-from .collect import (
-    RewardFunction,
-    Sampling,
-    Written,
-    answers_with,
-    judged,
-    labels_of,
-    sampled,
-    undisturbed,
-    with_rewards,
-)
+from .collect import judged, labels_of, with_rewards
 from .page import page
 from .rows import Completion, TokenTable
 

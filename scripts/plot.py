@@ -1,0 +1,86 @@
+"""One picture of how runs went: KL both ways, reward, objective, entropy, agreement, lengths.
+
+    python scripts/plot.py out                                  # writes out/training.png
+    python scripts/plot.py out-a out-b --labels "beta 0.1" "beta 1" --output both.png
+    python scripts/plot.py out --evaluation evaluation.json --teacher Qwen/Qwen3-4B     # with the teacher's level
+
+A run is a folder that training wrote into (its log is `trainer_state.json`, there or in the last checkpoint), or such a
+file. Pictures of sweeps are `sweep.py`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from trl_distill.plots import training_figure
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders, or trainer_state.json files")
+    parser.add_argument("--labels", nargs="+", help="what to call the runs; their folders' names unless given")
+    parser.add_argument("--teacher_reward", type=float, help="the teacher's level of the reward")
+    parser.add_argument("--evaluation", type=Path, help="what evaluate.py wrote: the teacher's level is its mean score")
+    parser.add_argument("--teacher", help="the teacher's name in there")
+    parser.add_argument("--title", default="")
+    parser.add_argument("--output", type=Path, help="training.png in the first run's folder unless given")
+    options = parser.parse_args(words)
+    if options.labels and len(options.labels) != len(options.runs):
+        parser.error(f"{len(options.runs)} runs have {len(options.labels)} labels; give one for each")
+    if (options.evaluation is None) != (options.teacher is None):
+        parser.error("--evaluation and --teacher go together: the file, and whose level to take from it")
+    return options
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    """The log that a run left behind: in the folder itself, or else in its newest checkpoint."""
+    checkpoints = sorted(
+        (path for path in run.glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdigit()),
+        key=lambda path: int(path.parent.name[11:]),
+    )
+    candidates = [run] if run.is_file() else [run / "trainer_state.json", *reversed(checkpoints)]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"{run} holds no log. Name a folder with trainer_state.json or checkpoints in it; scripts/opd.py writes "
+            "the first at the end, `trainer.save_state()` does so in Python."
+        )
+    return json.loads(found.read_text())["log_history"]
+
+
+def teacher_levels(options: argparse.Namespace) -> dict[str, float]:
+    """What is known of the teacher, by the log's key."""
+    if options.teacher_reward is not None:
+        return {"reward": options.teacher_reward}
+    if options.evaluation is None:
+        return {}
+    models = json.loads(options.evaluation.read_text())["models"]
+    if options.teacher not in models:
+        raise ValueError(f"{options.evaluation} has no model {options.teacher!r}, only {', '.join(models)}.")
+    scores = [one["value"] for name, one in models[options.teacher]["estimates"].items() if name.startswith("avg@")]
+    return {"reward": scores[0]} if scores else {}
+
+
+def main(words: list[str] | None = None) -> None:
+    options = parse(words)
+    labels = options.labels or [run.name if run.is_dir() else run.parent.name for run in options.runs]
+    try:
+        logs = {label: log_of(run) for label, run in zip(labels, options.runs, strict=True)}
+        if len(logs) < len(options.runs):
+            raise ValueError("Two runs have the same name. Tell them apart with `--labels`.")
+        figure = training_figure(logs, teacher_levels(options), options.title)
+    except (ValueError, ImportError, FileNotFoundError) as error:
+        sys.exit(f"{error}")
+    first = options.runs[0]
+    output = options.output or (first if first.is_dir() else first.parent) / "training.png"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+    print(f"The picture is in {output}")
+
+
+if __name__ == "__main__":
+    main()

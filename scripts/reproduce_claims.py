@@ -1,0 +1,266 @@
+"""The claims of the field as experiments: for each its arms, and what one run of an arm returns as plain numbers.
+
+An arm is a function of a folder, a seed and a size (of the run, 1.0 in full). Models and trainers are in
+`reproduce_runs.py`; tables and pictures in `reproduce_report.py`. Left out: a search for the best settings of each arm.
+All have the learning rates of `reproduce_runs.py`, but for the reward alone, which falls apart at larger ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from reproduce_runs import (
+    BATCH,
+    HELD_OUT,
+    HUMAN,
+    TRAIN,
+    Bench,
+    Cost,
+    distil,
+    fine_tune,
+    make_order_models,
+    measured,
+    teacher_samples,
+    write,
+)
+
+from trl_distill.evaluation import answer_all
+from trl_distill.samples import prompt_ids
+
+
+Result = dict[str, Any]
+Arm = Callable[[Path, int, float], Result]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """
+    A sentence of the field, and what it is tried with.
+
+    Attributes:
+        sentence (`str`): as it is commonly put.
+        arms (`dict[str, Arm]`): by name.
+        prepare (*optional*): makes what all arms share.
+    """
+
+    sentence: str
+    arms: dict[str, Arm]
+    prepare: Callable[[Path], None] | None = None
+
+
+def _ended(bench: Bench, model: Any, seed: int, cost: Cost, **how: int) -> Result:
+    return {"final": measured(bench, model, seed, **how), "cost": asdict(cost)}
+
+
+# SFT on teacher samples gets most of the way; on-policy closes the gap
+
+
+def _gap(kind: str, folder: Path, seed: int, size: float) -> Result:
+    """The same problems, and as many answers generated and trained on, whoever writes them."""
+    bench, cost, steps = Bench("additions", folder), Cost(), round(150 * size)
+    student = bench.student()
+    saved = folder / "models" / f"gap-{kind}-{seed}"
+    if kind == "on-policy":
+        distil(bench, student, steps, seed, cost)
+    elif kind == "soft targets":
+        rows, texts, tokens = teacher_samples(bench, BATCH * steps, seed)
+        rows = rows.add_column("completion", [[{"role": "assistant", "content": text}] for text in texts])
+        distil(bench, student, steps, seed, cost, rows=rows, lmbda=0.0, generated=tokens, per_step=tokens // steps)
+    else:
+        share = 0.5 if kind == "SFT, then on-policy" else 1.0
+        rows, texts, tokens = teacher_samples(bench, round(BATCH * steps * share), seed)
+        fine_tune(bench, student, rows, texts, round(steps * share), seed, cost, tokens)
+        if share < 1:
+            distil(bench, student, steps - round(steps * share), seed, cost)
+    student.save_pretrained(saved)
+    return _ended(bench, student, seed, cost)
+
+
+# Train-test mismatch: the more of its own tokens stand in the context, the worse an offline student does
+
+OWN = (4, 12, 20, 28, 36, 43)  # tokens that the student writes itself; what comes before is a right answer's
+
+
+def _mismatch(kind: str, folder: Path, seed: int, size: float) -> Result:
+    """Accuracy where right answers are continued from the middle; the models are those of "gap"."""
+    bench = Bench("additions", folder)
+    path = folder / "models" / f"gap-{kind}-{seed}"
+    if kind == "before":
+        path = bench.student_path
+    elif not (path / "config.json").exists():
+        _gap(kind, folder, seed, size)
+    model, rows = bench.load(path), bench.task.problems(round(400 * size), HELD_OUT + seed)
+    solutions = [prompt_ids(bench.tokenizer, text) for text in rows["solution"]]
+    curve = []
+    for own in OWN:
+        prefixes = [ids[: max(0, len(ids) + 1 - own)] for ids in solutions]  # and the stop token is its own
+        found = [
+            one
+            for batch in answer_all(
+                model,
+                list(rows),
+                bench.tokenizer,
+                bench.sampling(1, seed),
+                [bench.task.verifier],
+                batch_size=200,
+                prefixes=prefixes,
+            )
+            for one in batch
+        ]
+        curve.append((own, sum(one.score or 0.0 for one in found) / len(found)))
+    return {"own": curve}
+
+
+# Forward KL is more diverse, reverse KL higher in quality; a student too small for its teacher
+
+
+def _divergence(kind: str, student: str, folder: Path, seed: int, size: float) -> Result:
+    """On orders, which have many right answers; 16 answers to each of 100 problems are looked at."""
+    bench, cost, steps = Bench("orders", folder, student), Cost(), round(300 * size)
+    model = bench.student()
+    if kind == "SFT":
+        rows, texts, tokens = teacher_samples(bench, BATCH * steps, seed)
+        fine_tune(bench, model, rows, texts, steps, seed, cost, tokens, learning_rate=4e-3)
+    elif kind != "before":
+        alpha = {"divergence_alpha": 0.5} if kind in ("jsd", "mixed") else {}
+        distil(bench, model, steps, seed, cost, divergence=kind, learning_rate=4e-3, **alpha)
+    return _ended(bench, model, seed, cost, prompts=100, generations=16)
+
+
+def _teacher_of_orders(folder: Path, seed: int, size: float) -> Result:
+    bench = Bench("orders", folder)
+    return _ended(bench, bench.teacher(), seed, Cost(), prompts=100, generations=16)
+
+
+# RL only, teacher only, both
+
+
+def _reward(changes: dict[str, Any], folder: Path, seed: int, size: float) -> Result:
+    bench, cost, steps = Bench("additions", folder), Cost(), round(150 * size)
+    student, changes = bench.student(), dict(changes)
+    rewards = None if changes.pop("teacher_only", False) else [bench.task.verifier]
+    if changes.pop("then", False):
+        switch = steps * 3 // 5
+        changes |= {"reward_start_step": switch, "beta_schedule": "step", "beta_schedule_steps": switch}
+    changes = {"num_generations": 2, **changes}
+    distil(bench, student, steps, seed, cost, reward_funcs=rewards, **changes)
+    return _ended(bench, student, seed, cost)
+
+
+# Estimators at equal cost; how much a token answers for
+
+
+def _estimator(changes: dict[str, Any], folder: Path, seed: int, size: float) -> Result:
+    bench, cost, student = Bench("additions", folder), Cost(), None
+    student = bench.student()
+    distil(bench, student, round(100 * size), seed, cost, **changes)
+    return _ended(bench, student, seed, cost)
+
+
+# Controls: what must not help
+
+
+def _control(kind: str, folder: Path, seed: int, size: float) -> Result:
+    bench, cost, steps = Bench("additions", folder), Cost(), round(60 * size)
+    student, changes = bench.student(), {}
+    if kind == "random teacher":
+        changes["teacher"] = type(student)(bench.load(bench.teacher_path).config)
+    elif kind == "teacher equal to student":
+        changes |= {"teacher": bench.student(), "assume_different_teacher": True}
+    elif kind == "teacher of another problem":
+        rows = bench.task.problems(BATCH * steps, TRAIN + seed)
+        changes["rows"] = rows.add_column("teacher_prompt", [*rows["prompt"][1:], rows["prompt"][0]])
+    distil(bench, student, steps, seed, cost, **changes)
+    return _ended(bench, student, seed, cost)
+
+
+# Model collapse: a model trained again and again on its own answers
+
+
+def _collapse(kind: str, folder: Path, seed: int, size: float) -> Result:
+    """Each round: 1,000 own answers at temperature 1, then 40 steps of SFT on them."""
+    bench, rounds, count = Bench("orders", folder), round(6 * size), 1000
+    model = bench.load(bench.teacher_path)
+    found = [measured(bench, model, seed, prompts=100, generations=16)]
+    for turn in range(rounds):
+        rows = bench.task.problems(count, TRAIN + 100 * seed + turn)
+        texts, _ = write(bench, model, rows, 100 * seed + turn)
+        if kind == "right answers only":
+            right = bench.task.verifier(texts, rows["answer"])
+            kept = [i for i, one in enumerate(right) if one]
+            rows, texts = rows.select(kept), [texts[i] for i in kept]
+        elif kind == "a quarter by people":
+            human = bench.task.problems(count // 4, HUMAN + 100 * seed + turn)
+            rows = Dataset.from_list([*human, *rows.select(range(count * 3 // 4))])
+            texts = [*human["solution"], *texts[: count * 3 // 4]]
+        fine_tune(bench, model, rows, texts, 40, seed, Cost(), learning_rate=1e-3)
+        found.append(measured(bench, model, seed, prompts=100, generations=16))
+    return {"rounds": found}
+
+
+def _arms(function: Callable[..., Result], *kinds: str) -> dict[str, Arm]:
+    return {kind: functools.partial(function, kind) for kind in kinds}
+
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "mixed")
+
+CLAIMS = {
+    "gap": Claim(
+        "SFT on teacher samples gets most of the way; on-policy closes the gap.",
+        _arms(_gap, "SFT", "soft targets", "on-policy", "SFT, then on-policy"),
+    ),
+    "mismatch": Claim(
+        "The more of its own tokens stand in the context, the worse a student does that was trained offline.",
+        _arms(_mismatch, "before", "SFT", "on-policy"),
+    ),
+    "diversity": Claim(
+        "Forward KL is more diverse, reverse KL higher in quality.",
+        {
+            "teacher": _teacher_of_orders,
+            **{k: functools.partial(_divergence, k, "small") for k in ("before", "SFT", *DIVERGENCES)},
+        },
+        make_order_models,
+    ),
+    "small student": Claim(
+        "A student too small for its teacher puts mass under forward KL where the teacher has none.",
+        {
+            f"{size}, {kind}": functools.partial(_divergence, kind, size)
+            for size in ("tiny", "small", "student")
+            for kind in ("reverse_kl", "forward_kl")
+        },
+        make_order_models,
+    ),
+    "rewards": Claim(
+        "Reward and teacher together reach more than either.",
+        {
+            "reward only": functools.partial(_reward, {"beta": 0.0, "learning_rate": 5e-5, "num_generations": 8}),
+            "teacher only": functools.partial(_reward, {"teacher_only": True}),
+            **{f"both, beta={b:g}": functools.partial(_reward, {"beta": b}) for b in (0.03, 0.1, 0.3)},
+            "distil, then RL": functools.partial(_reward, {"then": True, "beta_end": 0.01}),
+        },
+    ),
+    "estimators": Claim(
+        "At equal cost the exact divergence learns faster than its estimates, and short horizons than long ones.",
+        {
+            "full": functools.partial(_estimator, {}),
+            "top-4": functools.partial(_estimator, {"kl_estimator": "topk", "kl_top_k": 4}),
+            "sampled": functools.partial(_estimator, {"kl_estimator": "sampled"}),
+            "full, γ=0.5": functools.partial(_estimator, {"kl_discount": 0.5}),
+            "full, γ=1": functools.partial(_estimator, {"kl_discount": 1.0}),
+        },
+    ),
+    "controls": Claim(
+        "Only a teacher that knows the problem helps.",
+        _arms(_control, "teacher", "random teacher", "teacher equal to student", "teacher of another problem"),
+    ),
+    "collapse": Claim(
+        "A model that is trained on its own answers again and again loses what is rare; filtering and people help.",
+        _arms(_collapse, "own answers", "right answers only", "a quarter by people"),
+        make_order_models,
+    ),
+}

@@ -1,0 +1,261 @@
+"""What the claims of `reproduce.py` are tried with: models, teacher samples, SFT, on-policy training, measurements.
+
+Every function is told its seed. Costs are counted in completion tokens: those that a model generated, and those that
+the student was trained on. Which runs belong to a claim is left to `reproduce_claims.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar as disable_progress_bars
+from make_demo_models import make_model
+from reproduce_tasks import TASKS, Task
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from transformers.utils import logging as transformers_logging
+from trl import SFTConfig, SFTTrainer
+
+from trl_distill import OPDConfig, OPDTrainer
+from trl_distill.evaluation import Answer, answer_all, summarise
+from trl_distill.forwards import add_teacher_forward
+from trl_distill.samples import Sampling, prompt_ids, sampled
+
+
+BATCH = 64  # answers per optimizer step
+GLANCES = 6  # looks at the accuracy during a run
+GLANCE_AT, HELD_OUT, TRAIN, HUMAN = 20_000, 10_000, 30_000, 50_000  # seeds of problems begin here
+SIZES = {"teacher": (64, 2, 4), "student": (48, 2, 4), "small": (24, 2, 4), "tiny": (16, 1, 4)}  # hidden, layers, heads
+
+
+@dataclass
+class Cost:
+    """Completion tokens so far, and the accuracy that they bought: `(generated, trained, accuracy)`."""
+
+    generated: int = 0
+    trained: int = 0
+    curve: list[tuple[int, int, float]] = field(default_factory=list)
+
+
+class Bench:
+    """
+    A task with its models.
+
+    Args:
+        task (`str`): a key of `TASKS`.
+        folder (`Path`): where models and samples are kept.
+        student (`str`): which one: "student", or for orders one of `SIZES`.
+    """
+
+    def __init__(self, task: str, folder: Path, student: str = "student"):
+        self.task: Task = TASKS[task]
+        self.folder = folder
+        shipped = Path(__file__).parent / "demo_models"
+        made = folder / "models"
+        self.teacher_path = shipped / "teacher" if task == "additions" else made / "orders-teacher"
+        self.student_path = shipped / "student" if task == "additions" else made / f"orders-{student}"
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(shipped / "student")
+
+    def load(self, path: Path | str) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(path)
+        model.generation_config.pad_token_id = self.tokenizer.pad_token_id
+        return model
+
+    def student(self) -> Any:
+        return self.load(self.student_path)
+
+    def teacher(self) -> Any:
+        """One that tells its hidden states, as measurements need it."""
+        model = self.load(self.teacher_path).eval()
+        add_teacher_forward(model)
+        return model
+
+    def sampling(self, generations: int, seed: int) -> Sampling:
+        return Sampling(self.task.limit, (self.tokenizer.eos_token_id,), generations=generations, seed=seed)
+
+
+def be_quiet() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.set_num_threads(1)  # one run per core
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()  # of datasets
+    logging.getLogger("trl_distill").setLevel(logging.ERROR)
+
+
+def make_order_models(folder: Path, steps: int = 800) -> None:
+    """
+    The teacher of the orders learns from right answers, students of several sizes a little from the teacher's.
+
+    Made once; what is there is kept.
+    """
+    bench = Bench("orders", folder)
+    if not (bench.teacher_path / "config.json").exists():
+        set_seed(0)
+        teacher = small_model(bench, "teacher")
+        rows = TASKS["orders"].problems(BATCH * steps, HUMAN)
+        fine_tune(bench, teacher, rows, list(rows["solution"]), steps, 0, Cost(), learning_rate=4e-3)
+        teacher.save_pretrained(bench.teacher_path)
+    for name in ("student", "small", "tiny"):
+        path = Bench("orders", folder, name).student_path
+        if not (path / "config.json").exists():
+            set_seed(1)
+            student = small_model(bench, name)
+            rows, texts, _ = teacher_samples(bench, 2000, 1)
+            fine_tune(bench, student, rows, texts, 300, 1, Cost(), learning_rate=4e-3)
+            student.save_pretrained(path)
+
+
+def small_model(bench: Bench, name: str) -> Any:
+    """Weights of variance 1 / width: from Qwen's initialisation models this narrow take thousands of steps to begin."""
+    model = make_model(bench.tokenizer, *SIZES[name])
+    model.config.initializer_range = model.config.hidden_size**-0.5
+    return type(model)(model.config)
+
+
+def teacher_samples(bench: Bench, size: int, seed: int) -> tuple[Dataset, list[str], int]:
+    """Problems, the teacher's answers, and how many tokens these have; kept on disk for the other runs of the seed."""
+    path = bench.folder / "samples" / f"{bench.task.name}-{size}-{seed}.json"
+    rows = bench.task.problems(size, TRAIN + seed)
+    if not path.exists():
+        texts, tokens = write(bench, bench.load(bench.teacher_path), rows, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps({"texts": texts, "tokens": tokens}))
+        part.replace(path)
+    found = json.loads(path.read_text())
+    return rows, found["texts"], found["tokens"]
+
+
+def write(bench: Bench, model: Any, rows: Dataset, seed: int, batch: int = 250) -> tuple[list[str], int]:
+    """One answer to each problem at temperature 1, as text, and the tokens of all."""
+    texts: list[str] = []
+    tokens = 0
+    for start in range(0, len(rows), batch):
+        part = [rows[i] for i in range(start, min(start + batch, len(rows)))]
+        prompts = [prompt_ids(bench.tokenizer, row["prompt"]) for row in part]
+        written = sampled(model, part, prompts, bench.tokenizer.pad_token_id, bench.sampling(1, seed + start))
+        texts += [bench.tokenizer.decode(one.completion, skip_special_tokens=True) for one in written]
+        tokens += sum(len(one.completion) for one in written)
+    return texts, tokens
+
+
+def answers(bench: Bench, model: Any, rows: Dataset, generations: int, seed: int, teacher: Any = None) -> list[Answer]:
+    """All answers to some problems, in the form that `summarise` takes."""
+    how = bench.sampling(generations, seed)
+    found = answer_all(model, list(rows), bench.tokenizer, how, [bench.task.verifier], teacher, batch_size=250)
+    return list(itertools.chain.from_iterable(found))
+
+
+def measured(bench: Bench, model: Any, seed: int, prompts: int = 250, generations: int = 4) -> dict[str, float]:
+    """The estimates of a model on held-out problems, without their intervals: those are told by the seeds."""
+    add_teacher_forward(model)
+    rows = bench.task.problems(prompts, HELD_OUT + seed)
+    found = summarise(answers(bench, model, rows, generations, seed, bench.teacher()))
+    return {name: one.value for name, one in found.items()}
+
+
+class Glance(TrainerCallback):
+    """Notes the accuracy on a few problems, and what it has cost so far, at the start and several times on the way."""
+
+    def __init__(self, bench: Bench, seed: int, steps: int, cost: Cost, generated: int, per_step: int | None = None):
+        self.bench, self.seed, self.cost = bench, seed, cost
+        self.every, self.per_step = max(1, steps // GLANCES), per_step
+        self.cost.generated += generated
+        self.rows = bench.task.problems(200, GLANCE_AT + seed)
+
+    def _look(self, model: Any) -> None:
+        found = answers(self.bench, model, self.rows, 1, self.seed)
+        right = sum(one.score or 0.0 for one in found) / len(found)
+        self.cost.curve.append((self.cost.generated, self.cost.trained, right))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if not self.cost.curve:
+            self._look(model)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any) -> None:
+        if "loss" not in (logs or {}):
+            return  # the last line, of the whole run
+        if self.per_step is None:  # on-policy: what is written is trained on
+            self.cost.generated += round(logs["completions/mean_length"] * BATCH)
+            self.cost.trained += round(logs["completions/mean_length"] * BATCH)
+        else:
+            self.cost.trained += self.per_step
+        if state.global_step % self.every == 0 or state.global_step == args.max_steps:
+            self._look(model)
+
+
+def settings(folder: Path, steps: int, seed: int, learning_rate: float) -> dict[str, Any]:
+    """What both trainers are given."""
+    return {
+        "output_dir": str(folder / "scratch"),
+        "max_steps": steps,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 5,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": seed,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def fine_tune(
+    bench: Bench,
+    student: Any,
+    rows: Dataset,
+    texts: list[str],
+    steps: int,
+    seed: int,
+    cost: Cost,
+    generated: int = 0,
+    learning_rate: float = 1e-3,
+) -> None:
+    """SFT on finished answers with TRL's `SFTTrainer`."""
+    both = {"prompt": rows["prompt"], "completion": [[{"role": "assistant", "content": text}] for text in texts]}
+    tokens = sum(len(ids) + 1 for ids in bench.tokenizer(texts)["input_ids"])  # and the stop token
+    trainer = SFTTrainer(
+        model=student,
+        args=SFTConfig(**settings(bench.folder, steps, seed, learning_rate)),
+        train_dataset=Dataset.from_dict(both),
+        processing_class=bench.tokenizer,
+        callbacks=[Glance(bench, seed, steps, cost, generated, per_step=BATCH * tokens // len(texts))],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def distil(bench: Bench, student: Any, steps: int, seed: int, cost: Cost, **changes: Any) -> Any:
+    """`OPDTrainer` on fresh problems; `changes` are settings, `teacher` a model or name, `rows` other data."""
+    teacher = changes.pop("teacher", str(bench.teacher_path))
+    rows = changes.pop("rows", None)
+    generated = changes.pop("generated", 0)
+    per_step = changes.pop("per_step", None)
+    rewards = changes.pop("reward_funcs", None)
+    base = {**settings(bench.folder, steps, seed, 1.5e-3), "max_completion_length": bench.task.limit}
+    args = OPDConfig(**{**base, **changes})
+    trainer = OPDTrainer(
+        model=student,
+        teacher_model=teacher if args.beta > 0 else None,
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=rows if rows is not None else bench.task.problems(BATCH * steps, TRAIN + seed),
+        processing_class=bench.tokenizer,
+        callbacks=[Glance(bench, seed, steps, cost, generated, per_step)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer

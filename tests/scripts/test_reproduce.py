@@ -1,0 +1,97 @@
+"""`scripts/reproduce.py` in miniature: runs are kept, reports come from their files."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("reproduce")
+
+
+def test_the_orders_verifier(module):
+    tasks = importlib.import_module("reproduce_tasks")
+    rows = tasks.orders(50, 1)
+    assert tasks.in_any_order(rows["solution"], rows["answer"]) == [1.0] * 50
+    assert tasks.in_any_order(["12345", "11345", "1234", "123456"], ["54321"] * 4) == [1.0, 0.0, 0.0, 0.0]
+    assert rows["prompt"] == tasks.orders(50, 1)["prompt"] != tasks.orders(50, 2)["prompt"]
+
+
+@pytest.mark.slow
+def test_a_claim_from_the_first_run_to_the_page(module, tmp_path, capsys):
+    """One arm is trained; a second call trains nothing; table, picture and numbers come from the runs' files."""
+
+    options = module.parse(["gap", "--size", "0.02", "--seeds", "0", "--output_dir", str(tmp_path / "out")])
+    module.run("gap", "on-policy", 0, options.output_dir, options.size)
+    path = module.path_of(options.output_dir, "gap", "on-policy", 0)
+    before = path.read_text()
+    found = json.loads(before)
+    generated, trained, _ = found["cost"]["curve"][-1]
+    assert generated == trained > 0
+    assert 0 <= found["final"]["avg@4"] <= 1
+    assert module.is_done(path, 0.02)
+    assert not module.is_done(path, 1.0)
+    options.report_only = True
+    assert module.main(options) == 0
+    assert path.read_text() == before
+    assert "SFT on teacher samples gets most of the way" in " ".join(capsys.readouterr().out.split())
+
+
+def test_tables_are_means_with_their_ends(module):
+    report = importlib.import_module("reproduce_report")
+    assert report.spread([0.9, 0.8, 1.0], ".0%") == "90% (80%–100%)"
+    runs = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "seconds": 60,
+            "final": {"avg@4": 0.5 + seed / 10, "kl": 0.1},
+            "cost": {"generated": 2000, "trained": 1000, "curve": [[0, 0, 0.2], [2000, 1000, 0.7]]},
+        }
+        for arm in ("a", "b")
+        for seed in (0, 1)
+    ]
+    head, *rows = report.cells("gap", runs)
+    assert head[:2] == ["", "accuracy"]
+    assert rows[0][:4] == ["a", "55.0% (50.0%–60.0%)", "0.100 (0.100–0.100)", "2 (2–2)"]
+    assert report.figure("gap", runs) is not None
+    assert report.figure("controls", runs) is None
+
+
+def test_the_page_is_filled_in_place(module, tmp_path):
+    report = importlib.import_module("reproduce_report")
+    (tmp_path / "images").mkdir()
+    page = "before\n<!-- results controls: begin -->\nold\n<!-- results controls: end -->\nafter\n"
+    (tmp_path / "results.md").write_text(page)
+    one = {"arm": "teacher", "seed": 0, "seconds": 30, "final": {"avg@4": 0.5, "kl": 0.1}}
+    one["cost"] = {"generated": 1, "trained": 1, "curve": []}
+    report.write_docs({"controls": [one]}, {"controls": "A sentence."}, {"cores": "2"}, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "| teacher | 50.0% |" in text
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert json.loads((tmp_path / "results" / "controls.json").read_text())["runs"] == [one]
+
+
+def test_every_claim_has_a_place_on_the_page(module):
+    text = (SCRIPTS.parent / "docs" / "results.md").read_text()
+    for claim in module.CLAIMS:
+        assert f"<!-- results {claim}: begin -->" in text
+        assert f"<!-- results {claim}: end -->" in text
+
+
+def test_unknown_claims_are_refused(module, capsys):
+    with pytest.raises(SystemExit):
+        module.parse(["gap", "free lunch"])
+    assert "there are no claims free lunch; choose from 'gap'" in capsys.readouterr().err

@@ -1,0 +1,233 @@
+"""How good a model's own answers are, how far from a teacher's, and how varied: numbers with their intervals.
+
+An [`Answer`] is what is known of one completion; [`summarise`] turns those of a model into estimates. Intervals are
+bootstrapped over prompts, since answers to one prompt are alike. How answers are written is in `samples.py`; tables and
+files are left to `scripts/evaluate.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .fused import Form, fused_divergence
+from .samples import (
+    RewardFunction,
+    Sampling,
+    Written,
+    answers_with,
+    prompt_ids,
+    rollouts_of,
+    sampled,
+    scores,
+    undisturbed,
+)
+
+
+DRAWS = 2000  # of the bootstrap
+DISTINCT = (1, 2, 4)  # lengths of the n-grams that are counted
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    One completion.
+
+    Attributes:
+        prompt (`int`): the place of its prompt in the dataset.
+        ids (`tuple[int, ...]`): its tokens, with the stop token.
+        score (`float`, *optional*): the verifier's; `None` where it gave none.
+        truncated (`bool`): whether it was cut before it ended by itself.
+        kl (`float`, *optional*): KL(model ‖ teacher) summed over its tokens, nats; `None` without a teacher.
+    """
+
+    prompt: int
+    ids: tuple[int, ...]
+    score: float | None
+    truncated: bool
+    kl: float | None = None
+
+
+class Estimate(NamedTuple):
+    """A mean over prompts, and the interval that holds it with 95 % confidence."""
+
+    value: float
+    low: float
+    high: float
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """
+    Probability that at least one of `k` answers is right, from `samples` answers of which `correct` are: unbiased.
+
+    1 − C(samples − correct, k) / C(samples, k), Chen et al. 2021, https://arxiv.org/abs/2107.03374.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} cannot be told from {samples} answers; `k` must lie between 1 and that.")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def distinct(sequences: Iterable[Sequence[int]], n: int) -> float:
+    """Distinct-n: the share of different n-grams among all n-grams of some sequences; `nan` where there are none."""
+    grams = [tuple(ids[i : i + n]) for ids in sequences for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def estimate(totals: Sequence[float], counts: Sequence[float] | None = None, seed: int = 0) -> Estimate:
+    """
+    Σ totals / Σ counts over prompts, with a bootstrapped 95 % interval; prompts without a number are left out.
+
+    Args:
+        totals (`Sequence[float]`): a sum for each prompt, or its mean.
+        counts (`Sequence[float]`, *optional*): what it is a sum over; one each unless given.
+        seed (`int`): of what the bootstrap draws.
+    """
+    both = np.array([totals, counts if counts is not None else [1.0] * len(totals)], dtype=float)  # (2, P)
+    both = both[:, np.isfinite(both).all(axis=0)]
+    if both.shape[1] == 0 or both[1].sum() == 0:
+        return Estimate(math.nan, math.nan, math.nan)
+    drawn = np.random.default_rng(seed).integers(both.shape[1], size=(DRAWS, both.shape[1]))
+    sums = both[:, drawn].sum(axis=-1)  # (2, DRAWS)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        low, high = np.nanpercentile(sums[0] / sums[1], [2.5, 97.5])
+    return Estimate(float(both[0].sum() / both[1].sum()), float(low), float(high))
+
+
+def summarise(answers: Sequence[Answer], ks: Sequence[int] = (), correct_from: float = 1.0) -> dict[str, Estimate]:
+    """
+    Estimates of one model.
+
+    Args:
+        answers (`Sequence[Answer]`): as many to each prompt.
+        ks (`Sequence[int]`): for which pass@k is told; powers of two unless given.
+        correct_from (`float`): the score from which on an answer counts as right.
+
+    Returns:
+        `dict` by name: "avg@k", the mean score, "pass@k" and "pass@k − avg@k" where there are scores; "kl", nats per
+        token, where there is a teacher; "length" in tokens; "truncated"; "distinct-n" among the answers to a prompt.
+    """
+    groups: dict[int, list[Answer]] = {}
+    for answer in answers:
+        groups.setdefault(answer.prompt, []).append(answer)
+    rows = list(groups.values())
+    most = max((len(group) for group in rows), default=0)
+    found: dict[str, Estimate] = {}
+    known = [[answer.score for answer in group if answer.score is not None] for group in rows]
+    if any(known):
+        means = [float(np.mean(group)) if group else math.nan for group in known]
+        found[f"avg@{most}"] = estimate(means)
+        right = [sum(score >= correct_from for score in group) for group in known]
+        for k in ks or [2**i for i in range(most.bit_length()) if 2**i <= most]:
+            passed = [
+                pass_at_k(len(group), n, k) if len(group) >= k else math.nan
+                for group, n in zip(known, right, strict=True)
+            ]
+            found[f"pass@{k}"] = estimate(passed)
+            if k == most > 1:
+                found[f"pass@{k} − avg@{k}"] = estimate([a - b for a, b in zip(passed, means, strict=True)])
+    tokens = [float(sum(len(answer.ids) for answer in group)) for group in rows]
+    sizes = [float(len(group)) for group in rows]
+    if any(answer.kl is not None for answer in answers):
+        sums = [sum(math.nan if answer.kl is None else answer.kl for answer in group) for group in rows]
+        found["kl"] = estimate(sums, tokens)
+    found["length"] = estimate(tokens, sizes)
+    found["truncated"] = estimate([float(sum(answer.truncated for answer in group)) for group in rows], sizes)
+    for n in DISTINCT:
+        found[f"distinct-{n}"] = estimate([distinct((answer.ids for answer in group), n) for group in rows])
+    return found
+
+
+def answer_all(
+    model: Any,
+    rows: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    how: Sampling,
+    verifiers: Sequence[RewardFunction] = (),
+    teacher: Any = None,
+    merged: Sequence[int] = (),
+    batch_size: int = 64,
+    prefixes: Sequence[Sequence[int]] | None = None,
+) -> Iterator[list[Answer]]:
+    """
+    Let a model answer, batch by batch.
+
+    Args:
+        model: a transformers model; with a teacher one whose forward gives hidden states, as the teacher's does
+            ([`~trl_distill.forwards.add_teacher_forward`]).
+        rows (`Sequence[dict]`): with a "prompt", and what the verifiers ask for.
+        tokenizer: the model's.
+        how ([`~trl_distill.samples.Sampling`]): length, temperature, answers per prompt, seed.
+        verifiers: reward functions; a score is the sum of what they give.
+        teacher (*optional*): for the KL.
+        merged (`Sequence[int]`): stop ids that count as one in the KL.
+        batch_size (`int`): answers at a time.
+        prefixes (*optional*): for each row the ids that its answer begins with; they count as written by the model.
+    """
+    size = max(1, batch_size // how.generations)
+    device = next(model.parameters()).device
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        prompts = [prompt_ids(tokenizer, row["prompt"]) for row in part]
+        begun: Sequence[Sequence[int]] = prefixes[start : start + size] if prefixes is not None else [[]] * len(part)
+        given = [[*prompt, *prefix] for prompt, prefix in zip(prompts, begun, strict=True)]
+        written = sampled(model, part, given, tokenizer.pad_token_id, replace(how, seed=how.seed + start))
+        places = [i // how.generations for i in range(len(written))]
+        whole = [
+            replace(one, prompt=prompts[place], completion=[*begun[place], *one.completion])
+            for place, one in zip(places, written, strict=True)
+        ]
+        kl = _sequence_kl(model, teacher, whole, tokenizer.pad_token_id, how.temperature, merged, device)
+        by_name = scores(whole, verifiers, tokenizer)
+        yield [
+            Answer(
+                start + places[i],
+                tuple(one.completion),
+                _total(given_scores[i] for given_scores in by_name.values()),
+                one.truncated,
+                kl[i],
+            )
+            for i, one in enumerate(whole)
+        ]
+
+
+def _total(found: Iterable[float | None]) -> float | None:
+    known = [score for score in found if score is not None]
+    return sum(known) if known else None
+
+
+@torch.no_grad()
+def _sequence_kl(
+    model: Any,
+    teacher: Any,
+    written: Sequence[Written],
+    pad: int,
+    temperature: float,
+    merged: Sequence[int],
+    device: torch.device,
+) -> Sequence[float | None]:
+    """KL(model ‖ teacher) of each completion, nats; no numbers without a teacher."""
+    if teacher is None:
+        return [None] * len(written)
+    rollouts = rollouts_of([one.prompt for one in written], [one.completion for one in written], pad, device)
+    with undisturbed(model, teacher):
+        ours, theirs = answers_with(model)(rollouts), answers_with(teacher)(rollouts)
+        form = Form(temperature=temperature, stops=tuple(merged))
+        found = fused_divergence(ours.hidden, ours.head, theirs.hidden, theirs.head, form).divergence
+    return [part.sum().item() for part in found.split([len(one.completion) for one in written])]
+
+
+def difference(answers: Sequence[Answer], others: Sequence[Answer]) -> Estimate:
+    """By how much the mean score is higher than that of other answers to the same prompts: the interval is paired."""
+    means: list[dict[int, list[float]]] = [{}, {}]
+    for found, which in zip(means, (answers, others), strict=True):
+        for answer in which:
+            found.setdefault(answer.prompt, [])
+            if answer.score is not None:
+                found[answer.prompt].append(answer.score)
+    both = [(means[0][prompt], means[1].get(prompt, [])) for prompt in means[0]]
+    return estimate([float(np.mean(a) - np.mean(b)) if a and b else math.nan for a, b in both])

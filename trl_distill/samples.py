@@ -1,0 +1,198 @@
+"""Completions outside of a training step: how a model writes them, and what rewards say of them.
+
+For reports and evaluations, in training and outside of it; models and random numbers are left as they were found. What
+is made of completions is left to `report/` and `evaluation.py`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+
+from .off_policy import token_ids
+from .signals import HiddenStates, Rollouts
+
+
+Signals = Callable[[Rollouts], HiddenStates]
+RewardFunction = Callable[..., list[float | None]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """
+    How completions are written.
+
+    Attributes:
+        limit (`int`): tokens of a completion, with its stop token.
+        stops (`tuple[int, ...]`): ids that end one.
+        temperature (`float`): of sampling, from the whole vocabulary.
+        generations (`int`): completions per prompt.
+        seed (`int`): of everything that is drawn.
+        suppressed (`tuple[int, ...]`): ids that are never drawn.
+    """
+
+    limit: int
+    stops: tuple[int, ...]
+    temperature: float = 1.0
+    generations: int = 1
+    seed: int = 0
+    suppressed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """
+    A completion that is not judged yet.
+
+    Attributes:
+        row (`dict`): of the dataset: "prompt", perhaps "teacher_prompt", and what rewards ask for.
+        prompt (`list[int]`): ids of the prompt.
+        completion (`list[int]`): ids of the completion, up to and with its first stop token.
+        truncated (`bool`): whether it has none.
+    """
+
+    row: dict[str, Any]
+    prompt: list[int]
+    completion: list[int]
+    truncated: bool
+
+
+@contextmanager
+def undisturbed(*models: Any) -> Iterator[None]:
+    """Eval mode and random numbers of one's own; every module's mode and every generator's state come back after."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            for model in models:
+                model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.clear_autocast_cache()  # casts made without a graph must not reach a forward that needs one
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
+    """Ids of a prompt: messages through the chat template, with the turn handed over; text as it is."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    encoded: Any = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_dict=True, **(template_kwargs or {})
+    )
+    return encoded["input_ids"]
+
+
+def sampled(
+    model: Any, rows: Sequence[dict[str, Any]], prompts: Sequence[list[int]], pad: int, how: Sampling
+) -> list[Written]:
+    """
+    Let a model write `how.generations` completions of each prompt, in one batch.
+
+    Args:
+        model: with transformers' `generate`.
+        rows (`list` of `dict`), prompts (`list[list[int]]`): of equal length.
+        pad (`int`): id of padding.
+        how ([`Sampling`]): temperature, length, seed.
+    """
+    device = next(model.parameters()).device
+    ids = [torch.tensor(prompt) for prompt in prompts for _ in range(how.generations)]
+    padded = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left").to(device)
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left").to(device)
+    config = GenerationConfig(  # all that a checkpoint's own settings would otherwise add is switched off
+        do_sample=True,
+        temperature=how.temperature,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        max_new_tokens=how.limit,
+        eos_token_id=list(how.stops),
+        pad_token_id=pad,
+        suppress_tokens=list(how.suppressed) or None,
+    )
+    with undisturbed(model):
+        set_seed(how.seed)
+        output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config)
+    written = []
+    repeated = [pair for pair in zip(rows, prompts, strict=True) for _ in range(how.generations)]
+    for (row, prompt), completion in zip(repeated, output[:, padded.shape[1] :].tolist(), strict=True):
+        end = next((place for place, token in enumerate(completion) if token in how.stops), None)
+        written.append(Written(row, prompt, completion[: None if end is None else end + 1], end is None))
+    return written
+
+
+def given(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, how: Sampling) -> Written:
+    """The dataset's own completion of a row, tokenised as for off-policy batches."""
+    if not row.get("completion"):
+        raise ValueError(
+            f"A row has the completion {row.get('completion')!r}, but the dataset's own were asked for. Drop "
+            "such rows, or let the student write (`--completions sample`)."
+        )
+    prompt, completion = token_ids(row, tokenizer, how.stops, how.limit)
+    return Written(row, prompt, completion, completion[-1] not in how.stops)
+
+
+def rollouts_of(prompts: Sequence[list[int]], completions: Sequence[list[int]], pad: int, device: Any) -> Rollouts:
+    """A batch in the form that students and teachers judge: `(B, P + C)`, padded on both sides."""
+    tensors = [[torch.tensor(row) for row in rows] for rows in (prompts, completions)]
+    padded, masks = [], []
+    for rows, side in zip(tensors, ("left", "right"), strict=True):
+        padded.append(pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side))
+        masks.append(pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side))
+    ids, attention = torch.cat(padded, dim=1).to(device), torch.cat(masks, dim=1).to(device)
+    return Rollouts(ids, attention, masks[1].bool().to(device))
+
+
+def scores(
+    written: Sequence[Written], functions: Sequence[RewardFunction], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[float | None]]:
+    """
+    What functions say of completions, by name; they are called as TRL calls them: prompts, completions, columns.
+
+    Raises:
+        ValueError: a function does not give a score, or `None`, for each completion.
+    """
+    rows = [row.row for row in written]
+    names = rows[0] if rows else ()
+    columns = {name: [row.get(name) for row in rows] for name in names if name not in ("prompt", "completion")}
+    texts = [tokenizer.decode(row.completion, skip_special_tokens=True) for row in written]
+    answers = [
+        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    by_name: dict[str, list[float | None]] = {}
+    for function in functions if written else ():
+        name = getattr(function, "__name__", type(function).__name__)
+        given_ids = [row.completion for row in written]
+        found = function(
+            prompts=[row["prompt"] for row in rows], completions=answers, completion_ids=given_ids, **columns
+        )
+        if not isinstance(found, Sequence) or len(found) != len(written):
+            raise ValueError(
+                f"The reward function {name!r} returned {found!r:.100} for {len(written)} completions. It must return "
+                "a list with a number, or `None`, for each of them."
+            )
+        by_name[name] = [None if score is None else float(score) for score in found]
+    return by_name
+
+
+def answers_with(model: nn.Module) -> Signals:
+    """How a model whose forward is extended is asked for its hidden states."""
+    return lambda rollouts: model(
+        input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask, rollouts=rollouts
+    )
