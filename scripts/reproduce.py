@@ -51,7 +51,10 @@ def run(claim: str, arm: str, seed: int, folder: Path, size: float) -> None:
     """One run, in a process of its own; its file is there once it has ended."""
     be_quiet()
     begun = time.perf_counter()
-    result = CLAIMS[claim].arms[arm](folder, seed, size)
+    try:
+        result = CLAIMS[claim].arms[arm](folder, seed, size)
+    except Exception as error:  # as plain text: not every error survives the way to the other process
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
     path = path_of(folder, claim, arm, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")

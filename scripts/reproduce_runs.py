@@ -103,6 +103,7 @@ def make_order_models(folder: Path, steps: int = 800) -> None:
         teacher = small_model(bench, "teacher")
         rows = TASKS["orders"].problems(BATCH * steps, HUMAN)
         fine_tune(bench, teacher, rows, list(rows["solution"]), steps, 0, Cost(), learning_rate=4e-3)
+        bench.tokenizer.save_pretrained(bench.teacher_path)
         teacher.save_pretrained(bench.teacher_path)
     for name in ("student", "small", "tiny"):
         path = Bench("orders", folder, name).student_path

@@ -157,8 +157,8 @@ def training_figure(
         axis.tick_params(labelbottom=True)
         axis.xaxis.get_major_locator().set_params(integer=True)
     if len(logs) > 1:
-        handles = [axes[0].plot([], [], color=colour, linewidth=2)[0] for colour in _run_colours(logs)]
-        figure.legend(handles, list(logs), loc="outside lower center", ncols=min(4, len(logs)), frameon=False)
+        handles = [_key(colour, "-", run) for run, colour in zip(logs, _run_colours(logs), strict=True)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(logs)), frameon=False)
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -166,26 +166,27 @@ def training_figure(
 def _panel(
     axis: Any, label: str, keys: Sequence[str], logs: Mapping[str, Sequence[dict[str, Any]]], levels: dict[str, float]
 ) -> None:
-    from matplotlib.lines import Line2D
-
     for log, colour in zip(logs.values(), _run_colours(logs), strict=True):
         for key, style in zip(keys, ("-", "--"), strict=False):
             points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), color=colour, linestyle=style, linewidth=1.6)
     shown = [key for key in keys if any(row.get(key) is not None for log in logs.values() for row in log)]
-    handles = [
-        Line2D([], [], color="#555555", linestyle=("-", "--")[keys.index(key)], label=_NAMES.get(key, key))
-        for key in shown
-        if len(keys) > 1
-    ]
+    handles = [_key("#555555", ("-", "--")[keys.index(key)], _NAMES.get(key, key)) for key in shown if len(keys) > 1]
     for key in set(keys) & set(levels):
         axis.axhline(levels[key], color="#555555", linestyle=":", linewidth=1.4)
-        handles.append(Line2D([], [], color="#555555", linestyle=":", label=f"teacher {levels[key]:.3g}"))
+        handles.append(_key("#555555", ":", f"teacher {levels[key]:.3g}"))
     if handles:
         axis.legend(handles=handles, frameon=False, fontsize=8)
     axis.set_title(label, fontsize=10, loc="left")
     plain(axis)
+
+
+def _key(colour: str, style: str, label: str) -> Any:
+    """An entry of a legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour, linestyle=style, linewidth=1.8, label=label)
 
 
 def _run_colours(logs: Mapping[str, Any]) -> list[str]:
