@@ -79,7 +79,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         if cell.timed:
             parts = {name: Parts(cell, rollouts, Path(folder) / str(i), device) for i, name in enumerate(found)}
-            result["floor_s"] = take_turns(cell, parts, found, options.repeats, advance)
+            result["floor_s"] = take_turns(cell, parts, found, options.repeats * cell.turns, advance)
         for name in cell.contenders:
             if pool is None:
                 break
@@ -126,7 +126,7 @@ def take_turns(cell: Cell, parts: dict[str, Parts], found: dict[str, Any], repea
 
 def steps_of(cell: Cell, repeats: int, memory: bool) -> int:
     """How often a cell's bar advances."""
-    rounds = memory + (1 + repeats + (not cell.axis)) * cell.timed
+    rounds = memory + (1 + repeats * cell.turns + (not cell.axis)) * cell.timed
     return len(cell.contenders) * rounds
 
 

@@ -52,6 +52,7 @@ class Cell:
     lora: bool = False
     dtype: str = "float32"
     timed: bool = True
+    turns: int = 1  # for one of `--repeats`
     generates: bool = False  # also measured with generation
     axis: str = ""  # of the growth that this cell is a point of
     at: float = 0.0  # where on that axis
@@ -69,7 +70,7 @@ class Cell:
         """The same cell, small enough for a rehearsal of everything but speed."""
         tiny = Size(32, 2, 64, 2, 1, 16)
         small: dict[str, Any] = {"student": tiny, "teacher": replace(tiny, hidden=48, layers=3), "prompt": 4}
-        return replace(self, vocab=max(64, self.vocab // 256), tokens=max(3, self.tokens // 256), **small)
+        return replace(self, turns=1, vocab=max(64, self.vocab // 256), tokens=max(3, self.tokens // 256), **small)
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ PURE = ("ours", "distillation")
 ALL_PURE = (*PURE, "gkd")
 ESTIMATORS = ("ours, top-k", "ours, sampled")
 COMBINED = ("ours, combined", "grpo")
+METRICS = ("ours", "ours, without metrics")
 
 
 def cpu_cells() -> list[Cell]:
@@ -158,6 +160,7 @@ def cpu_cells() -> list[Cell]:
         replace(narrow, name="ragged, 152k", ragged=True, tokens=10),
         replace(base, name="uniform, combined", contenders=COMBINED, group=4),
         replace(base, name="ragged, combined", contenders=COMBINED, group=4, **ragged),
+        replace(base, name="uniform, metrics", contenders=METRICS, turns=5),
         replace(
             narrow,
             name="4k tokens, 152k",

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from benchmark_cells import Cell, Rollouts, make_model, make_rollouts, make_tokenizer
@@ -108,6 +109,20 @@ def ours(parts: Parts, **changes: Any) -> Any:
     )
 
 
+def ours_unmeasured(parts: Parts) -> Any:
+    """Without the metrics that are there for the log alone; the divergence itself is still logged."""
+    trainer = ours(parts)
+    loss = trainer.rollout_loss
+
+    def without_metrics(*args: Any, **kwargs: Any) -> Any:
+        nothing = patch("trl_distill.trainer.looked_at", lambda *_: {})
+        with nothing, patch("trl_distill.estimators.look_every", lambda _: 0):
+            return loss(*args, **kwargs)
+
+    trainer.rollout_loss = without_metrics
+    return trainer
+
+
 def ours_combined(parts: Parts) -> Any:
     args = OPDConfig(**parts.online(), beta=BETA, num_generations=parts.cell.group)
     return OPDTrainer(
@@ -173,6 +188,7 @@ KINDS = {
     "ours": Kind("`OPDTrainer`", "reverse KL", ours, True),
     "distillation": Kind("`DistillationTrainer`", "reverse KL", distillation),
     "gkd": Kind("`GKDTrainer`", "reverse KL", gkd),
+    "ours, without metrics": Kind("`OPDTrainer`, without metrics", "reverse KL", ours_unmeasured, True),
     "ours, top-k": Kind("`OPDTrainer`, top-k", "top-k KL", lambda parts: ours(parts, kl_estimator="topk"), True),
     "ours, sampled": Kind("`OPDTrainer`, sampled", "sampled KL", lambda p: ours(p, kl_estimator="sampled"), True),
     "ours, combined": Kind("`OPDTrainer`, reward and exact KL", "reward and exact KL", ours_combined, True),

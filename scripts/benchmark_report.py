@@ -28,6 +28,10 @@ ASKED_SECONDS = {
     ("cpu", "grpo", True): 0.75,
     ("gpu", "distillation", False): 0.95,
     ("gpu", "distillation", True): 0.65,
+    ("gpu", "grpo", False): 1.10,
+    ("gpu", "grpo", True): 0.75,
+    ("cpu", "ours, without metrics", False): 1.03,
+    ("gpu", "ours, without metrics", False): 1.03,
 }
 ASKED_MEMORY = {"distillation": 1.0}
 ASKED_OF_GKD = 0.35  # of its memory at 152 k ids and 4 k tokens

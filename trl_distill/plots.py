@@ -182,7 +182,7 @@ def _panel(
     plain(axis)
 
 
-def _key(colour: str, style: str, label: str) -> Any:
+def _key(colour: str, style: Any, label: str) -> Any:
     """An entry of a legend."""
     from matplotlib.lines import Line2D
 
