@@ -4,8 +4,9 @@
         --verifier my_module.is_correct --num_generations 8
 
 The verifier is a reward function as the trainer takes it: a score for each completion, right from `--correct_from` on.
-Without one, everything but accuracy is told. Writes a JSON file with every number (each prompt's scores, too) and a
-table in Markdown beside it. All intervals are bootstrapped over prompts.
+Without one, everything but accuracy is told. Answers end with the model's stop tokens, and with the teacher's where one
+is given. Writes a JSON file with every number (each prompt's scores, too) and a table in Markdown beside it, after each
+model. All intervals are bootstrapped over prompts.
 
 Left out on purpose: public benchmarks, for which `lm-eval` is made (docs/recipes.md has its command), several devices.
 """
@@ -43,7 +44,7 @@ from trl_distill.samples import Sampling
 
 
 console = Console()
-SHARES = ("avg@", "pass@", "truncated")  # told in percent
+SHARES = ("avg@", "pass@", "truncated")  # told in percent, where the verifier says right or wrong
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -93,45 +94,86 @@ def evaluated(name: str, model: Any, teacher: Any, rows: list, options: argparse
     return found
 
 
-def shown(name: str, estimate: Estimate) -> str:
-    """'93.4% (91.2–95.1)'."""
-    if name.startswith(SHARES):
+def shown(name: str, estimate: Estimate, graded: bool) -> str:
+    """'93.4% (91.2–95.1)'; a graded score is told as it is."""
+    if name.startswith(SHARES) and not (graded and name.startswith("avg@")):
         return f"{estimate.value:.1%} ({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
     digits = 1 if name == "length" else 3
     return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f}–{estimate.high:.{digits}f})"
 
 
-def lines(results: dict[str, dict[str, Estimate]]) -> list[list[str]]:
-    """A row for each number, a column for each model; the heading first."""
+def lines(results: dict[str, dict[str, Estimate]], graded: bool) -> list[list[str]]:
+    """A row for each number, a column for each model; the heading first. Graded scores are no shares."""
     names = list(dict.fromkeys(name for estimates in results.values() for name in estimates))
+    names = [name for name in names if not (graded and name.startswith("pass@") and " − " in name)]
     rows = [["", *results]]
     for name in names:
         found = [estimates.get(name) for estimates in results.values()]
         label = {"kl": "KL to the teacher, nats per token", "length": "length, tokens"}.get(name, name)
-        rows.append([label, *("" if one is None else shown(name, one) for one in found)])
+        rows.append([label, *("" if one is None else shown(name, one, graded) for one in found)])
     return rows
 
 
-def save(options: argparse.Namespace, results: dict, answers: dict[str, list[Answer]], seconds: dict) -> Path:
-    """Numbers as JSON, and the table as Markdown beside it; returns the table's path."""
-    models = {}
-    for name, estimates in results.items():
-        scores: dict[int, list[float | None]] = {}
-        for answer in answers[name]:
-            scores.setdefault(answer.prompt, []).append(answer.score)
-        models[name] = {
-            "estimates": {key: one._asdict() for key, one in estimates.items()},
-            "scores": list(scores.values()),
-            "seconds": round(seconds[name], 1),
+class Results:
+    """What is known so far; saved after each model, so that nothing is lost where a later one fails."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.answers: dict[str, list[Answer]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def add(self, name: str, answers: list[Answer], seconds: float) -> None:
+        self.answers[name], self.seconds[name] = answers, seconds
+        self.save()
+
+    @property
+    def graded(self) -> bool:
+        """Whether scores are more than right and wrong."""
+        return any(one.score not in (None, 0.0, 1.0) for found in self.answers.values() for one in found)
+
+    def estimates(self) -> dict[str, dict[str, Estimate]]:
+        found = {
+            name: summarise(answers, self.options.k, self.options.correct_from)
+            for name, answers in self.answers.items()
         }
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"settings": settings, "models": models}, indent=1) + "\n")
-    head, *rows = lines(results)
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    path = options.output.with_suffix(".md")
-    path.write_text("\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows]) + "\n")
-    return path
+        first, *others = self.answers
+        for name in others if self.options.verifier else ():
+            label = f"avg@{self.options.num_generations} − the first's"
+            found[name][label] = difference(self.answers[name], self.answers[first])
+        return found
+
+    def save(self) -> Path:
+        """Numbers as JSON, and the table as Markdown beside it; returns the table's path."""
+        models = {}
+        for name, estimates in self.estimates().items():
+            scores: dict[int, list[float | None]] = {}
+            for answer in self.answers[name]:
+                scores.setdefault(answer.prompt, []).append(answer.score)
+            models[name] = {
+                "estimates": {key: one._asdict() for key, one in estimates.items()},
+                "scores": list(scores.values()),
+                "seconds": round(self.seconds[name], 1),
+            }
+        output: Path = self.options.output
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.options).items()}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"settings": settings, "models": models}, indent=1) + "\n")
+        head, *rows = lines(self.estimates(), self.graded)
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        path = output.with_suffix(".md")
+        path.write_text("\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows]) + "\n")
+        return path
+
+    def table(self, prompts: int) -> Table:
+        """For a terminal."""
+        title = f"{prompts} prompts, {self.options.num_generations} answers each; 95 % intervals over prompts"
+        made = Table(title=title)
+        head, *body = lines(self.estimates(), self.graded)
+        for label in head:
+            made.add_column(label, justify="right" if label else "left", overflow="fold")
+        for row in body:
+            made.add_row(*row)
+        return made
 
 
 def main(words: list[str] | None = None) -> None:
@@ -144,8 +186,7 @@ def main(words: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"{error}")
     teacher = load(options.teacher, "teacher", options.dtype, options.device) if options.teacher else None
-    answers: dict[str, list[Answer]] = {}
-    seconds: dict[str, float] = {}
+    results = Results(options)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         for name in dict.fromkeys(options.models):
@@ -154,23 +195,17 @@ def main(words: list[str] | None = None) -> None:
                 check_teacher(tokenizer_of(name), options.teacher, teacher, model)
             begun = time.perf_counter()
             try:
-                answers[name] = evaluated(name, model, teacher, rows, options, progress)
-            except ValueError as error:
-                sys.exit(f"{error}")
-            seconds[name] = time.perf_counter() - begun
+                found = evaluated(name, model, teacher, rows, options, progress)
+            except (KeyError, TypeError, ValueError) as error:
+                columns_there = ", ".join(rows[0])
+                sys.exit(
+                    f"{name} could not be evaluated with the verifier {options.verifier!r} on a dataset with the "
+                    f"columns {columns_there}: {type(error).__name__}: {error}"
+                )
+            results.add(name, found, time.perf_counter() - begun)
             del model  # one at a time, beside the teacher
-    results = {name: summarise(found, options.k, options.correct_from) for name, found in answers.items()}
-    first, *others = results
-    for name in others if options.verifier else ():
-        results[name][f"avg@{options.num_generations} − the first's"] = difference(answers[name], answers[first])
-    made = Table(title=f"{len(rows)} prompts, {options.num_generations} answers each; 95 % intervals over prompts")
-    head, *body = lines(results)
-    for label in head:
-        made.add_column(label, justify="right" if label else "left", overflow="fold")
-    for row in body:
-        made.add_row(*row)
-    console.print(made)
-    path = save(options, results, answers, seconds)
+    console.print(results.table(len(rows)))
+    path = results.save()
     console.print(f"Results are in {options.output}, the table in {path}", highlight=False, soft_wrap=True)
 
 

@@ -27,15 +27,15 @@ def load(name: str, whose: str, dtype: str, device: str) -> Any:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         model = model.to(device).eval()
+        checks.check_text_only(model.config, whose)
+        add_teacher_forward(model)
+        probe = rollouts_of([[0]], [[1, 2, 3]], 0, device)
+        with torch.no_grad():
+            expected = model(input_ids=probe.input_ids).logits[0, :-1]
+            states = answers_with(model)(probe)
+            checks.check_logits(expected, states.head.logits(states.hidden), whose)
     except (OSError, ValueError) as error:
         raise SystemExit(f"The {whose} {name!r} could not be loaded. ({error})") from None
-    checks.check_text_only(model.config, whose)
-    add_teacher_forward(model)
-    probe = rollouts_of([[0]], [[1, 2, 3]], 0, device)
-    with torch.no_grad():
-        expected = model(input_ids=probe.input_ids).logits[0, :-1]
-        states = answers_with(model)(probe)
-        checks.check_logits(expected, states.head.logits(states.hidden), whose)
     return model
 
 
@@ -68,7 +68,10 @@ def first_rows(prompts: str, split: str, most: int) -> list[dict[str, Any]]:
 
 def tokenizer_of(model: str) -> Any:
     """A model's tokenizer, with an id for padding."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{model!r} has no tokenizer that could be loaded; save one beside it. ({error})") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 

@@ -24,7 +24,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", type=Path, help="folders, or trainer_state.json files")
     parser.add_argument("--labels", nargs="+", help="what to call the runs; their folders' names unless given")
     parser.add_argument("--teacher_reward", type=float, help="the teacher's level of the reward")
-    parser.add_argument("--evaluation", type=Path, help="what evaluate.py wrote: the teacher's level is its mean score")
+    parser.add_argument("--evaluation", type=Path, help="what evaluate.py wrote, with the run's one reward as verifier")
     parser.add_argument("--teacher", help="the teacher's name in there")
     parser.add_argument("--title", default="")
     parser.add_argument("--output", type=Path, help="training.png in the first run's folder unless given")
@@ -49,7 +49,10 @@ def log_of(run: Path) -> list[dict[str, Any]]:
             f"{run} holds no log. Name a folder with trainer_state.json or checkpoints in it; scripts/opd.py writes "
             "the first at the end, `trainer.save_state()` does so in Python."
         )
-    return json.loads(found.read_text())["log_history"]
+    state = json.loads(found.read_text())
+    if "log_history" not in state:
+        raise ValueError(f"{found} holds no log: name a trainer_state.json, or the folder that it is in.")
+    return state["log_history"]
 
 
 def teacher_levels(options: argparse.Namespace) -> dict[str, float]:
@@ -58,7 +61,7 @@ def teacher_levels(options: argparse.Namespace) -> dict[str, float]:
         return {"reward": options.teacher_reward}
     if options.evaluation is None:
         return {}
-    models = json.loads(options.evaluation.read_text())["models"]
+    models = json.loads(options.evaluation.read_text()).get("models", {})
     if options.teacher not in models:
         raise ValueError(f"{options.evaluation} has no model {options.teacher!r}, only {', '.join(models)}.")
     scores = [one["value"] for name, one in models[options.teacher]["estimates"].items() if name.startswith("avg@")]

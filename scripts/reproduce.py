@@ -90,20 +90,21 @@ def run_all(pool: ProcessPoolExecutor, options: argparse.Namespace) -> list[str]
     folder, failed = options.output_dir, []
     for claim in options.claims:
         pool.submit(prepare, claim, folder).result()
-    tasks = [(claim, arm, seed) for claim in options.claims for seed in options.seeds for arm in CLAIMS[claim].arms]
-    todo = [task for task in tasks if not is_done(path_of(folder, *task), options.size)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("runs", total=len(tasks), completed=len(tasks) - len(todo))
-        futures: dict[Future, tuple] = {pool.submit(run, *task, folder, options.size): task for task in todo}
-        for future in as_completed(futures):
-            claim, arm, seed = futures[future]
-            error = future.exception()
-            if error is not None:
-                failed.append(f"{claim}, {arm}, seed {seed}: {error!r}")
-            progress.advance(bar)
-            if not console.is_terminal:  # where bars are drawn only at the end
-                console.print(f"{claim}, {arm}, seed {seed}: {'failed' if error else 'done'}")
+        for claim in options.claims:  # one after another: some go on with an earlier one's models
+            tasks = [(arm, seed) for seed in options.seeds for arm in CLAIMS[claim].arms]
+            todo = [task for task in tasks if not is_done(path_of(folder, claim, *task), options.size)]
+            bar = progress.add_task(claim, total=len(tasks), completed=len(tasks) - len(todo))
+            futures: dict[Future, tuple] = {pool.submit(run, claim, *task, folder, options.size): task for task in todo}
+            for future in as_completed(futures):
+                arm, seed = futures[future]
+                error = future.exception()
+                if error is not None:
+                    failed.append(f"{claim}, {arm}, seed {seed}: {error}")
+                progress.advance(bar)
+                if not console.is_terminal:  # where bars are drawn only at the end
+                    console.print(f"{claim}, {arm}, seed {seed}: {'failed' if error else 'done'}")
     return failed
 
 

@@ -64,7 +64,6 @@ def _gap(kind: str, folder: Path, seed: int, size: float) -> Result:
     """The same problems, and as many answers generated and trained on, whoever writes them."""
     bench, cost, steps = Bench("additions", folder), Cost(), round(150 * size)
     student = bench.student()
-    saved = folder / "models" / f"gap-{kind}-{seed}"
     if kind == "on-policy":
         distil(bench, student, steps, seed, cost)
     elif kind == "soft targets":
@@ -77,8 +76,16 @@ def _gap(kind: str, folder: Path, seed: int, size: float) -> Result:
         fine_tune(bench, student, rows, texts, round(steps * share), seed, cost, tokens)
         if share < 1:
             distil(bench, student, steps - round(steps * share), seed, cost)
-    student.save_pretrained(saved)
+    saved = _saved(folder, kind, seed, size)
+    part = saved.with_suffix(".part")
+    student.save_pretrained(part)
+    part.replace(saved)
     return _ended(bench, student, seed, cost)
+
+
+def _saved(folder: Path, kind: str, seed: int, size: float) -> Path:
+    """Where a model of this claim is kept for the next one."""
+    return folder / "models" / f"gap-{kind}-{seed}-{size:g}"
 
 
 # Train-test mismatch: the more of its own tokens stand in the context, the worse an offline student does
@@ -89,10 +96,8 @@ OWN = (4, 12, 20, 28, 36, 43)  # tokens that the student writes itself; what com
 def _mismatch(kind: str, folder: Path, seed: int, size: float) -> Result:
     """Accuracy where right answers are continued from the middle; the models are those of "gap"."""
     bench = Bench("additions", folder)
-    path = folder / "models" / f"gap-{kind}-{seed}"
-    if kind == "before":
-        path = bench.student_path
-    elif not (path / "config.json").exists():
+    path = bench.student_path if kind == "before" else _saved(folder, kind, seed, size)
+    if not path.exists():
         _gap(kind, folder, seed, size)
     model, rows = bench.load(path), bench.task.problems(round(400 * size), HELD_OUT + seed)
     solutions = [prompt_ids(bench.tokenizer, text) for text in rows["solution"]]

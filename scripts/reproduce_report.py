@@ -64,7 +64,8 @@ SPREAD: list[Column] = [
     ("avg@16", _final("avg@16"), ".1%"),
     ("pass@4", _final("pass@4"), ".1%"),
     ("pass@16", _final("pass@16"), ".1%"),
-    ("distinct-4", _final("distinct-4"), ".2f"),
+    ("different right answers of 16", _final("different right"), ".1f"),
+    ("different among right", _final("different of right"), ".0%"),
     ("KL to the teacher", _final("kl"), ".3f"),
 ]
 SECONDS: Column = ("seconds, one core", lambda run: run["seconds"], ".0f")
@@ -81,12 +82,13 @@ def _round(place: int, name: str) -> Callable[[dict[str, Any]], float]:
 def columns(claim: str, runs: Runs) -> list[Column]:
     """What a claim's table tells of each arm."""
     if claim == "mismatch":
-        return [(f"{own} of its own", _at(i), ".1%") for i, (own, _) in enumerate(runs[0]["own"])]
+        shown: list[Column] = [(f"{own} of its own", _at(i), ".1%") for i, (own, _) in enumerate(runs[0]["own"])]
+        return [*shown, ("lost from first to last", lambda run: 1 - run["own"][-1][1] / run["own"][0][1], ".1%")]
     if claim == "collapse":
         last = len(runs[0]["rounds"]) - 1
         return [
             (f"{label}, {'before' if place == 0 else f'round {place}'}", _round(place, name), form)
-            for label, name, form in (("avg@16", "avg@16", ".1%"), ("distinct-4", "distinct-4", ".2f"))
+            for label, name, form in (("avg@16", "avg@16", ".1%"), ("different right", "different right", ".1f"))
             for place in (0, last)
         ]
     if claim in ("diversity", "small student"):
@@ -174,8 +176,8 @@ def _mismatch(axis: Any, arms: dict[str, Any]) -> None:
 
 
 def _diversity(axis: Any, arms: dict[str, Any]) -> None:
-    _dots(axis, arms, "distinct-4", "avg@16")
-    axis.set(xlabel="distinct-4 among 16 answers", ylabel="avg@16")
+    _dots(axis, arms, "different of right", "avg@16")
+    axis.set(xlabel="share of different ones among right answers", ylabel="avg@16: share of right answers")
 
 
 def _pareto(axis: Any, arms: dict[str, Any]) -> None:
@@ -200,8 +202,8 @@ def _small(axis: Any, arms: dict[str, Any]) -> None:
 
 
 def _collapse(axis: Any, arms: dict[str, Any]) -> None:
-    _lines(axis, arms, lambda run: [(i, one["distinct-4"]) for i, one in enumerate(run["rounds"])])
-    axis.set(xlabel="round of training on its own answers", ylabel="distinct-4 among 16 answers")
+    _lines(axis, arms, lambda run: [(i, one["different right"]) for i, one in enumerate(run["rounds"])])
+    axis.set(xlabel="round of training on its own answers", ylabel="different right answers among 16")
 
 
 FIGURES: dict[str, Callable[[Any, dict[str, Any]], None]] = {

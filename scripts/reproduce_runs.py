@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,11 +158,21 @@ def answers(bench: Bench, model: Any, rows: Dataset, generations: int, seed: int
 
 
 def measured(bench: Bench, model: Any, seed: int, prompts: int = 250, generations: int = 4) -> dict[str, float]:
-    """The estimates of a model on held-out problems, without their intervals: those are told by the seeds."""
+    """
+    The estimates of a model on new problems, without their intervals: those are told by the seeds.
+
+    With them "different right", how many different right answers a problem got, and "different of right", their share
+    among the right ones: n-grams would count every mistake as diversity.
+    """
     add_teacher_forward(model)
     rows = bench.task.problems(prompts, HELD_OUT + seed)
-    found = summarise(answers(bench, model, rows, generations, seed, bench.teacher()))
-    return {name: one.value for name, one in found.items()}
+    found = answers(bench, model, rows, generations, seed, bench.teacher())
+    right = [(one.prompt, one.ids) for one in found if one.score]
+    return {
+        **{name: one.value for name, one in summarise(found).items()},
+        "different right": len(set(right)) / prompts,
+        "different of right": len(set(right)) / len(right) if right else math.nan,
+    }
 
 
 class Glance(TrainerCallback):

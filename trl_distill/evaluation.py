@@ -54,7 +54,11 @@ class Answer:
 
 
 class Estimate(NamedTuple):
-    """A mean over prompts, and the interval that holds it with 95 % confidence."""
+    """
+    A mean over prompts, and its bootstrapped 95 % interval.
+
+    Where all prompts agree, or there is one, the interval has no width: it says nothing then.
+    """
 
     value: float
     low: float

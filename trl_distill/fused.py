@@ -145,10 +145,19 @@ class _Fused(torch.autograd.Function):
         else:
             factor, rest = _compared(given, [slope, slope_log_q])
             grads.scale(factor)
-        if any(part is not None for part in rest):  # not foreseen: the logits once more
+        if on_any_process(any(part is not None for part in rest), tensors[1]):  # not foreseen: the logits once more
             _run(ctx, tensors, None, grads, *rest)
         hidden, weight, bias = tensors[:3]
         return (*grads.as_given(hidden, weight, bias), *[None] * 5)
+
+
+def on_any_process(needed: bool, weight: torch.Tensor) -> bool:
+    """Where ZeRO-3 has sharded a weight, whether any process needs it: then all take part in gathering it."""
+    if not hasattr(weight, "ds_id"):
+        return needed
+    found = torch.tensor(float(needed), device=weight.device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return bool(found.item())
 
 
 def _compared(
@@ -322,7 +331,9 @@ class _Room:
 
     def __init__(self, name: str, device: torch.device):
         self.name, self.device = name, device
-        self._memory = getattr(_kept, name, None)
+        kept = getattr(_kept, name, None) if device.type == "cpu" else None
+        usable = kept is not None and (not kept.is_inference() or torch.is_inference_mode_enabled())
+        self._memory = kept if usable else None
 
     def take(self, rows: int, columns: int) -> torch.Tensor:
         """Uninitialised, `(rows, columns)`, fp32; what was taken before is overwritten."""

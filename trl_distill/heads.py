@@ -22,7 +22,7 @@ from .signals import HiddenStates
 
 
 # Metrics look at whole logits of every so many-th token, at most so many in a micro-step, and at so many likeliest ids
-LOOK_EVERY, LOOK_MOST, TOP = 64, 128, 16
+LOOK_EVERY, LOOK_MOST, TOP = 61, 128, 16
 COMPARED = ("reverse_kl", "forward_kl", "teacher_entropy", "top1_agreement", "top_overlap")
 
 # Tiles of what is projected here rather than in TRL's kernel: tokens, ids, and elements of gathered rows of a head
@@ -278,7 +278,9 @@ def _row_tiles(ids: torch.Tensor, width: int) -> Iterator[slice]:
 
 def look_every(length: int) -> int:
     """Of so many judged tokens every how many-th is looked at."""
-    return max(LOOK_EVERY, -(-length // LOOK_MOST))
+    return (
+        max(LOOK_EVERY, -(-length // LOOK_MOST)) | 1
+    )  # odd, or it would always meet the same places of cut completions
 
 
 @torch.no_grad()

@@ -85,6 +85,16 @@ def undisturbed(*models: Any) -> Iterator[None]:
         torch.clear_autocast_cache()  # casts made without a graph must not reach a forward that needs one
 
 
+@contextmanager
+def _no_settings_of_its_own(model: Any) -> Iterator[None]:
+    """`generate` fills what a configuration leaves open from the model's, which may bend the distribution."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: Any, template_kwargs: dict[str, Any] | None = None
 ) -> list[int]:
@@ -125,7 +135,7 @@ def sampled(
         pad_token_id=pad,
         suppress_tokens=list(how.suppressed) or None,
     )
-    with undisturbed(model):
+    with undisturbed(model), _no_settings_of_its_own(model):
         set_seed(how.seed)
         output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config)
     written = []
