@@ -115,7 +115,7 @@ def ours_unmeasured(parts: Parts) -> Any:
     loss = trainer.rollout_loss
 
     def without_metrics(*args: Any, **kwargs: Any) -> Any:
-        nothing = patch("trl_distill.trainer.looked_at", lambda *_: {})
+        nothing: Any = patch("trl_distill.trainer.looked_at", lambda *_: {})
         with nothing, patch("trl_distill.estimators.look_every", lambda _: 0):
             return loss(*args, **kwargs)
 

@@ -215,7 +215,7 @@ def per_token(results: dict[str, Any]) -> Sheet:
 PANELS = {
     "tokens": "tokens per step",
     "vocabulary": "ids in the vocabulary",
-    "teacher": "parameters of the teacher's layers, millions",
+    "teacher": "teacher's layers, million parameters",
 }
 AXES = {**PANELS, "wide": "tokens per step, 4 × the vocabulary"}
 SHEETS: tuple[Callable[[dict[str, Any]], Sheet], ...] = (speed, memory, floors, shares, losses, growth, per_token)
@@ -238,7 +238,7 @@ def markdown(results: dict[str, Any]) -> str:
     machine, versions = results["machine"], results["versions"]
     lines = [f"{machine['processor']}, {machine['device']}, {machine['threads']} threads."]
     lines += [", ".join(f"{name} {version}" for name, version in versions.items()) + ".", ""]
-    lines += ["```console", f"$ {results['command']}", "```", ""]
+    lines += ["<!-- needs: time -->", "```console", f"$ {results['command']}", "```", ""]
     if results["dry_run"]:
         lines += ["A rehearsal at small size: its numbers say nothing.", ""]
     for sheet in SHEETS:

@@ -277,10 +277,8 @@ def _row_tiles(ids: torch.Tensor, width: int) -> Iterator[slice]:
 
 
 def look_every(length: int) -> int:
-    """Of so many judged tokens every how many-th is looked at."""
-    return (
-        max(LOOK_EVERY, -(-length // LOOK_MOST)) | 1
-    )  # odd, or it would always meet the same places of cut completions
+    """Of so many judged tokens every how many-th is looked at: odd, or cut completions would show the same places."""
+    return max(LOOK_EVERY, -(-length // LOOK_MOST)) | 1
 
 
 @torch.no_grad()
