@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -227,3 +228,20 @@ class Kept(TrainerCallback):
 
     def on_step_end(self, *_, **__):
         type(self).seen = set(vars(fused._kept))
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_under_zero3_all_processes_take_part_where_one_must(given, monkeypatch, elsewhere):
+    """Gathering is collective: a process whose gradient was foreseen goes along, and adds nothing."""
+    head = given[1]
+    d = torch.linspace(0.1, 1, N)
+    expected = derived(given, Form(), (d, None), Slopes(d))
+    runs, run = [], fused._run
+    monkeypatch.setattr(fused, "_run", lambda *args: runs.append(args[2]) or run(*args))
+    monkeypatch.setattr(fused, "gathered_head", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor.fill_(float(elsewhere)))
+    monkeypatch.setattr(head.parameters()[0], "ds_id", 7, raising=False)
+    found = derived(given, Form(), (d, None), Slopes(d))
+    assert len(runs) == 1 + elsewhere
+    for ours, right in zip(found, expected, strict=True):
+        assert relative_error(ours, right) < 1e-6
