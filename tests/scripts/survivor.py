@@ -8,10 +8,12 @@ are forked from one that has imported everything, so that an attempt takes a sec
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -37,6 +39,8 @@ def train(output_dir: str, steps: int) -> None:
     class Say(opd.StopOnSigterm):  # the one callback that the script adds
         def on_step_begin(self, args, state, control, **kwargs):
             Path(output_dir, "begun").write_text(str(state.global_step))
+            with Path(output_dir, "times").open("a") as file:
+                file.write(f"{time.time()}\n")
             super().on_step_begin(args, state, control, **kwargs)
 
     opd.StopOnSigterm = Say
@@ -78,12 +82,13 @@ def main(folder: Path, kills: int, steps: int) -> None:
     for name in ("whole", "killed"):
         os.makedirs(name, exist_ok=True)
     attempt(context, "whole", steps, None)
-    written = [Path("whole", f"checkpoint-{step}", "complete.json").stat().st_mtime for step in (steps - 1, steps)]
-    step_time = written[1] - written[0]  # writing a checkpoint included
+    times = [float(line) for line in Path("whole", "times").read_text().split()]
+    step_time = statistics.median(b - a for a, b in itertools.pairwise(times))  # writing a checkpoint included
+    longest = (steps - 2) / kills * step_time  # all kills together leave something to do
     draw = random.Random(0)
     begun = []
     while len(begun) < kills:
-        begun.append(attempt(context, "killed", steps, draw.uniform(0, 3 * step_time)))
+        begun.append(attempt(context, "killed", steps, draw.uniform(0, longest)))
     begun.append(attempt(context, "killed", steps, None))
     Path("report.json").write_text(json.dumps({"begun": begun, "step_time": step_time}))
 
