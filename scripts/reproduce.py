@@ -5,8 +5,8 @@
     python scripts/reproduce.py --write_docs      # put what has been run into docs/results.md
 
 Every finished run leaves a file of its own; stopped and called again, the script goes on. One run per core: `--jobs`
-should not exceed them. Claims and their arms are in `reproduce_claims.py`. `--student`, `--teacher` and `--task` of a
-larger kind are not taken: for a GPU, docs/results.md gives the commands of the same comparisons with Qwen3.
+should not exceed them. Claims and their arms are in `reproduce_claims.py`. Left out: larger models; docs/results.md has
+the commands of the same comparisons with Qwen3 on a GPU.
 """
 
 from __future__ import annotations
