@@ -20,6 +20,7 @@ from trl_distill.plots import new_figure, plain
 Runs = Sequence[dict[str, Any]]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito's
 MARKERS = "osD^vP*"
+WIDTHS = {"tiny": "16 wide, one layer", "small": "24 wide, two layers", "student": "48 wide, two layers"}
 
 
 def by_arm(runs: Runs) -> dict[str, list[dict[str, Any]]]:
@@ -197,8 +198,8 @@ def _small(axis: Any, arms: dict[str, Any]) -> None:
             range(len(sizes)), [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15
         )
         axis.plot(range(len(sizes)), mean, color=colour, marker=marker, linewidth=1.8, label=kind)
-    axis.set_xticks(range(len(sizes)), [f"{size} student" for size in sizes])
-    axis.set(ylabel="share of answers where the teacher has next to no mass (wrong answers)")
+    axis.set_xticks(range(len(sizes)), [WIDTHS.get(size, size) for size in sizes])
+    axis.set(xlabel="student", ylabel="share of wrong answers", ylim=(0, 1))
 
 
 def _collapse(axis: Any, arms: dict[str, Any]) -> None:
