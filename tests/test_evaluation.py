@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import EOS, make_model
+from peft import LoraConfig, get_peft_model
 
 from trl_distill.evaluation import Answer, answer_all, difference, distinct, estimate, pass_at_k, summarise
 from trl_distill.forwards import add_teacher_forward
@@ -125,3 +126,15 @@ def test_answers_that_begin_with_given_tokens(pair, tokenizer):
     assert [answer.ids[:1] for answer in found] == [(5,), (5,), (7,), (7,)]
     assert all(answer.ids[:2] == (5, 6) for answer in found[:2])
     assert all(answer.kl is None and answer.score is None for answer in found)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "PEFT"])
+def test_a_checkpoint_s_own_settings_do_not_bend_what_is_sampled(pair, tokenizer, adapter):
+    student = pair[0]
+    model = get_peft_model(student, LoraConfig(r=2, target_modules=["q_proj"])).eval() if adapter else student
+    rows, how = [{"prompt": "a b c"}], Sampling(limit=8, stops=(EOS,), generations=16)
+    plain = list(itertools.chain(*answer_all(model, rows, tokenizer, how)))
+    student.generation_config.suppress_tokens = sorted({id for answer in plain for id in answer.ids if id != EOS})
+    own = student.generation_config
+    assert list(itertools.chain(*answer_all(model, rows, tokenizer, how))) == plain
+    assert student.generation_config is own

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
+from .forwards import unwrap_adapter
 from .off_policy import token_ids
 from .signals import HiddenStates, Rollouts
 
@@ -88,11 +89,12 @@ def undisturbed(*models: Any) -> Iterator[None]:
 @contextmanager
 def _no_settings_of_its_own(model: Any) -> Iterator[None]:
     """`generate` fills what a configuration leaves open from the model's, which may bend the distribution."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    base = unwrap_adapter(model)  # PEFT writes its own into the base model, too
+    own, base.generation_config = base.generation_config, GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        base.generation_config = own
 
 
 def prompt_ids(
