@@ -60,8 +60,12 @@ def _ended(bench: Bench, model: Any, seed: int, cost: Cost, **how: int) -> Resul
 # SFT on teacher samples gets most of the way; on-policy closes the gap
 
 
-def _gap(kind: str, folder: Path, seed: int, size: float) -> Result:
-    """The same problems, and as many answers generated and trained on, whoever writes them."""
+def _gap(kind: str, folder: Path, seed: int, size: float, second: float | None = None) -> Result:
+    """
+    The same problems, and as many answers generated and trained on, whoever writes them.
+
+    `second` is the learning rate of an on-policy half after one of SFT; without it there is none.
+    """
     bench, cost, steps = Bench("additions", folder), Cost(), round(150 * size)
     student = bench.student()
     if kind == "on-policy":
@@ -71,11 +75,11 @@ def _gap(kind: str, folder: Path, seed: int, size: float) -> Result:
         rows = rows.add_column("completion", [[{"role": "assistant", "content": text}] for text in texts])
         distil(bench, student, steps, seed, cost, rows=rows, lmbda=0.0, generated=tokens, per_step=tokens // steps)
     else:
-        share = 0.5 if kind == "SFT, then on-policy" else 1.0
+        share = 1.0 if second is None else 0.5
         rows, texts, tokens = teacher_samples(bench, round(BATCH * steps * share), seed)
         fine_tune(bench, student, rows, texts, round(steps * share), seed, cost, tokens)
-        if share < 1:
-            distil(bench, student, steps - round(steps * share), seed, cost)
+        if second is not None:
+            distil(bench, student, steps - round(steps * share), seed, cost, learning_rate=second)
     saved = _saved(folder, kind, seed, size)
     part = saved.with_suffix(".part")
     student.save_pretrained(part)
@@ -217,7 +221,11 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "mixed")
 CLAIMS = {
     "gap": Claim(
         "SFT on teacher samples gets most of the way; on-policy closes the gap.",
-        _arms(_gap, "SFT", "soft targets", "on-policy", "SFT, then on-policy"),
+        {
+            **_arms(_gap, "SFT", "soft targets", "on-policy"),
+            "SFT, then on-policy": functools.partial(_gap, "SFT, then on-policy", second=1.5e-3),
+            "SFT, then on-policy at 5e-4": functools.partial(_gap, "SFT, then on-policy at 5e-4", second=5e-4),
+        },
     ),
     "mismatch": Claim(
         "The more of its own tokens stand in the context, the worse a student does that was trained offline.",
