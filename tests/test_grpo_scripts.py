@@ -48,9 +48,7 @@ def make(request, tmp_path, tokenizer, prompts, student, teacher):
     """The trainer of a GRPO script, with our class in place of TRL's."""
     with_teacher = request.param == "beside a teacher"
 
-    def build(
-        model=student, reward_funcs=length, processing_class=tokenizer, train_dataset=None, extra=None, **changes
-    ):
+    def build(model=student, reward_funcs=length, train_dataset=None, extra=None, **changes):
         settings = {"num_generations": 2, "top_k": 0, "beta": 0.5 if with_teacher else 0.0, **changes}
         return OPDTrainer(
             model=model,
@@ -58,7 +56,7 @@ def make(request, tmp_path, tokenizer, prompts, student, teacher):
             reward_funcs=reward_funcs,
             args=config(tmp_path, **settings),
             train_dataset=prompts if train_dataset is None else train_dataset,
-            processing_class=processing_class,
+            processing_class=tokenizer,
             **(extra or {}),
         )
 
@@ -226,7 +224,7 @@ TOOL_CALLS = {  # how an answer is parsed: the form of transformers from 5.13 on
 @pytest.mark.parametrize("tool", [multiply, multiply_later])
 @pytest.mark.parametrize("with_teacher", [True, False])
 def test_tools(tmp_path, prompts, tool, with_teacher):
-    """Of three answers one calls a tool, one calls it wrongly, one does not; what a tool says is not learnt."""
+    """Of three answers one calls a tool, one calls it wrongly, one does not."""
     calls = [f'<tool_call>{{"name":"{tool.__name__}","arguments":{{"a":3,"{other}":4}}}}</tool_call>' for other in "bc"]
     tokenizer = make_tokenizer([*WORDS, *calls])
     tokenizer.chat_template, tokenizer.response_template = TOOL_TEMPLATE, TOOL_CALLS
@@ -261,7 +259,7 @@ def test_tools(tmp_path, prompts, tool, with_teacher):
         assert logs["distill/reverse_kl"] > 0
 
 
-def test_a_generic_config_of_trl(tmp_path, tokenizer, prompts, student, saved):
+def test_a_config_of_trl_and_models_by_name(tmp_path, prompts, saved):
     """Everything by name, as scripts have it: models are loaded, and a `GRPOConfig` is enough for plain GRPO."""
     args = GRPOConfig(
         output_dir=str(tmp_path / "out"),
