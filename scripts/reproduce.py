@@ -3,10 +3,11 @@
     python scripts/reproduce.py                   # all claims
     python scripts/reproduce.py gap mismatch      # these
     python scripts/reproduce.py --write_docs      # put what has been run into docs/results.md
+    python scripts/reproduce.py --preset gpu      # larger models on GSM8K, from the hub
 
 Every finished run leaves a file of its own; stopped and called again, the script goes on. One run per core: `--jobs`
-should not exceed them. Claims and their arms are in `reproduce_claims.py`. Left out: larger models; docs/results.md has
-the commands of the same comparisons with Qwen3 on a GPU.
+should not exceed them; on a GPU one at a time. Claims and their arms are in `reproduce_claims.py`, presets in
+`reproduce_runs.py`.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from pathlib import Path
 from typing import Any
 
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, it would look for one and warn
 warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
 
 import reproduce_report as report
+import torch
 from reproduce_claims import CLAIMS
-from reproduce_runs import be_quiet
+from reproduce_runs import PRESETS, Place, be_quiet
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -47,12 +48,12 @@ def path_of(folder: Path, claim: str, arm: str, seed: int) -> Path:
     return folder / "runs" / claim.replace(" ", "-") / f"{name}-{seed}.json"
 
 
-def run(claim: str, arm: str, seed: int, folder: Path, size: float) -> None:
+def run(claim: str, arm: str, seed: int, folder: Path, size: float, preset: str = "cpu") -> None:
     """One run, in a process of its own; its file is there once it has ended."""
     be_quiet()
     begun = time.perf_counter()
     try:
-        result = CLAIMS[claim].arms[arm](folder, seed, size)
+        result = CLAIMS[claim].arms[arm](Place(folder, PRESETS[preset]), seed, size)
     except Exception as error:  # as plain text: not every error survives the way to the other process
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
     path = path_of(folder, claim, arm, seed)
@@ -67,11 +68,11 @@ def is_done(path: Path, size: float) -> bool:
     return path.exists() and json.loads(path.read_text())["size"] == size
 
 
-def prepare(claim: str, folder: Path) -> None:
+def prepare(claim: str, folder: Path, preset: str) -> None:
     be_quiet()
     make = CLAIMS[claim].prepare
     if make is not None:
-        make(folder)
+        make(Place(folder, PRESETS[preset]))
 
 
 def collected(folder: Path, claims: list[str], size: float, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
@@ -89,14 +90,15 @@ def run_all(pool: ProcessPoolExecutor, options: argparse.Namespace) -> list[str]
     """Everything that has not been run; returns what failed."""
     folder, failed = options.output_dir, []
     for claim in options.claims:
-        pool.submit(prepare, claim, folder).result()
+        pool.submit(prepare, claim, folder, options.preset).result()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         for claim in options.claims:  # one after another: some go on with an earlier one's models
             tasks = [(arm, seed) for seed in options.seeds for arm in CLAIMS[claim].arms]
             todo = [task for task in tasks if not is_done(path_of(folder, claim, *task), options.size)]
             bar = progress.add_task(claim, total=len(tasks), completed=len(tasks) - len(todo))
-            futures: dict[Future, tuple] = {pool.submit(run, claim, *task, folder, options.size): task for task in todo}
+            how = (folder, options.size, options.preset)
+            futures: dict[Future, tuple] = {pool.submit(run, claim, *task, *how): task for task in todo}
             for future in as_completed(futures):
                 arm, seed = futures[future]
                 error = future.exception()
@@ -119,17 +121,26 @@ def machine() -> dict[str, str]:
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claims", nargs="*", help=f"by name; all unless given: {', '.join(CLAIMS)}")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="small models, or larger ones on a GPU")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
+    parser.add_argument("--jobs", type=int, help="runs at a time; one per core, or one on a GPU, unless given")
     parser.add_argument("--size", type=float, default=1.0, help="of every run; below 1 it is a rehearsal")
-    parser.add_argument("--output_dir", type=Path, default=Path("reproduce_output"))
+    parser.add_argument("--output_dir", type=Path, help="reproduce_output, or reproduce_output_gpu, unless given")
     parser.add_argument("--report_only", action="store_true", help="run nothing; show what has been run")
     parser.add_argument("--write_docs", action="store_true", help="write tables, pictures and numbers to docs/")
     options = parser.parse_args(words)
     unknown = sorted(set(options.claims) - set(CLAIMS))
     if unknown:
         parser.error(f"there are no claims {', '.join(unknown)}; choose from {', '.join(map(repr, CLAIMS))}")
-    options.claims = options.claims or list(CLAIMS)
+    small, can_try = options.preset == "cpu", PRESETS[options.preset].claims or tuple(CLAIMS)
+    beyond = sorted(set(options.claims) - set(can_try))
+    if beyond:
+        parser.error(f"--preset {options.preset} cannot try {', '.join(beyond)}; it can try {', '.join(can_try)}")
+    if options.write_docs and not small:
+        parser.error("--write_docs fills the page of the small models; leave it out, or --preset")
+    options.claims = options.claims or list(can_try)
+    options.jobs = options.jobs if options.jobs is not None else (os.cpu_count() or 1) if small else 1
+    options.output_dir = options.output_dir or Path("reproduce_output" + ("" if small else f"_{options.preset}"))
     if options.jobs < 1 or options.size <= 0:
         parser.error("--jobs must be 1 or more, and --size above 0")
     return options
@@ -138,6 +149,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def main(options: argparse.Namespace) -> int:
     """Run, show and save; 1 where a run failed."""
     failed: list[str] = []
+    if options.preset == "cpu":  # nothing comes from the hub, and nothing should wait for it
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    elif not options.report_only and not torch.cuda.is_available():
+        console.print(f"--preset {options.preset} needs a GPU, and there is none here; leave it out for small models.")
+        return 1
     if not options.report_only:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.jobs, mp_context=context, max_tasks_per_child=1) as pool:

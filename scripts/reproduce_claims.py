@@ -1,8 +1,7 @@
 """The claims of the field as experiments: for each its arms, and what one run of an arm returns as plain numbers.
 
-An arm is a function of a folder, a seed and a size (of the run, 1.0 in full). Models and trainers are in
+An arm is a function of a place, a seed and a size (of the run, 1.0 in full). Models, trainers and learning rates are in
 `reproduce_runs.py`; tables and pictures in `reproduce_report.py`. Left out: a search for the best settings of each arm.
-All have the learning rates of `reproduce_runs.py`, but for the reward alone, which falls apart at larger ones.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from reproduce_runs import (
     TRAIN,
     Bench,
     Cost,
+    Place,
     distil,
     fine_tune,
     make_order_models,
@@ -34,7 +34,7 @@ from trl_distill.samples import prompt_ids
 
 
 Result = dict[str, Any]
-Arm = Callable[[Path, int, float], Result]
+Arm = Callable[[Place, int, float], Result]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Claim:
 
     sentence: str
     arms: dict[str, Arm]
-    prepare: Callable[[Path], None] | None = None
+    prepare: Callable[[Place], None] | None = None
 
 
 def _ended(bench: Bench, model: Any, seed: int, cost: Cost, **how: int) -> Result:
@@ -60,13 +60,13 @@ def _ended(bench: Bench, model: Any, seed: int, cost: Cost, **how: int) -> Resul
 # SFT on teacher samples gets most of the way; on-policy closes the gap
 
 
-def _gap(kind: str, folder: Path, seed: int, size: float, second: float | None = None) -> Result:
+def _gap(kind: str, place: Place, seed: int, size: float, then: str | None = None) -> Result:
     """
     The same problems, and as many answers generated and trained on, whoever writes them.
 
-    `second` is the learning rate of an on-policy half after one of SFT; without it there is none.
+    `then` is the learning rate of an on-policy half after one of SFT; without it there is none.
     """
-    bench, cost, steps = Bench("additions", folder), Cost(), round(150 * size)
+    bench, cost, steps = Bench("one", place), Cost(), round(150 * size)
     student = bench.student()
     if kind == "on-policy":
         distil(bench, student, steps, seed, cost)
@@ -75,21 +75,21 @@ def _gap(kind: str, folder: Path, seed: int, size: float, second: float | None =
         rows = rows.add_column("completion", [[{"role": "assistant", "content": text}] for text in texts])
         distil(bench, student, steps, seed, cost, rows=rows, lmbda=0.0, generated=tokens, per_step=tokens // steps)
     else:
-        share = 1.0 if second is None else 0.5
+        share = 1.0 if then is None else 0.5
         rows, texts, tokens = teacher_samples(bench, round(BATCH * steps * share), seed)
         fine_tune(bench, student, rows, texts, round(steps * share), seed, cost, tokens)
-        if second is not None:
-            distil(bench, student, steps - round(steps * share), seed, cost, learning_rate=second)
-    saved = _saved(folder, kind, seed, size)
+        if then is not None:
+            distil(bench, student, steps - round(steps * share), seed, cost, rate=then)
+    saved = _saved(place, kind, seed, size)
     part = saved.with_suffix(".part")
     student.save_pretrained(part)
     part.replace(saved)
     return _ended(bench, student, seed, cost)
 
 
-def _saved(folder: Path, kind: str, seed: int, size: float) -> Path:
+def _saved(place: Place, kind: str, seed: int, size: float) -> Path:
     """Where a model of this claim is kept for the next one."""
-    return folder / "models" / f"gap-{kind}-{seed}-{size:g}"
+    return place.folder / "models" / f"gap-{kind}-{seed}-{size:g}"
 
 
 # Train-test mismatch: the more of its own tokens stand in the context, the worse an offline student does
@@ -97,12 +97,12 @@ def _saved(folder: Path, kind: str, seed: int, size: float) -> Path:
 OWN = (4, 12, 20, 28, 36, 43)  # tokens that the student writes itself; what comes before is a right answer's
 
 
-def _mismatch(kind: str, folder: Path, seed: int, size: float) -> Result:
+def _mismatch(kind: str, place: Place, seed: int, size: float) -> Result:
     """Accuracy where right answers are continued from the middle; the models are those of "gap"."""
-    bench = Bench("additions", folder)
-    path = bench.student_path if kind == "before" else _saved(folder, kind, seed, size)
+    bench = Bench("one", place)
+    path = Path(bench.student_path) if kind == "before" else _saved(place, kind, seed, size)
     if not path.exists():
-        _gap(kind, folder, seed, size)
+        _gap(kind, place, seed, size)
     model, rows = bench.load(path), bench.task.problems(round(400 * size), HELD_OUT + seed)
     solutions = [prompt_ids(bench.tokenizer, text) for text in rows["solution"]]
     curve = []
@@ -128,29 +128,29 @@ def _mismatch(kind: str, folder: Path, seed: int, size: float) -> Result:
 # Forward KL is more diverse, reverse KL higher in quality; a student too small for its teacher
 
 
-def _divergence(kind: str, student: str, folder: Path, seed: int, size: float) -> Result:
+def _divergence(kind: str, student: str, place: Place, seed: int, size: float) -> Result:
     """On orders, which have many right answers; 16 answers to each of 100 problems are looked at."""
-    bench, cost, steps = Bench("orders", folder, student), Cost(), round(300 * size)
+    bench, cost, steps = Bench("many", place, student), Cost(), round(300 * size)
     model = bench.student()
     if kind == "SFT":
         rows, texts, tokens = teacher_samples(bench, BATCH * steps, seed)
-        fine_tune(bench, model, rows, texts, steps, seed, cost, tokens, learning_rate=4e-3)
+        fine_tune(bench, model, rows, texts, steps, seed, cost, tokens, rate="many")
     elif kind != "before":
         alpha = {"divergence_alpha": 0.5} if kind in ("jsd", "mixed") else {}
-        distil(bench, model, steps, seed, cost, divergence=kind, learning_rate=4e-3, **alpha)
+        distil(bench, model, steps, seed, cost, divergence=kind, rate="many", **alpha)
     return _ended(bench, model, seed, cost, prompts=100, generations=16)
 
 
-def _teacher_of_orders(folder: Path, seed: int, size: float) -> Result:
-    bench = Bench("orders", folder)
+def _teacher_of_orders(place: Place, seed: int, size: float) -> Result:
+    bench = Bench("many", place)
     return _ended(bench, bench.teacher(), seed, Cost(), prompts=100, generations=16)
 
 
 # RL only, teacher only, both
 
 
-def _reward(changes: dict[str, Any], folder: Path, seed: int, size: float) -> Result:
-    bench, cost, steps = Bench("additions", folder), Cost(), round(150 * size)
+def _reward(changes: dict[str, Any], place: Place, seed: int, size: float) -> Result:
+    bench, cost, steps = Bench("one", place), Cost(), round(150 * size)
     student, changes = bench.student(), dict(changes)
     rewards = None if changes.pop("teacher_only", False) else [bench.task.verifier]
     if changes.pop("then", False):
@@ -164,8 +164,8 @@ def _reward(changes: dict[str, Any], folder: Path, seed: int, size: float) -> Re
 # Estimators at equal cost; how much a token answers for
 
 
-def _estimator(changes: dict[str, Any], folder: Path, seed: int, size: float) -> Result:
-    bench, cost, student = Bench("additions", folder), Cost(), None
+def _estimator(changes: dict[str, Any], place: Place, seed: int, size: float) -> Result:
+    bench, cost, student = Bench("one", place), Cost(), None
     student = bench.student()
     distil(bench, student, round(100 * size), seed, cost, **changes)
     return _ended(bench, student, seed, cost)
@@ -174,8 +174,8 @@ def _estimator(changes: dict[str, Any], folder: Path, seed: int, size: float) ->
 # Controls: what must not help
 
 
-def _control(kind: str, folder: Path, seed: int, size: float) -> Result:
-    bench, cost, steps = Bench("additions", folder), Cost(), round(60 * size)
+def _control(kind: str, place: Place, seed: int, size: float) -> Result:
+    bench, cost, steps = Bench("one", place), Cost(), round(60 * size)
     student, changes = bench.student(), {}
     if kind == "random teacher":
         changes["teacher"] = type(student)(bench.load(bench.teacher_path).config)
@@ -191,9 +191,9 @@ def _control(kind: str, folder: Path, seed: int, size: float) -> Result:
 # Model collapse: a model trained again and again on its own answers
 
 
-def _collapse(kind: str, folder: Path, seed: int, size: float) -> Result:
+def _collapse(kind: str, place: Place, seed: int, size: float) -> Result:
     """Each round: 1,000 own answers at temperature 1, then 40 steps of SFT on them."""
-    bench, rounds, count = Bench("orders", folder), round(6 * size), 1000
+    bench, rounds, count = Bench("many", place), round(6 * size), 1000
     model = bench.load(bench.teacher_path)
     found = [measured(bench, model, seed, prompts=100, generations=16)]
     for turn in range(rounds):
@@ -207,7 +207,7 @@ def _collapse(kind: str, folder: Path, seed: int, size: float) -> Result:
             human = bench.task.problems(count // 4, HUMAN + 100 * seed + turn)
             rows = Dataset.from_list([*human, *rows.select(range(count * 3 // 4))])
             texts = [*human["solution"], *texts[: count * 3 // 4]]
-        fine_tune(bench, model, rows, texts, 40, seed, Cost(), learning_rate=1e-3)
+        fine_tune(bench, model, rows, texts, 40, seed, Cost())
         found.append(measured(bench, model, seed, prompts=100, generations=16))
     return {"rounds": found}
 
@@ -223,8 +223,8 @@ CLAIMS = {
         "SFT on teacher samples gets most of the way; on-policy closes the gap.",
         {
             **_arms(_gap, "SFT", "soft targets", "on-policy"),
-            "SFT, then on-policy": functools.partial(_gap, "SFT, then on-policy", second=1.5e-3),
-            "SFT, then on-policy at 5e-4": functools.partial(_gap, "SFT, then on-policy at 5e-4", second=5e-4),
+            "SFT, then on-policy": functools.partial(_gap, "SFT, then on-policy", then="on-policy"),
+            "SFT, then slower": functools.partial(_gap, "SFT, then slower", then="after SFT"),
         },
     ),
     "mismatch": Claim(
@@ -251,7 +251,7 @@ CLAIMS = {
     "rewards": Claim(
         "Reward and teacher together reach more than either.",
         {
-            "reward only": functools.partial(_reward, {"beta": 0.0, "learning_rate": 5e-5, "num_generations": 8}),
+            "reward only": functools.partial(_reward, {"beta": 0.0, "rate": "reward", "num_generations": 8}),
             "teacher only": functools.partial(_reward, {"teacher_only": True}),
             **{f"both, beta={b:g}": functools.partial(_reward, {"beta": b}) for b in (0.03, 0.1, 0.3)},
             "distil, then RL": functools.partial(_reward, {"then": True, "beta_end": 0.01}),

@@ -1,7 +1,8 @@
 """What the claims of `reproduce.py` are tried with: models, teacher samples, SFT, on-policy training, measurements.
 
 Every function is told its seed. Costs are counted in completion tokens: those that a model generated, and those that
-the student was trained on. Which runs belong to a claim is left to `reproduce_claims.py`.
+the student was trained on. What is true of all runs, and differs between small models and large ones, is a `Preset`.
+Which runs belong to a claim is left to `reproduce_claims.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar as disable_progress_bars
 from make_demo_models import make_model
-from reproduce_tasks import TASKS, Task
+from reproduce_tasks import GLANCE_AT, HELD_OUT, HUMAN, SHIPPED, TASKS, TRAIN, Task
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
@@ -32,8 +33,51 @@ from trl_distill.samples import Sampling, prompt_ids, sampled
 
 BATCH = 64  # answers per optimizer step
 GLANCES = 6  # looks at the accuracy during a run
-GLANCE_AT, HELD_OUT, TRAIN, HUMAN = 20_000, 10_000, 30_000, 50_000  # seeds of problems begin here
 SIZES = {"teacher": (64, 2, 4), "student": (48, 2, 4), "small": (24, 2, 4), "tiny": (16, 1, 4)}  # hidden, layers, heads
+
+
+@dataclass(frozen=True)
+class Preset:
+    """
+    What all runs share.
+
+    Attributes:
+        tasks (`dict[str, str]`): which of `TASKS` has "one" right answer to a problem, and which has "many".
+        rates (`dict[str, float]`): learning rate of each kind of training.
+        training (`dict`): settings of every trainer, beside those of `settings`.
+        device (`str`): where models measure and write.
+        claims (`tuple[str, ...]`): that can be tried; all where it is empty.
+    """
+
+    tasks: dict[str, str]
+    rates: dict[str, float]
+    training: dict[str, Any]
+    device: str = "cpu"
+    claims: tuple[str, ...] = ()
+
+
+PRESETS = {
+    "cpu": Preset(
+        {"one": "additions", "many": "orders"},
+        {"SFT": 1e-3, "on-policy": 1.5e-3, "after SFT": 5e-4, "reward": 5e-5, "many": 4e-3},
+        {"bf16": False, "gradient_checkpointing": False, "per_device_train_batch_size": BATCH},
+    ),
+    "gpu": Preset(
+        {"one": "gsm8k", "many": "gsm8k"},
+        {"SFT": 1e-5, "on-policy": 1e-5, "after SFT": 5e-6, "reward": 1e-6, "many": 1e-5},
+        {"bf16": True, "per_device_train_batch_size": 8, "gradient_accumulation_steps": BATCH // 8},
+        device="cuda",
+        claims=("gap", "diversity", "rewards", "estimators", "controls"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs keep what they make, and with what they are made."""
+
+    folder: Path
+    preset: Preset
 
 
 @dataclass
@@ -50,24 +94,23 @@ class Bench:
     A task with its models.
 
     Args:
-        task (`str`): a key of `TASKS`.
-        folder (`Path`): where models and samples are kept.
-        student (`str`): which one: "student", or for orders one of `SIZES`.
+        kind (`str`): how many right answers a problem has: "one" or "many".
+        place ([`Place`]): where models and samples are kept, and the preset.
+        student (`str`): which one: "student", or one of `SIZES` where students are made.
     """
 
-    def __init__(self, task: str, folder: Path, student: str = "student"):
-        self.task: Task = TASKS[task]
-        self.folder = folder
-        shipped = Path(__file__).parent / "demo_models"
-        made = folder / "models"
-        self.teacher_path = shipped / "teacher" if task == "additions" else made / "orders-teacher"
-        self.student_path = shipped / "student" if task == "additions" else made / f"orders-{student}"
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(shipped / "student")
+    def __init__(self, kind: str, place: Place, student: str = "student"):
+        self.task: Task = TASKS[place.preset.tasks[kind]]
+        self.folder, self.preset = place.folder, place.preset
+        made = self.folder / "models"
+        self.teacher_path = self.task.teacher or str(made / f"{self.task.name}-teacher")
+        self.student_path = self.task.student or str(made / f"{self.task.name}-{student}")
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.task.student or SHIPPED / "student")
 
     def load(self, path: Path | str) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         model.generation_config.pad_token_id = self.tokenizer.pad_token_id
-        return model
+        return model.to(self.preset.device)
 
     def student(self) -> Any:
         return self.load(self.student_path)
@@ -83,7 +126,6 @@ class Bench:
 
 
 def be_quiet() -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(1)  # one run per core
     transformers_logging.set_verbosity_error()
@@ -92,27 +134,29 @@ def be_quiet() -> None:
     logging.getLogger("trl_distill").setLevel(logging.ERROR)
 
 
-def make_order_models(folder: Path, steps: int = 800) -> None:
+def make_order_models(place: Place, steps: int = 800) -> None:
     """
     The teacher of the orders learns from right answers, students of several sizes a little from the teacher's.
 
     Made once; what is there is kept.
     """
-    bench = Bench("orders", folder)
-    if not (bench.teacher_path / "config.json").exists():
+    bench = Bench("many", place)
+    if bench.task.teacher is not None:
+        return
+    if not Path(bench.teacher_path, "config.json").exists():
         set_seed(0)
         teacher = small_model(bench, "teacher")
-        rows = TASKS["orders"].problems(BATCH * steps, HUMAN)
-        fine_tune(bench, teacher, rows, list(rows["solution"]), steps, 0, Cost(), learning_rate=4e-3)
+        rows = bench.task.problems(BATCH * steps, HUMAN)
+        fine_tune(bench, teacher, rows, list(rows["solution"]), steps, 0, Cost(), rate="many")
         bench.tokenizer.save_pretrained(bench.teacher_path)
         teacher.save_pretrained(bench.teacher_path)
     for name in ("student", "small", "tiny"):
-        path = Bench("orders", folder, name).student_path
-        if not (path / "config.json").exists():
+        path = Bench("many", place, name).student_path
+        if not Path(path, "config.json").exists():
             set_seed(1)
             student = small_model(bench, name)
             rows, texts, _ = teacher_samples(bench, 2000, 1)
-            fine_tune(bench, student, rows, texts, 300, 1, Cost(), learning_rate=4e-3)
+            fine_tune(bench, student, rows, texts, 300, 1, Cost(), rate="many")
             student.save_pretrained(path)
 
 
@@ -205,21 +249,19 @@ class Glance(TrainerCallback):
             self._look(model)
 
 
-def settings(folder: Path, steps: int, seed: int, learning_rate: float) -> dict[str, Any]:
-    """What both trainers are given."""
+def settings(bench: Bench, steps: int, seed: int, rate: str) -> dict[str, Any]:
+    """What both trainers are given; `rate` is a key of the preset's rates."""
     return {
-        "output_dir": str(folder / "scratch"),
+        **bench.preset.training,
+        "output_dir": str(bench.folder / "scratch"),
         "max_steps": steps,
-        "per_device_train_batch_size": BATCH,
-        "learning_rate": learning_rate,
+        "learning_rate": bench.preset.rates[rate],
+        "use_cpu": bench.preset.device == "cpu",
         "lr_scheduler_type": "cosine",
         "warmup_steps": 5,
         "logging_steps": 1,
         "save_strategy": "no",
         "seed": seed,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
         "report_to": "none",
         "disable_tqdm": True,
     }
@@ -234,14 +276,14 @@ def fine_tune(
     seed: int,
     cost: Cost,
     generated: int = 0,
-    learning_rate: float = 1e-3,
+    rate: str = "SFT",
 ) -> None:
     """SFT on finished answers with TRL's `SFTTrainer`."""
     both = {"prompt": rows["prompt"], "completion": [[{"role": "assistant", "content": text}] for text in texts]}
     tokens = sum(len(ids) + 1 for ids in bench.tokenizer(texts)["input_ids"])  # and the stop token
     trainer = SFTTrainer(
         model=student,
-        args=SFTConfig(**settings(bench.folder, steps, seed, learning_rate)),
+        args=SFTConfig(**settings(bench, steps, seed, rate)),
         train_dataset=Dataset.from_dict(both),
         processing_class=bench.tokenizer,
         callbacks=[Glance(bench, seed, steps, cost, generated, per_step=BATCH * tokens // len(texts))],
@@ -251,13 +293,14 @@ def fine_tune(
 
 
 def distil(bench: Bench, student: Any, steps: int, seed: int, cost: Cost, **changes: Any) -> Any:
-    """`OPDTrainer` on fresh problems; `changes` are settings, `teacher` a model or name, `rows` other data."""
-    teacher = changes.pop("teacher", str(bench.teacher_path))
+    """`OPDTrainer` on fresh problems; `changes` are settings, or `teacher` (model or name), `rows`, `rate`."""
+    teacher = changes.pop("teacher", bench.teacher_path)
     rows = changes.pop("rows", None)
     generated = changes.pop("generated", 0)
     per_step = changes.pop("per_step", None)
     rewards = changes.pop("reward_funcs", None)
-    base = {**settings(bench.folder, steps, seed, 1.5e-3), "max_completion_length": bench.task.limit}
+    rate = changes.pop("rate", "on-policy")
+    base = {**settings(bench, steps, seed, rate), "max_completion_length": bench.task.limit}
     args = OPDConfig(**{**base, **changes})
     trainer = OPDTrainer(
         model=student,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -27,6 +28,37 @@ def test_the_orders_verifier(module):
     assert rows["prompt"] == tasks.orders(50, 1)["prompt"] != tasks.orders(50, 2)["prompt"]
 
 
+def test_the_last_number_of_a_text_is_its_answer(module):
+    tasks = importlib.import_module("reproduce_tasks")
+    texts = ["3 + 4 = 7\n#### 1,007", "no number", "It is -2.50.", "12 of 13"]
+    assert tasks.ends_with(texts, ["1007", "1", "-2.5", "12"]) == [1.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("claim", "arm"),
+    [
+        ("gap", "SFT, then slower"),
+        ("diversity", "mixed"),
+        ("rewards", "both, beta=0.1"),
+        ("estimators", "top-4"),
+        ("controls", "teacher of another problem"),
+    ],
+)
+def test_the_larger_preset_with_small_models_in_their_place(module, tmp_path, monkeypatch, claim, arm):
+    """In its own precision and micro-batches; models and problems are the demo's, since the hub's are out of reach."""
+    tasks = importlib.import_module("reproduce_tasks")
+    small = dataclasses.replace(tasks.TASKS["additions"], name="gsm8k", limit=16)
+    monkeypatch.setitem(tasks.TASKS, "gsm8k", small)
+    monkeypatch.setitem(module.PRESETS, "gpu", dataclasses.replace(module.PRESETS["gpu"], device="cpu"))
+    monkeypatch.setattr(importlib.import_module("reproduce_claims"), "measured", lambda *_, **__: {"avg@4": 0.5})
+    module.prepare(claim, tmp_path, "gpu")
+    module.run(claim, arm, 0, tmp_path, 0.02, "gpu")
+    found = json.loads(module.path_of(tmp_path, claim, arm, 0).read_text())
+    assert found["cost"]["trained"] > 0
+    assert module.parse(["--preset", "gpu"]).claims == ["gap", "diversity", "rewards", "estimators", "controls"]
+
+
 @pytest.mark.slow
 def test_a_claim_from_the_first_run_to_the_page(module, tmp_path, capsys):
     """One arm is trained; a second call trains nothing; table, picture and numbers come from the runs' files."""
@@ -45,6 +77,12 @@ def test_a_claim_from_the_first_run_to_the_page(module, tmp_path, capsys):
     assert module.main(options) == 0
     assert path.read_text() == before
     assert "SFT on teacher samples gets most of the way" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_larger_preset_without_a_gpu(module, capsys, monkeypatch):
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    assert module.main(module.parse(["gap", "--preset", "gpu"])) == 1
+    assert "needs a GPU" in capsys.readouterr().out
 
 
 def test_tables_are_means_with_their_ends(module):
@@ -91,7 +129,16 @@ def test_every_claim_has_a_place_on_the_page(module):
         assert f"<!-- results {claim}: end -->" in text
 
 
-def test_unknown_claims_are_refused(module, capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gap", "free lunch"], "there are no claims free lunch; choose from 'gap'"),
+        (["collapse", "--preset", "gpu"], "--preset gpu cannot try collapse; it can try gap"),
+        (["--preset", "gpu", "--write_docs"], "--write_docs fills the page of the small models"),
+        (["--jobs", "0"], "--jobs must be 1 or more"),
+    ],
+)
+def test_refused(module, capsys, words, message):
     with pytest.raises(SystemExit):
-        module.parse(["gap", "free lunch"])
-    assert "there are no claims free lunch; choose from 'gap'" in capsys.readouterr().err
+        module.parse(words)
+    assert message in capsys.readouterr().err
