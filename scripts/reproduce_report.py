@@ -7,6 +7,7 @@ marked places, into which tables and pictures are put; what they are made from l
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,10 @@ def by_arm(runs: Runs) -> dict[str, list[dict[str, Any]]]:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """'0.94 (0.92-0.95)': mean, least and greatest."""
+    """'0.94 (0.92-0.95)': mean, least and greatest; infinite is what was not reached."""
+    reached = [value for value in values if math.isfinite(value)]
+    if len(reached) < len(values):
+        return f"{spread(reached, form)} on {len(reached)} of {len(values)} seeds" if reached else "not reached"
     if len(values) == 1:
         return format(values[0], form)
     low, high = (format(end, form) for end in (min(values), max(values)))

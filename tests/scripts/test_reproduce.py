@@ -88,6 +88,8 @@ def test_the_larger_preset_without_a_gpu(module, capsys, monkeypatch):
 def test_tables_are_means_with_their_ends(module):
     report = importlib.import_module("reproduce_report")
     assert report.spread([0.9, 0.8, 1.0], ".0%") == "90% (80%–100%)"
+    assert report.spread([float("inf"), 4.0], ".0f") == "4 on 1 of 2 seeds"
+    assert report.spread([float("inf")] * 2, ".0f") == "not reached"
     runs = [
         {
             "arm": arm,
