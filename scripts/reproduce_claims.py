@@ -265,6 +265,9 @@ CLAIMS = {
             "sampled": functools.partial(_estimator, {"kl_estimator": "sampled"}),
             "full, γ=0.5": functools.partial(_estimator, {"kl_discount": 0.5}),
             "full, γ=1": functools.partial(_estimator, {"kl_discount": 1.0}),
+            "full, slower": functools.partial(_estimator, {"rate": "estimates"}),
+            "sampled, slower": functools.partial(_estimator, {"rate": "estimates", "kl_estimator": "sampled"}),
+            "full, γ=1, slower": functools.partial(_estimator, {"rate": "estimates", "kl_discount": 1.0}),
         },
     ),
     "controls": Claim(

@@ -59,12 +59,12 @@ class Preset:
 PRESETS = {
     "cpu": Preset(
         {"one": "additions", "many": "orders"},
-        {"SFT": 1e-3, "on-policy": 1.5e-3, "after SFT": 5e-4, "reward": 5e-5, "many": 4e-3},
+        {"SFT": 1e-3, "on-policy": 1.5e-3, "after SFT": 5e-4, "reward": 5e-5, "estimates": 3e-4, "many": 4e-3},
         {"bf16": False, "gradient_checkpointing": False, "per_device_train_batch_size": BATCH},
     ),
     "gpu": Preset(
         {"one": "gsm8k", "many": "gsm8k"},
-        {"SFT": 1e-5, "on-policy": 1e-5, "after SFT": 5e-6, "reward": 1e-6, "many": 1e-5},
+        {"SFT": 1e-5, "on-policy": 1e-5, "after SFT": 5e-6, "reward": 1e-6, "estimates": 2e-6, "many": 1e-5},
         {"bf16": True, "per_device_train_batch_size": 8, "gradient_accumulation_steps": BATCH // 8},
         device="cuda",
         claims=("gap", "diversity", "rewards", "estimators", "controls"),
