@@ -19,8 +19,8 @@ from trl_distill.plots import new_figure, plain
 
 
 Runs = Sequence[dict[str, Any]]
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito's
-MARKERS = "osD^vP*"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")  # Okabe and Ito's
+MARKERS = "osD^vP*X"
 WIDTHS = {"tiny": "16 wide, one layer", "small": "24 wide, two layers", "student": "48 wide, two layers"}
 
 
@@ -187,7 +187,7 @@ def _diversity(axis: Any, arms: dict[str, Any]) -> None:
 
 def _pareto(axis: Any, arms: dict[str, Any]) -> None:
     _dots(axis, arms, "kl", "avg@4")
-    axis.set(xlabel="KL(student ‖ teacher), nats per token", ylabel="accuracy", xscale="log")
+    axis.set(xlabel="KL(student ‖ teacher), nats per token", ylabel="accuracy")
 
 
 def _small(axis: Any, arms: dict[str, Any]) -> None:

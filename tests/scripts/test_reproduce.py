@@ -126,7 +126,9 @@ def test_the_page_is_filled_in_place(module, tmp_path):
 
 def test_every_claim_has_a_place_on_the_page(module):
     text = (SCRIPTS.parent / "docs" / "results.md").read_text()
+    report = importlib.import_module("reproduce_report")
     for claim in module.CLAIMS:
+        assert len(module.CLAIMS[claim].arms) <= len(report.COLOURS) == len(report.MARKERS)
         assert f"<!-- results {claim}: begin -->" in text
         assert f"<!-- results {claim}: end -->" in text
 
