@@ -116,7 +116,7 @@ def ours_unmeasured(parts: Parts) -> Any:
 
     def without_metrics(*args: Any, **kwargs: Any) -> Any:
         nothing: Any = patch("trl_distill.trainer.looked_at", lambda *_: {})
-        with nothing, patch("trl_distill.estimators.look_every", lambda _: 0):
+        with nothing, patch("trl_distill.estimators.where_to_look", lambda _: None):
             return loss(*args, **kwargs)
 
     trainer.rollout_loss = without_metrics

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -32,7 +33,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, it would look for one and warn
 
-from judging import check_teacher, first_rows, load, stops_of, tokenizer_of
+from judging import beyond, check_teacher, first_rows, load, stops_of, template_kwargs, tokenizer_of
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -61,6 +62,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--k", type=int, nargs="*", default=[], help="of pass@k; powers of two unless given")
     add("--max_completion_length", type=int, default=256, help="tokens")
     add("--temperature", type=float, default=1.0, help="of sampling, and of both models in the KL")
+    add("--chat_template_kwargs", type=template_kwargs, help="as in training: '{\"enable_thinking\": false}'")
     add("--seed", type=int, default=0)
     add("--batch_size", type=int, default=64, help="answers at a time")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -83,12 +85,18 @@ def evaluated(name: str, model: Any, teacher: Any, rows: list, options: argparse
     models = [model, *([teacher] if teacher is not None else [])]
     stops, merged = stops_of(models, tokenizer)
     how = Sampling(
-        options.max_completion_length, tuple(stops), options.temperature, options.num_generations, options.seed
+        options.max_completion_length,
+        tuple(stops),
+        options.temperature,
+        options.num_generations,
+        options.seed,
+        suppressed=beyond(model, teacher) if teacher is not None else (),
     )
     verifiers = [import_reward(options.verifier)] if options.verifier else []
     bar = progress.add_task(name, total=len(rows) * options.num_generations)
     found: list[Answer] = []
-    for batch in answer_all(model, rows, tokenizer, how, verifiers, teacher, merged, options.batch_size):
+    asked = (rows, tokenizer, how, verifiers, teacher, merged, options.batch_size)
+    for batch in answer_all(model, *asked, template_kwargs=options.chat_template_kwargs):
         found += batch
         progress.advance(bar, len(batch))
     return found
@@ -112,6 +120,11 @@ def lines(results: dict[str, dict[str, Estimate]], graded: bool) -> list[list[st
         label = {"kl": "KL to the teacher, nats per token", "length": "length, tokens"}.get(name, name)
         rows.append([label, *("" if one is None else shown(name, one, graded) for one in found)])
     return rows
+
+
+def told(one: Estimate) -> dict[str, float | None]:
+    """For JSON, which has no word for what is no number."""
+    return {key: value if math.isfinite(value) else None for key, value in one._asdict().items()}
 
 
 class Results:
@@ -150,14 +163,14 @@ class Results:
             for answer in self.answers[name]:
                 scores.setdefault(answer.prompt, []).append(answer.score)
             models[name] = {
-                "estimates": {key: one._asdict() for key, one in estimates.items()},
+                "estimates": {key: told(one) for key, one in estimates.items()},
                 "scores": list(scores.values()),
                 "seconds": round(self.seconds[name], 1),
             }
         output: Path = self.options.output
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.options).items()}
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"settings": settings, "models": models}, indent=1) + "\n")
+        output.write_text(json.dumps({"settings": settings, "models": models}, indent=1, allow_nan=False) + "\n")
         head, *rows = lines(self.estimates(), self.graded)
         rule = ["---", *["---:"] * (len(head) - 1)]
         path = output.with_suffix(".md")
@@ -196,12 +209,8 @@ def main(words: list[str] | None = None) -> None:
             begun = time.perf_counter()
             try:
                 found = evaluated(name, model, teacher, rows, options, progress)
-            except (KeyError, TypeError, ValueError) as error:
-                columns_there = ", ".join(rows[0])
-                sys.exit(
-                    f"{name} could not be evaluated with the verifier {options.verifier!r} on a dataset with the "
-                    f"columns {columns_there}: {type(error).__name__}: {error}"
-                )
+            except ValueError as error:
+                sys.exit(f"{name} could not be evaluated. {error}")
             results.add(name, found, time.perf_counter() - begun)
             del model  # one at a time, beside the teacher
     console.print(results.table(len(rows)))

@@ -5,6 +5,8 @@ Errors end a script with a message that says what to change.
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +27,7 @@ console = Console()
 def load(name: str, whose: str, dtype: str, device: str) -> Any:
     """A model whose forward gives hidden states, after a check that its logits follow from them."""
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        model = model.to(device).eval()
+        model = checks.load_whole(AutoModelForCausalLM.from_pretrained, name, whose, dtype=dtype).to(device).eval()
         checks.check_text_only(model.config, whose)
         add_teacher_forward(model)
         probe = rollouts_of([[0]], [[1, 2, 3]], 0, device)
@@ -64,6 +65,23 @@ def first_rows(prompts: str, split: str, most: int) -> list[dict[str, Any]]:
             "Rename the one that holds the questions."
         )
     return list(dataset.select(range(min(most, len(dataset)))))
+
+
+def beyond(student: Any, teacher: Any) -> tuple[int, ...]:
+    """Ids that the student has and the teacher has not: never drawn, as in training."""
+    theirs, ours = (unwrap_adapter(m).config.get_text_config().vocab_size for m in (teacher, student))
+    return tuple(range(theirs, ours))
+
+
+def template_kwargs(text: str) -> dict[str, Any]:
+    """What `--chat_template_kwargs` says."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object; write '{{\"enable_thinking\": false}}'")
+    return found
 
 
 def tokenizer_of(model: str) -> Any:

@@ -86,11 +86,18 @@ def collected(folder: Path, claims: list[str], size: float, seeds: list[int]) ->
     return found
 
 
-def run_all(pool: ProcessPoolExecutor, options: argparse.Namespace) -> list[str]:
+def workers(options: argparse.Namespace) -> ProcessPoolExecutor:
+    """A process for each run. One pool for each claim: a process that is killed takes its pool with it."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(options.jobs, mp_context=context, max_tasks_per_child=1)
+
+
+def run_all(options: argparse.Namespace) -> list[str]:
     """Everything that has not been run; returns what failed."""
     folder, failed = options.output_dir, []
-    for claim in options.claims:
-        pool.submit(prepare, claim, folder, options.preset).result()
+    with workers(options) as pool:
+        for claim in options.claims:
+            pool.submit(prepare, claim, folder, options.preset).result()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         for claim in options.claims:  # one after another: some go on with an earlier one's models
@@ -98,15 +105,16 @@ def run_all(pool: ProcessPoolExecutor, options: argparse.Namespace) -> list[str]
             todo = [task for task in tasks if not is_done(path_of(folder, claim, *task), options.size)]
             bar = progress.add_task(claim, total=len(tasks), completed=len(tasks) - len(todo))
             how = (folder, options.size, options.preset)
-            futures: dict[Future, tuple] = {pool.submit(run, claim, *task, *how): task for task in todo}
-            for future in as_completed(futures):
-                arm, seed = futures[future]
-                error = future.exception()
-                if error is not None:
-                    failed.append(f"{claim}, {arm}, seed {seed}: {error}")
-                progress.advance(bar)
-                if not console.is_terminal:  # where bars are drawn only at the end
-                    console.print(f"{claim}, {arm}, seed {seed}: {'failed' if error else 'done'}")
+            with workers(options) as pool:
+                futures: dict[Future, tuple] = {pool.submit(run, claim, *task, *how): task for task in todo}
+                for future in as_completed(futures):
+                    arm, seed = futures[future]
+                    error = future.exception()
+                    if error is not None:
+                        failed.append(f"{claim}, {arm}, seed {seed}: {error}")
+                    progress.advance(bar)
+                    if not console.is_terminal:  # where bars are drawn only at the end
+                        console.print(f"{claim}, {arm}, seed {seed}: {'failed' if error else 'done'}")
     return failed
 
 
@@ -155,9 +163,7 @@ def main(options: argparse.Namespace) -> int:
         console.print(f"--preset {options.preset} needs a GPU, and there is none here; leave it out for small models.")
         return 1
     if not options.report_only:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.jobs, mp_context=context, max_tasks_per_child=1) as pool:
-            failed = run_all(pool, options)
+        failed = run_all(options)
     results = collected(options.output_dir, options.claims, options.size, options.seeds)
     for claim, runs in results.items():
         console.print(report.table(claim, CLAIMS[claim].sentence, runs))

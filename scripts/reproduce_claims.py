@@ -25,6 +25,7 @@ from reproduce_runs import (
     fine_tune,
     make_order_models,
     measured,
+    save_whole,
     teacher_samples,
     write,
 )
@@ -79,11 +80,9 @@ def _gap(kind: str, place: Place, seed: int, size: float, then: str | None = Non
         rows, texts, tokens = teacher_samples(bench, round(BATCH * steps * share), seed)
         fine_tune(bench, student, rows, texts, round(steps * share), seed, cost, tokens)
         if then is not None:
-            distil(bench, student, steps - round(steps * share), seed, cost, rate=then)
-    saved = _saved(place, kind, seed, size)
-    part = saved.with_suffix(".part")
-    student.save_pretrained(part)
-    part.replace(saved)
+            others = bench.task.problems(BATCH * steps, TRAIN + seed).select(range(len(rows), BATCH * steps))
+            distil(bench, student, steps - round(steps * share), seed, cost, rate=then, rows=others)
+    save_whole(student, _saved(place, kind, seed, size))
     return _ended(bench, student, seed, cost)
 
 

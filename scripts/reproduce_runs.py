@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,7 @@ def make_order_models(place: Place, steps: int = 800) -> None:
         teacher = small_model(bench, "teacher")
         rows = bench.task.problems(BATCH * steps, HUMAN)
         fine_tune(bench, teacher, rows, list(rows["solution"]), steps, 0, Cost(), rate="many")
-        bench.tokenizer.save_pretrained(bench.teacher_path)
-        teacher.save_pretrained(bench.teacher_path)
+        save_whole(teacher, Path(bench.teacher_path), bench.tokenizer)
     for name in ("student", "small", "tiny"):
         path = Bench("many", place, name).student_path
         if not Path(path, "config.json").exists():
@@ -157,7 +157,18 @@ def make_order_models(place: Place, steps: int = 800) -> None:
             student = small_model(bench, name)
             rows, texts, _ = teacher_samples(bench, 2000, 1)
             fine_tune(bench, student, rows, texts, 300, 1, Cost(), rate="many")
-            student.save_pretrained(path)
+            save_whole(student, Path(path))
+
+
+def save_whole(model: Any, folder: Path, tokenizer: Any = None) -> None:
+    """A folder that is there is whole, whenever the process was killed."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
 
 
 def small_model(bench: Bench, name: str) -> Any:

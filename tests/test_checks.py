@@ -7,6 +7,7 @@ import copy
 import pytest
 from datasets import Dataset, DatasetDict
 from helpers import VOCAB, WORDS, batch, config, in_training, make_model, make_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from trl import GRPOConfig
 
@@ -289,3 +290,43 @@ def test_reward_weights_without_rewards(make, tmp_path):
 def test_settings_without_effect_are_said(make, tmp_path, caplog):
     make(args=config(tmp_path, top_entropy_quantile=0.5))
     assert "`top_entropy_quantile` shapes the policy loss" in caplog.text
+
+
+@pytest.fixture
+def broken(saved, request):
+    """A saved teacher of which something is wrong."""
+    weights = saved / "teacher" / "model.safetensors"
+    if request.param == "a layer short":
+        state = load_file(weights)
+        save_file({n: t for n, t in state.items() if ".layers.1." not in n}, weights, metadata={"format": "pt"})
+    elif request.param == "cut off":
+        weights.write_bytes(weights.read_bytes()[:3000])
+    elif request.param == "a pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    elif request.param == "no weights":
+        weights.unlink()
+    else:
+        (saved / "teacher" / "config.json").write_text("{")
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("a layer short", r"The checkpoint of the teacher '.*' lacks \d+ of its weights"),
+        ("cut off", "The weights of the teacher '.*' could not be loaded"),
+        ("a pointer", "The weights of the teacher '.*' could not be loaded"),
+        ("no weights", "The weights of the teacher '.*' could not be loaded"),
+        ("a torn config", "The teacher's `config.json` in '.*' cannot be read"),
+    ],
+    indirect=["broken"],
+)
+def test_a_teacher_that_is_not_whole(broken, tmp_path, prompts, message):
+    """What is missing would be random, and a run against it would look like any other."""
+    with pytest.raises(ValueError, match=message):
+        OPDTrainer(
+            model=str(broken / "student"),
+            teacher_model=str(broken / "teacher"),
+            args=config(tmp_path / "out"),
+            train_dataset=prompts,
+        )

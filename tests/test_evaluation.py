@@ -8,13 +8,27 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import EOS, make_model
+from helpers import EOS, PAD, VOCAB, make_model
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, set_seed
 
 from trl_distill.evaluation import Answer, answer_all, difference, distinct, estimate, pass_at_k, summarise
 from trl_distill.forwards import add_teacher_forward
 from trl_distill.objective import reverse_kl
-from trl_distill.samples import Sampling
+from trl_distill.samples import Sampling, answers_with, rollouts_of
+
+
+SMALL = {
+    GPT2Config: {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    OPTConfig: {
+        "hidden_size": 16,
+        "word_embed_proj_dim": 16,
+        "ffn_dim": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    },
+}
 
 
 @pytest.mark.parametrize(("samples", "correct", "k"), [(5, 0, 2), (5, 2, 1), (5, 2, 3), (5, 5, 4), (6, 1, 6)])
@@ -138,3 +152,19 @@ def test_a_checkpoint_s_own_settings_do_not_bend_what_is_sampled(pair, tokenizer
     own = student.generation_config
     assert list(itertools.chain(*answer_all(model, rows, tokenizer, how))) == plain
     assert student.generation_config is own
+
+
+@pytest.mark.parametrize("family", [GPT2Config, OPTConfig])
+def test_absolute_positions_do_not_depend_on_the_batch(family):
+    """Rows of unequal length are padded on the left; alone there is no padding."""
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(family(vocab_size=VOCAB, **SMALL[family])).eval()
+    add_teacher_forward(model)
+    rows = [[2, 3, 4, 5, 6, 7], [8, 9]]
+    answers = [[10, 11, 12], [13, 14, 15]]
+    together = answers_with(model)(rollouts_of(rows, answers, PAD, "cpu")).hidden
+    alone = [
+        answers_with(model)(rollouts_of([row], [answer], PAD, "cpu")).hidden
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone))

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from helpers import EOS, PAD, TOOL_TEMPLATE, VOCAB, WORDS, config, make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification, Qwen3Config, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, OPTConfig, Qwen3Config, set_seed
 from trl import GRPOConfig
 
 from trl_distill import OPDTrainer
@@ -149,6 +149,17 @@ def test_adapters(make, student, given_as):
         trained(make(extra={"peft_config": adapter}))
     else:
         trained(make(model=get_peft_model(student, adapter)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_iterations": 2}, {"entropy_coef": 0.01}])
+def test_a_backbone_that_the_model_goes_past(make, changes):
+    """OPT's own forward calls the decoder within what others give their hidden states with."""
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2}
+    set_seed(1)
+    made = OPTConfig(vocab_size=VOCAB, num_attention_heads=2, pad_token_id=PAD, eos_token_id=EOS, dropout=0.0, **sizes)
+    trainer = make(model=AutoModelForCausalLM.from_config(made), **changes)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
 
 
 def test_truncated_completions_teach_nothing(make, student):

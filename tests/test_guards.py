@@ -15,7 +15,7 @@ from helpers import config
 
 from trl_distill import NonFiniteLossError, OPDTrainer, RunawayError, StopOnSigterm, StoppedBySignal
 from trl_distill.checkpoints import last_complete
-from trl_distill.guards import Guard, repetition
+from trl_distill.guards import Guard, repetition, written
 
 
 @pytest.fixture
@@ -75,6 +75,25 @@ def test_repetition_is_the_share_of_grams_that_stood_before():
     mask[4, 3:] = 0  # none
     assert repetition(ids, mask).tolist() == pytest.approx([0, 3 / 5, 4 / 5, 1 / 2, 0])
     assert repetition(ids[:, :3], mask[:, :3]).tolist() == [0] * 5
+
+
+def test_a_completion_that_was_cut_is_looked_at_although_it_is_not_trained_on():
+    ids = torch.tensor([[5] * 8, [2, 3, 4, 5, 6, 1, 0, 0], [7, 7, 7, 7, 7, 7, 0, 0]])
+    mask = torch.tensor([[0] * 8, [1] * 6 + [0] * 2, [0] * 8])
+    batch = {"completion_ids": ids, "completion_mask": mask}
+    assert written(batch, pad=0).sum(1).tolist() == [8, 6, 6]
+    batch["tool_mask"] = torch.ones_like(ids)
+    batch["tool_mask"][1, 2:4] = 0
+    assert written(batch, pad=0).sum(1).tolist() == [8, 4, 6]
+
+
+def test_loops_are_seen_where_cut_completions_are_masked(make, tmp_path, student):
+    """A student that writes one token for ever."""
+    with torch.no_grad():
+        student.model.embed_tokens.weight[5] *= 30
+    trainer = make(max_steps=6, mask_truncated_completions=True, stop_above_repetition=0.5, max_completion_length=16)
+    with pytest.raises(RunawayError, match="repeat earlier ones"):
+        trainer.train()
 
 
 def test_a_guard_counts_batches_in_a_row():

@@ -98,16 +98,59 @@ def test_values_against_full_logits(tmp_path, tokenizer, prompts, monkeypatch, r
 
 def test_few_tokens_are_looked_at(monkeypatch):
     head, signal = LMHead(make_model(seed=1)), HiddenStates(torch.randn(1000, 16), LMHead(make_model(seed=2)))
-    for length, every, seen in ((1000, 61, 17), (1000, 60, 17), (1000, 1, 112), (3, 61, 1), (0, 61, 0)):
+    for length, every, least in ((1000, 61, 16), (1000, 60, 16), (1000, 1, 111), (3, 61, 1), (0, 61, 0)):
         monkeypatch.setattr(heads, "LOOK_EVERY", every)
+        hidden, ids = torch.randn(length, 16), torch.randint(VOCAB, (length,))
         part = HiddenStates(signal.hidden[:length], signal.head)
-        found = compared(torch.randn(length, 16), head, part, 1.0)
-        assert found.shape == (len(COMPARED), seen)
-        form, ids = Form(), torch.zeros(length).long()
-        found = fused_divergence(
-            torch.randn(length, 16), head, part.hidden, part.head, form, ids, look_every=heads.look_every(length)
-        )
-        assert found.looked.shape == (len(COMPARED), seen)
+        look = heads.where_to_look(ids)
+        found = compared(hidden, head, part, 1.0, ids)
+        assert found.shape[1] in (least, least + 1)
+        fused = fused_divergence(hidden, head, part.hidden, part.head, Form(), ids, look=look).looked
+        torch.testing.assert_close(found, fused)
+
+
+def test_no_place_is_preferred():
+    """Batches of few tokens would show first tokens alone otherwise, and these are unlike the others."""
+    seen = torch.zeros(40)
+    for seed in range(2000):
+        ids = torch.randint(150_000, (40,), generator=torch.Generator().manual_seed(seed))
+        seen[heads.where_to_look(ids)] += 1
+    assert seen.sum() == 2000
+    assert seen.min() > 20
+    assert seen.max() < 90
+
+
+def test_stop_tokens_count_as_one():
+    """Student and teacher are sure that the answer ends here, and end it with different ids."""
+    log_q, log_p = (torch.full((1, VOCAB), -20.0).index_fill_(1, torch.tensor([stop]), 20.0) for stop in (3, 7))
+    log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
+    apart = dict(zip(COMPARED, heads.differences(log_q, log_p)[:, 0].tolist(), strict=True))
+    merged = dict(zip(COMPARED, heads.differences(log_q, log_p, [3, 7])[:, 0].tolist(), strict=True))
+    assert apart["reverse_kl"] > 39
+    assert apart["top1_agreement"] == 0
+    assert merged["reverse_kl"] == pytest.approx(0, abs=1e-5)
+    assert merged["forward_kl"] == pytest.approx(0, abs=1e-5)
+    assert merged["top1_agreement"] == 1
+
+
+def test_rows_without_a_judged_token_have_no_objective(tmp_path, tokenizer, prompts):
+    trainer = OPDTrainer(
+        model=make_model(seed=1),
+        teacher_model=make_model(seed=2),
+        reward_funcs=[length],
+        args=config(tmp_path, num_generations=2),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    in_training(trainer)
+    inputs = {**batch(rows=4, completion=9), "rewards": torch.arange(4.0), "advantages": torch.zeros(4)}
+    for rows in (inputs, {name: values[1:] if values.dim() else values for name, values in inputs.items()}):
+        if rows is inputs:
+            rows["completion_mask"][0] = 0
+        trainer.rollout_loss(trainer.model, rows)
+    for name in ("distill/sequence_kl", "objective"):
+        cut, without = trainer._metrics["train"][name]
+        assert cut == pytest.approx(without, rel=1e-5), name
 
 
 def test_the_reward_s_sign():

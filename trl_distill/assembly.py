@@ -233,9 +233,10 @@ class Assembly(Watched):
             model.eval()
             with last_hidden_state(base.base_model) as caught:
                 expected = model(input_ids=token_ids, use_cache=False).logits
+            # some, such as OPT, go past what others give their hidden states with
+            hidden = caught[0] if caught else base.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
             model.train(training)
-            head = LMHead(base)
-            checks.check_logits(expected, head.logits(caught[0].to(expected.device)), whose)
+            checks.check_logits(expected, LMHead(base).logits(hidden.to(expected.device)), whose)
 
     def _stop_at(self, ids: list[int]) -> None:
         """Let rollouts, and the student that is saved, end with any of these ids: all mean the end to the teacher."""

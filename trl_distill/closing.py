@@ -6,6 +6,7 @@ A callback that [`OPDTrainer`] adds where progress is shown (`disable_tqdm` unse
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
+
+logger = logging.getLogger(__name__)
 
 SHARE = 10  # the first and the last so many-th part of the log are compared
 ROWS = {  # label by key of the log
@@ -51,5 +54,9 @@ class ClosingTable(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         table = closing_table(state.log_history)
-        if state.is_world_process_zero and table is not None:
+        if not state.is_world_process_zero or table is None:
+            return
+        try:
             Console().print(table)
+        except UnicodeEncodeError as error:  # what training ends with must not end it
+            logger.warning(f"The closing table cannot be shown in this encoding ({error}). Set PYTHONIOENCODING=utf-8.")

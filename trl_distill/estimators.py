@@ -15,7 +15,7 @@ import torch
 from . import objective
 from ._compat import has_triton
 from .fused import Form, Slopes, fused_divergence
-from .heads import LMHead, kernel_divergence, log_probs_of, logits_of, look_every, top_ids
+from .heads import LMHead, kernel_divergence, log_probs_of, logits_of, top_ids, where_to_look
 from .signals import HiddenStates, Signal, TokenLogProbs
 
 
@@ -98,8 +98,8 @@ class Full:
         if uses_kernel(hidden.device, self.divergence):
             return self._by_kernel(hidden, head, signal, sampled, log_q)
         form = Form(self.divergence, self.alpha, self.temperature, tuple(self.stops))
-        every = look_every(len(hidden))
-        found = fused_divergence(hidden, head, signal.hidden, signal.head, form, sampled, slopes, every)
+        look = where_to_look(sampled)
+        found = fused_divergence(hidden, head, signal.hidden, signal.head, form, sampled, slopes, look)
         measured = {"divergence": found.divergence, "entropy": found.entropy, "looked": found.looked}
         if slopes is not None and slopes.log_q is not None:
             measured["own_log_q"] = found.log_q

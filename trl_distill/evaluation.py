@@ -156,6 +156,7 @@ def answer_all(
     merged: Sequence[int] = (),
     batch_size: int = 64,
     prefixes: Sequence[Sequence[int]] | None = None,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> Iterator[list[Answer]]:
     """
     Let a model answer, batch by batch.
@@ -171,12 +172,13 @@ def answer_all(
         merged (`Sequence[int]`): stop ids that count as one in the KL.
         batch_size (`int`): answers at a time.
         prefixes (*optional*): for each row the ids that its answer begins with; they count as written by the model.
+        template_kwargs (`dict`, *optional*): for the chat template, such as `{"enable_thinking": False}`.
     """
     size = max(1, batch_size // how.generations)
     device = next(model.parameters()).device
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        prompts = [prompt_ids(tokenizer, row["prompt"]) for row in part]
+        prompts = [prompt_ids(tokenizer, row["prompt"], template_kwargs) for row in part]
         begun: Sequence[Sequence[int]] = prefixes[start : start + size] if prefixes is not None else [[]] * len(part)
         given = [[*prompt, *prefix] for prompt, prefix in zip(prompts, begun, strict=True)]
         written = sampled(model, part, given, tokenizer.pad_token_id, replace(how, seed=how.seed + start))

@@ -120,6 +120,11 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
         if fused_lm_head and asked.log_probs == "trl":
             with last_hidden_state(self.base_model) as caught:
                 fields = dict(fused_forward(self, *args, fused_lm_head=True, **kwargs))
+            if not caught:
+                raise ValueError(
+                    f"{type(self).__name__} did not call its backbone in TRL's forward, so its hidden states are not "
+                    "known. Leave out what needs TRL's log-probabilities: `cast_lm_head_to_fp32`, an entropy bonus."
+                )
             hidden = caught[0]
         else:
             kwargs.pop("labels", None)
@@ -149,7 +154,8 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
                     if "looked" in found:
                         looked.append(found.pop("looked"))
                     elif isinstance(signal, HiddenStates):
-                        looked.append(compared(states.detach(), head, signal, asked.estimator.temperature))
+                        how = (asked.estimator.temperature, sampled[mask], asked.estimator.stops)
+                        looked.append(compared(states.detach(), head, signal, *how))
                 if "own_log_q" in found:
                     fields = _as_trls(hidden, judgement.mask, found.pop("own_log_q"), found["entropy"])
                 measured.append({name: _scatter(values, mask) for name, values in found.items()})

@@ -50,8 +50,8 @@ class Found(NamedTuple):
     Per judged token, of shape `(N,)`, fp32, in nats.
 
     `divergence` and `log_q`, the student's log-probability of the sampled token, carry gradients; the student's
-    `entropy` and the teacher's `log_p` of the sampled token do not. Nor does `looked`: how the models differ at every
-    so many-th token, see [`~trl_distill.heads.differences`].
+    `entropy` and the teacher's `log_p` of the sampled token do not. Nor does `looked`: how the models differ at a few
+    tokens, see [`~trl_distill.heads.differences`].
     """
 
     divergence: torch.Tensor
@@ -76,7 +76,7 @@ def fused_divergence(
     form: Form,
     sampled: torch.Tensor | None = None,
     slopes: Slopes | None = None,
-    look_every: int = 0,
+    look: slice | None = None,
 ) -> Found:
     """
     Divergence of student and teacher over the ids that both have, and what else the same logits tell.
@@ -91,7 +91,7 @@ def fused_divergence(
             model lacks they mean nothing.
         slopes ([`Slopes`], *optional*): what the gradient will be, up to a common factor. Right slopes save two
             projections; wrong ones cost time, not correctness.
-        look_every (`int`): compare the models at every so many-th token for the log; 0 at none.
+        look (`slice`, *optional*): with start and step, the tokens at which the models are compared for the log.
     """
     weight, bias = head.parameters()
     teacher_weight, _ = teacher_head.parameters()
@@ -102,7 +102,7 @@ def fused_divergence(
         weight, bias = weight[:shared], None if bias is None else bias[:shared]
     ids = torch.zeros(len(hidden), dtype=torch.long) if sampled is None else sampled.clamp(max=shared - 1)
     expected = [None if slope is None else slope.float() for slope in slopes or (None, None)]
-    how = _How(form, head, teacher_head, look_every)
+    how = _How(form, head, teacher_head, look)
     found = _Fused.apply(hidden.to(device), weight, bias, teacher_hidden.to(device), ids.to(device), *expected, how)
     return Found(*found)
 
@@ -112,7 +112,7 @@ class _How:
     form: Form
     student: LMHead
     teacher: LMHead
-    look_every: int
+    look: slice | None
 
 
 class _Fused(torch.autograd.Function):
@@ -125,7 +125,7 @@ class _Fused(torch.autograd.Function):
         ctx.how = how
         forms_gradient = slope is not None and any(ctx.needs_input_grad[:3])
         grads = _Gradients.wanted_by(ctx.needs_input_grad) if forms_gradient else None
-        looked = -(-len(hidden) // how.look_every) if how.look_every else 0
+        looked = 0 if how.look is None else len(range(len(hidden))[how.look])
         shapes = [(len(hidden),)] * 4 + [(len(COMPARED), looked)]
         found = Found(*(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes))
         _run(ctx, (hidden, weight, bias, teacher_hidden, ids), found, grads, slope, slope_log_q)
@@ -258,7 +258,7 @@ def _run(
                 of_student = ours.finish(logits, how.form.temperature)
                 block = _Block(of_student, teachers.finish(theirs, how.form.temperature), how.form)
                 if found is not None:
-                    block.tell(found, part, ids[part, None], how.look_every)
+                    block.tell(found, part, ids[part, None], how.look)
                 slopes = [None if s is None else s[part, None] for s in (slope, slope_log_q)]
                 derivative = block.measure(found and found.divergence[part], grads is not None, *slopes)
                 if derivative is not None:
@@ -367,16 +367,16 @@ class _Block:
         """Under q: `(n, V)` to `(n, 1)`."""
         return torch.mul(self.mass, values, out=self.product).sum(-1, keepdim=True) / self.norm
 
-    def tell(self, found: Found, rows: slice, at: torch.Tensor, look_every: int) -> None:
+    def tell(self, found: Found, rows: slice, at: torch.Tensor, look: slice | None) -> None:
         """Write what is no divergence; `at` are the sampled ids, `(n, 1)`."""
         found.log_q[rows] = (self.ours.gather(1, at) - self.log_norm_q)[:, 0]
         found.log_p[rows] = (self.theirs.gather(1, at) - self.log_norm_p)[:, 0]
         found.entropy[rows] = (self.log_norm_q - self.mean(self.ours))[:, 0]
-        first = -(-rows.start // look_every) if look_every else 0
-        if look_every and first * look_every < rows.stop:
-            here = slice(first * look_every - rows.start, None, look_every)
+        earlier, upto = (0, 0) if look is None else (len(range(end)[look]) for end in (rows.start, rows.stop))
+        if look is not None and earlier < upto:
+            here = slice(look.start + earlier * look.step - rows.start, None, look.step)
             log_q, log_p = self.ours[here] - self.log_norm_q[here], self.theirs[here] - self.log_norm_p[here]
-            found.looked[:, first : first + len(log_q)] = differences(log_q, log_p)
+            found.looked[:, earlier:upto] = differences(log_q, log_p, self.form.stops)
 
     def measure(
         self,

@@ -116,6 +116,22 @@ def repetition(ids: torch.Tensor, mask: torch.Tensor, gram: int = GRAM) -> torch
     return torch.tensor(shares, device=ids.device)
 
 
+def written(batch: dict[str, Any], pad: int) -> torch.Tensor:
+    """
+    Which tokens of a generation batch its completions hold: `(B, C)`, bool; what tools said is left out.
+
+    `mask_truncated_completions` empties the mask of a completion that was cut, and those are the ones to look at: of
+    them it is all that is no padding.
+
+    Args:
+        batch (`dict`): with "completion_ids" and "completion_mask" of shape `(B, C)`, perhaps "tool_mask".
+        pad (`int`): id of padding.
+    """
+    ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
+    found = torch.where(mask.any(1, keepdim=True), mask, ids != pad)
+    return found & batch["tool_mask"].bool() if "tool_mask" in batch else found
+
+
 def save_evidence(folder: Path, process: int, step: int, terms: dict[str, float], rows: list[dict[str, Any]]) -> Path:
     """
     Write what a loss that is no number was computed from.

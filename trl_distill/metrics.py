@@ -56,7 +56,8 @@ def forces(
     Returns:
         Quantities of shape `(B, C)`: "entropy", the student's, and "distill/disagreement", 1 where the reward would
         raise the sampled token's probability and the teacher lower it, or the other way round. And of shape `(B,)`:
-        "distill/sequence_kl", nats per completion, and "objective", reward minus beta times that; NaN without a reward.
+        "distill/sequence_kl", nats per completion, and "objective", reward minus beta times that; NaN without a reward,
+        and where no token is judged.
     """
     device, completion = per_token.device, slice(-mask.shape[1], None)
     measured = [{name: values.to(device) for name, values in found.items()} for found in output.measured or []]
@@ -66,7 +67,7 @@ def forces(
         of_tokens["entropy"] = torch.stack(entropies).amax(0) if entropies else torch.zeros_like(per_token)
     elif output.entropy is not None:
         of_tokens["entropy"] = output.entropy[:, completion].to(device)
-    of_rows = {"distill/sequence_kl": (per_token * mask).sum(1)}
+    of_rows = {"distill/sequence_kl": (per_token * mask).sum(1).masked_fill(mask.sum(1) == 0, torch.nan)}
     if "rewards" in inputs:
         of_rows["objective"] = inputs["rewards"] - beta * of_rows["distill/sequence_kl"]
     if "rewards" in inputs and output.log_probs is not None and all("log_p" in found for found in measured):
@@ -120,7 +121,7 @@ def by_reward(per_token: torch.Tensor, mask: torch.Tensor, advantages: torch.Ten
     The divergence of completions that the reward is for, and of those that it is against.
 
     Args:
-        per_token, mask: as in [`shape_of`].
+        per_token, mask: as in [`looked_at`].
         advantages (`torch.Tensor` of shape `(B,)` or `(B, C)`).
 
     Returns:

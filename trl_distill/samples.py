@@ -6,6 +6,7 @@ is made of completions is left to `report/` and `evaluation.py`.
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
-from .forwards import unwrap_adapter
+from .forwards import has_relative_positions, unwrap_adapter
 from .off_policy import token_ids
 from .signals import HiddenStates, Rollouts
 
@@ -120,7 +121,13 @@ def sampled(
         rows (`list` of `dict`), prompts (`list[list[int]]`): of equal length.
         pad (`int`): id of padding.
         how ([`Sampling`]): temperature, length, seed.
+
+    Raises:
+        ValueError: a prompt has no tokens.
     """
+    if not all(prompts):
+        empty = next(row for row, ids in zip(rows, prompts, strict=True) if not ids)
+        raise ValueError(f"The prompt {empty['prompt']!r} has no tokens. Drop such rows.")
     device = next(model.parameters()).device
     ids = [torch.tensor(prompt) for prompt in prompts for _ in range(how.generations)]
     padded = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left").to(device)
@@ -177,7 +184,7 @@ def scores(
     What functions say of completions, by name; they are called as TRL calls them: prompts, completions, columns.
 
     Raises:
-        ValueError: a function does not give a score, or `None`, for each completion.
+        ValueError: a function fails, or does not give a score, or `None`, for each completion.
     """
     rows = [row.row for row in written]
     names = rows[0] if rows else ()
@@ -191,9 +198,16 @@ def scores(
     for function in functions if written else ():
         name = getattr(function, "__name__", type(function).__name__)
         given_ids = [row.completion for row in written]
-        found = function(
-            prompts=[row["prompt"] for row in rows], completions=answers, completion_ids=given_ids, **columns
-        )
+        try:
+            found = function(
+                prompts=[row["prompt"] for row in rows], completions=answers, completion_ids=given_ids, **columns
+            )
+        except Exception as error:  # a user's own code
+            given_to = f"the columns {', '.join(columns)}" if columns else "no columns"
+            raise ValueError(
+                f"The reward function {name!r} failed: {type(error).__name__}: {error}. It was given {given_to}, and "
+                f"completions such as {answers[0]!r:.100}."
+            ) from error
         if not isinstance(found, Sequence) or len(found) != len(written):
             raise ValueError(
                 f"The reward function {name!r} returned {found!r:.100} for {len(written)} completions. It must return "
@@ -203,8 +217,22 @@ def scores(
     return by_name
 
 
-def answers_with(model: nn.Module) -> Signals:
-    """How a model whose forward is extended is asked for its hidden states."""
-    return lambda rollouts: model(
-        input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask, rollouts=rollouts
-    )
+def answers_with(model: nn.Module, as_in_training: bool = False) -> Signals:
+    """
+    How a model whose forward is extended is asked for its hidden states.
+
+    Args:
+        model: see [`~trl_distill.forwards.add_teacher_forward`].
+        as_in_training (`bool`): count positions as a forward in training does, padding on the left included. Otherwise
+            they are told to models with absolute positions, so that what stands beside a row does not matter.
+    """
+    base = unwrap_adapter(model)
+    takes = inspect.signature(base.base_model.forward).parameters
+    told = not as_in_training and not has_relative_positions(base.config) and "position_ids" in takes
+
+    def answer(rollouts: Rollouts) -> HiddenStates:
+        attended = rollouts.attention_mask
+        places = {"position_ids": (attended.cumsum(1) - 1).clamp(min=0)} if told else {}
+        return model(input_ids=rollouts.input_ids, attention_mask=attended, rollouts=rollouts, **places)
+
+    return answer

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ._compat import create_model_from_path, get_config_model_id, prepare_deepspeed, prepare_fsdp
-from .checks import load_config, load_tokenizer
+from .checks import load_config, load_tokenizer, load_whole
 from .config import OPDConfig
 from .forwards import add_teacher_forward, has_relative_positions, unwrap_adapter
 from .signals import HiddenStates, Rollouts, Signal
@@ -240,9 +240,11 @@ def load_teacher(spec: str | nn.Module, args: OPDConfig, accelerator: Accelerato
             kwargs["device_map"] = None  # each process places its own copy, or its own shard
         if args.teacher_offload:
             kwargs.setdefault("device_map", None)
-        spec = create_model_from_path(spec, **kwargs)
+        model: Any = load_whole(create_model_from_path, spec, "teacher", **kwargs)
+    else:
+        model = spec
     kind = ParkedTeacher if args.teacher_offload else LocalTeacher
-    return kind(spec, accelerator, student_vocab_size, args.teacher_batch_size or args.per_device_train_batch_size)
+    return kind(model, accelerator, student_vocab_size, args.teacher_batch_size or args.per_device_train_batch_size)
 
 
 def teacher_config(spec: str | nn.Module, args: OPDConfig) -> PretrainedConfig:

@@ -17,7 +17,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ._compat import Seams
 from .checkpoints import MARKER, last_complete, what_is_missing
-from .guards import Guard, NonFiniteLossError, RunawayError, StoppedBySignal, repetition, save_evidence
+from .guards import Guard, NonFiniteLossError, RunawayError, StoppedBySignal, repetition, save_evidence, written
 from .metrics import means
 from .signals import TeacherAnswerError, TeacherUnavailable
 
@@ -126,7 +126,7 @@ class Watched(Seams):
 
     def watch(self, batch: dict[str, Any]) -> None:
         """Let the guards see a generation batch that the student has written."""
-        shares = repetition(batch["completion_ids"], batch["completion_mask"])
+        shares = repetition(batch["completion_ids"], written(batch, self.tokenizer.pad_token_id))
         found = means(self.accelerator, {"distill/repetition": (shares, torch.ones_like(shares))})
         self.record("distill/repetition", found["distill/repetition"])
         for name, guard in self._guards.items():

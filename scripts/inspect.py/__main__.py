@@ -14,6 +14,7 @@ on purpose: several devices, and models that do not fit on one.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import warnings
@@ -32,7 +33,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, it would look for one and warn
 
-from judging import check_teacher, first_rows, load, stops_of, tokenizer_of
+from judging import beyond, check_teacher, first_rows, load, stops_of, template_kwargs, tokenizer_of
 from rich.console import Console
 from rich.progress import Progress
 from transformers.utils import logging as transformers_logging
@@ -64,6 +65,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--max_completion_length", type=int, default=256, help="tokens")
     add("--temperature", type=float, default=1.0, help="of sampling, and of both models in the KL")
     add("--reward_funcs", nargs="*", default=[], help="import paths (`module.function`) or names from trl.rewards")
+    add("--chat_template_kwargs", type=template_kwargs, help="as in training: '{\"enable_thinking\": false}'")
     add("--seed", type=int, default=0)
     add("--batch_size", type=int, default=8, help="completions at a time")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -84,6 +86,7 @@ class Collector:
 
     def __init__(self, options: argparse.Namespace, rows: list[dict[str, Any]], tokenizer: Any, rewards: list[Any]):
         self.options, self.rows, self.tokenizer, self.rewards = options, rows, tokenizer, rewards
+        self.ids_of = functools.partial(prompt_ids, tokenizer, template_kwargs=options.chat_template_kwargs)
 
     def _batches(self, writer: Any, how: Sampling, teacher: Any, label: str, progress: Progress) -> Any:
         """Written completions, `batch_size` at a time."""
@@ -95,7 +98,7 @@ class Collector:
             if from_dataset:
                 yield [given(row, self.tokenizer, how) for row in rows]
             else:
-                prompts = [prompt_ids(self.tokenizer, row["prompt"]) for row in rows]
+                prompts = [self.ids_of(row["prompt"]) for row in rows]
                 yield sampled(writer, rows, prompts, self.tokenizer.pad_token_id, replace(how, seed=how.seed + start))
             progress.update(bar, advance=len(rows))
 
@@ -115,6 +118,7 @@ class Collector:
                     self.options.device,
                     merged,
                     self.options.temperature,
+                    self.ids_of,
                 )
                 written += batch
         return with_rewards(completions, written, self.rewards, self.tokenizer)
@@ -123,8 +127,11 @@ class Collector:
 def main(words: list[str] | None = None) -> None:
     options = arguments(words)
     transformers_logging.disable_progress_bar()
-    rewards = [import_reward(path) for path in options.reward_funcs]
-    rows = first_rows(options.prompts, options.split, options.num_prompts)
+    try:
+        rewards = [import_reward(path) for path in options.reward_funcs]
+        rows = first_rows(options.prompts, options.split, options.num_prompts)
+    except ValueError as error:
+        sys.exit(f"{error}")
     console.print("Loading models ...")
     names = [options.model, *([options.compare_with] if options.compare_with else [])]
     students = [load(name, "student", options.dtype, options.device) for name in names]
@@ -134,7 +141,12 @@ def main(words: list[str] | None = None) -> None:
 
     stops, merged = stops_of([*students, teacher], tokenizer)
     how = Sampling(
-        options.max_completion_length, tuple(stops), options.temperature, options.num_generations, options.seed
+        options.max_completion_length,
+        tuple(stops),
+        options.temperature,
+        options.num_generations,
+        options.seed,
+        suppressed=tuple(sorted({one for student in students for one in beyond(student, teacher)})),
     )
     collector = Collector(options, rows, tokenizer, rewards)
     completions = collector.collect(students[0], students, teacher, how, merged, "judging")

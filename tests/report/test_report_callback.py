@@ -124,7 +124,10 @@ def test_a_report_that_fails_is_a_warning(trained, caplog):
     with caplog.at_level(logging.WARNING, "trl_distill"):
         trainer = trained(TokenReport(every=1, rows=2, reward_funcs=[broken]))
     assert trainer.state.global_step == 3
-    assert "There is no token report of step 2: no judge today" in caplog.text
+    assert (
+        "There is no token report of step 2: The reward function 'broken' failed: RuntimeError: no judge today"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(

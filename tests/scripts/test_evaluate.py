@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import VOCAB, make_model, make_tokenizer
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -51,6 +52,41 @@ def test_models_side_by_side(main, capsys, saved):
     assert f"{mean:.1%}" in table
 
 
+def test_numbers_that_are_none_are_null(main, saved):
+    """Answers of one token have no pairs of tokens."""
+    found = main("--models", "student", "--max_completion_length", "1")
+    assert found["models"]["student"]["estimates"]["distinct-2"] == {"value": None, "low": None, "high": None}
+
+
+def test_a_teacher_with_fewer_ids(main, saved):
+    make_model(seed=1, vocab_size=VOCAB + 7).save_pretrained(saved / "student")
+    found = main("--models", "student", "--teacher", "teacher")
+    assert found["models"]["student"]["estimates"]["kl"]["value"] > 0
+
+
+def test_a_verifier_that_fails_is_named(main, saved):
+    (saved / "torn_verifier.py").write_text("def broken(completions, **_):\n    return [{}[0] for c in completions]\n")
+    with pytest.raises(SystemExit, match="The reward function 'broken' failed: KeyError"):
+        main("--models", "student", "--verifier", "torn_verifier.broken")
+
+
+def test_an_empty_prompt_is_named(main, saved):
+    (saved / "prompts.jsonl").write_text('{"prompt": "a b"}\n{"prompt": ""}\n')
+    with pytest.raises(SystemExit, match="The prompt '' has no tokens"):
+        main("--models", "student")
+
+
+def test_the_chat_template_is_told_what_it_was_told_in_training(main, saved):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}{% if twice %} {{ messages[0].content }}{% endif %}"
+    tokenizer.save_pretrained(saved / "student")
+    row = {"prompt": [{"role": "user", "content": "a b c d e f g"}]}
+    (saved / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    kwargs = ["--chat_template_kwargs", '{"twice": true}']
+    once, twice = (main("--models", "student", "--seed", "3", *words) for words in ([], kwargs))
+    assert once["models"]["student"]["estimates"] != twice["models"]["student"]["estimates"]
+
+
 def test_without_verifier_and_teacher(main):
     found = main("--models", "student")["models"]["student"]["estimates"]
     assert set(found) == {"length", "truncated", "distinct-1", "distinct-2", "distinct-4"}
@@ -69,6 +105,7 @@ def test_the_seed_decides(main):
         (["--num_generations", "2", "--k", "3"], "there are 2 answers per prompt"),
         (["--temperature", "0"], "it must be more than 0"),
         (["--output", "found.txt"], "name a .json file"),
+        (["--chat_template_kwargs", "thinking"], "is no JSON object"),
     ],
 )
 def test_settings_without_a_meaning(main, capsys, words, message):

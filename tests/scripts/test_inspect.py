@@ -89,17 +89,17 @@ def test_an_adapters_folder(main, saved):
 
 
 @pytest.mark.parametrize(
-    ("words", "error", "message"),
+    ("words", "message"),
     [
-        (["--model", "nowhere"], SystemExit, "student 'nowhere' could not be loaded"),
-        (["--teacher", "nowhere"], SystemExit, "teacher 'nowhere' could not be loaded"),
-        (["--prompts", "nothing.jsonl"], ValueError, "does not exist"),
-        (["--split", "test"], ValueError, "no split 'test'.*--split"),
-        (["--reward_funcs", "no_such_module.f"], ValueError, "could not be imported"),
+        (["--model", "nowhere"], "student 'nowhere' could not be loaded"),
+        (["--teacher", "nowhere"], "teacher 'nowhere' could not be loaded"),
+        (["--prompts", "nothing.jsonl"], "does not exist"),
+        (["--split", "test"], "no split 'test'.*--split"),
+        (["--reward_funcs", "no_such_module.f"], "could not be imported"),
     ],
 )
-def test_bad_arguments(main, words, error, message):
-    with pytest.raises(error, match=message):
+def test_bad_arguments(main, words, message):
+    with pytest.raises(SystemExit, match=message):
         main(*words)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from trl_distill.closing import closing_table
+from trl_distill.closing import ClosingTable, closing_table
 from trl_distill.plots import training_figure
 
 
@@ -90,3 +93,12 @@ def test_the_last_table_compares_beginning_and_end():
     assert cells["KL(student ‖ teacher), nats per token"] == ("1", "0.1")
     assert cells["reward"] == ("0.1", "1")
     assert closing_table([{"step": 1, "loss": 0.0}]) is None
+
+
+def test_a_terminal_without_such_signs_does_not_end_a_run(monkeypatch, caplog):
+    """The model is saved after training has ended, so what is shown there must not be in its way."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    state = SimpleNamespace(log_history=LOG, is_world_process_zero=True)
+    ClosingTable().on_train_end(None, state, None)
+    assert "Set PYTHONIOENCODING=utf-8" in caplog.text

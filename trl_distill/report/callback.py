@@ -173,8 +173,9 @@ class TokenReport(TrainerCallback):
             for start in range(0, len(self._rows), size):
                 part = slice(start, start + size)
                 batch = sampled(trainer.model, self._rows[part], prompts[part], tokenizer.pad_token_id, how)
-                student = answers_with(trainer.model)
-                completions += judged(batch, [student], teacher.score, tokenizer, device, merged, temperature)
+                student = answers_with(trainer.model, as_in_training=True)
+                how_judged = (tokenizer, device, merged, temperature, self._ids_of)
+                completions += judged(batch, [student], teacher.score, *how_judged)
                 written += batch
             completions = with_rewards(completions, written, self.reward_funcs, tokenizer)
         return TokenTable(
@@ -189,6 +190,9 @@ class TokenReport(TrainerCallback):
                 "up to": f"{how.limit} tokens",
             },
         )
+
+    def _ids_of(self, prompt: Any) -> list[int]:
+        return self._trainer.token_ids_of([prompt])[0]
 
 
 def _name(owner: Any) -> str:

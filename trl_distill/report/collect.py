@@ -6,7 +6,8 @@ few positions at a time. Completions are written in `samples.py`; means and HTML
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,6 +81,7 @@ def judged(
     device: Any,
     merged: Sequence[int] = (),
     temperature: float = 1.0,
+    ids_of: Callable[[Any], list[int]] | None = None,
 ) -> list[Completion]:
     """
     Completions with what one student or several, and the teacher, think of their tokens. One batch; no rewards yet.
@@ -92,14 +94,13 @@ def judged(
         tokenizer: of all of them.
         device: where batches are made.
         merged, temperature: as in [`compared`].
+        ids_of (`Callable`, *optional*): how a teacher's prompt is rendered; as `prompt_ids` does unless given.
     """
-    pad = tokenizer.pad_token_id
+    pad, ids_of = tokenizer.pad_token_id, ids_of or functools.partial(prompt_ids, tokenizer)
     assert isinstance(pad, int)
     completions = [row.completion for row in written]
-    theirs = [
-        prompt_ids(tokenizer, row.row["teacher_prompt"]) if row.row.get("teacher_prompt") else row.prompt
-        for row in written
-    ]
+    own = [row.row.get("teacher_prompt") for row in written]
+    theirs = [ids_of(prompt) if prompt else row.prompt for prompt, row in zip(own, written, strict=True)]
     signal = teacher(rollouts_of(theirs, completions, pad, device))
     rollouts = rollouts_of([row.prompt for row in written], completions, pad, device)
     tokens = torch.tensor([token for completion in completions for token in completion], device=device)
