@@ -27,6 +27,7 @@ console = Console()
 def load(name: str, whose: str, dtype: str, device: str) -> Any:
     """A model whose forward gives hidden states, after a check that its logits follow from them."""
     try:
+        checks.check_folder(name, whose, "the path")
         model = checks.load_whole(AutoModelForCausalLM.from_pretrained, name, whose, dtype=dtype).to(device).eval()
         checks.check_text_only(model.config, whose)
         add_teacher_forward(model)

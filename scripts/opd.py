@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
@@ -144,8 +145,11 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
     resume = args.resume_from_checkpoint
     if resume in ("auto", "True", "true"):
         resume = last_complete(args.output_dir)
+        trainer.accelerator.print(f"Going on from {resume}" if resume else f"No checkpoint in {args.output_dir}: anew")
+    elif resume not in (None, "", "False", "false") and not Path(resume).is_dir():
+        sys.exit(f"There is no checkpoint {resume!r}. Name a folder, or write `--resume_from_checkpoint auto`.")
     try:
-        with stop.listening():
+        with stop.listening(interrupt=True):
             trainer.train(resume_from_checkpoint=resume)
     except StoppedBySignal as error:
         trainer.accelerator.print(f"{error}")

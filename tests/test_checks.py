@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from trl import GRPOConfig
 
-from trl_distill import OPDTrainer, checks
+from trl_distill import NonFiniteLossError, OPDTrainer, checks
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_teacher_is_nothing_of_the_kind(make):
 
 
 def test_teacher_path_that_does_not_exist(make, tmp_path):
-    with pytest.raises(ValueError, match=r"folder .* has no `config.json`"):
+    with pytest.raises(ValueError, match=r"folder .*nowhere' does not exist"):
         make(teacher_model=str(tmp_path / "nowhere"))
 
 
@@ -305,6 +305,8 @@ def broken(saved, request):
         weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     elif request.param == "no weights":
         weights.unlink()
+    elif request.param == "no config":
+        (saved / "teacher" / "config.json").unlink()
     else:
         (saved / "teacher" / "config.json").write_text("{")
     return saved
@@ -317,6 +319,7 @@ def broken(saved, request):
         ("cut off", "The weights of the teacher '.*' could not be loaded"),
         ("a pointer", "The weights of the teacher '.*' could not be loaded"),
         ("no weights", "The weights of the teacher '.*' could not be loaded"),
+        ("no config", "has no `config.json`"),
         ("a torn config", "The teacher's `config.json` in '.*' cannot be read"),
     ],
     indirect=["broken"],
@@ -328,5 +331,39 @@ def test_a_teacher_that_is_not_whole(broken, tmp_path, prompts, message):
             model=str(broken / "student"),
             teacher_model=str(broken / "teacher"),
             args=config(tmp_path / "out"),
+            train_dataset=prompts,
+        )
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda completions, answer, **_: [0.0], "missing a required argument: 'answer'"),
+        (lambda completions: [0.0], "got an unexpected keyword argument"),
+    ],
+)
+def test_rewards_that_cannot_be_called(make, tmp_path, function, message):
+    """Before anything is generated; the message lists what they are given."""
+    with pytest.raises(ValueError, match=f"cannot be called: {message}.*trainer_state.*`\\*\\*kwargs`"):
+        make(reward_funcs=[function], args=config(tmp_path, num_generations=2))
+
+
+def test_an_infinite_reward_stops_the_run(make, tmp_path):
+    trainer = make(
+        reward_funcs=[lambda completions, **_: [float("inf")] * len(completions)],
+        args=config(tmp_path, num_generations=2),
+    )
+    with pytest.raises(NonFiniteLossError, match="returned an infinite reward after step 0"):
+        trainer.train()
+
+
+def test_a_wrong_folder_is_said_at_once(tmp_path, prompts, saved, monkeypatch):
+    """Beside folders that are there nobody means the hub."""
+    monkeypatch.chdir(saved.parent)
+    with pytest.raises(ValueError, match=f"folder '{saved.name}/teachr' does not exist, but '{saved.name}' does"):
+        OPDTrainer(
+            model=str(saved / "student"),
+            teacher_model=f"{saved.name}/teachr",
+            args=config(tmp_path),
             train_dataset=prompts,
         )

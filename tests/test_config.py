@@ -44,7 +44,7 @@ def test_scale_rewards_is_grpos_without_a_teacher(tmp_path):
         ({"kl_temperature": 0.0}, "must be > 0"),
         ({"temperature": 0.0}, "For greedy rollouts set `top_k=1`"),
         ({"num_generations": 0}, "at least one completion"),
-        ({"num_generations": 3}, "must be divisible by num_generations"),  # TRL's own
+        ({"num_generations": 3}, r"which `num_generations` \(3\) does not divide"),
         ({"steps_per_generation": 2, "generation_batch_size": 8}, "can not be both configured"),  # TRL's own
         ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),  # TRL's own
     ],

@@ -64,3 +64,9 @@ def test_broken_file(tmp_path):
 def test_unknown_name():
     with pytest.raises(ValueError, match="could not be found"):
         load_splits("nobody/has-such-a-dataset")
+
+
+def test_a_file_of_another_kind(tmp_path):
+    (tmp_path / "prompts.csv").write_text("prompt\na b\n")
+    with pytest.raises(ValueError, match=r"is a \.csv, which is not read here\. Save it as `\.jsonl`"):
+        load_splits(str(tmp_path / "prompts.csv"))

@@ -175,3 +175,18 @@ def test_outside_of_the_main_thread_there_is_nothing_to_listen_to():
 def test_a_limit_is_a_share(make, name):
     with pytest.raises(ValueError, match=f"`{name}` is 1; it is a share"):
         make(**{name: 1})
+
+
+def test_ctrl_c_once_ends_the_step_and_twice_the_run(capfd):
+    stop = StopOnSigterm()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
+    try:
+        with stop.listening(interrupt=True):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop._told
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "Ctrl-C again stops at once" in capfd.readouterr().err

@@ -31,6 +31,7 @@ from trl.trainer.utils import (
 )
 
 from .checkpoints import CheckpointError, last_complete, mark_complete, unmark, what_is_missing
+from .guards import NonFiniteLossError
 from .objective import leave_one_out
 from .padding import by_length, trimmed
 
@@ -109,6 +110,10 @@ def post_init_without_group_check(config: GRPOConfig) -> None:
         config.num_generations = asked
 
 
+# What TRL calls reward functions with, beside the dataset's columns
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
 class ReplayingSampler(RepeatSampler):
     """
     TRL's sampler, which on its first pass skips the permutations of the epochs that were trained before a resume.
@@ -176,8 +181,16 @@ class Seams(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: list, completions: list, completion_ids_list: list):
         if self.has_rewards:
-            self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-            return self._rewards_per_func
+            found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            endless = found.isinf().any(0).tolist()  # of all processes, so that all stop
+            if any(endless):
+                name = self.reward_func_names[endless.index(True)]
+                raise NonFiniteLossError(
+                    f"The reward function {name!r} returned an infinite reward after step {self.state.global_step}; "
+                    "its advantages would be no numbers. Return a number, or `None` where it has no opinion."
+                )
+            self._rewards_per_func = found
+            return found
         rows = len(prompts) * self.accelerator.num_processes  # TRL expects the rewards of all processes
         return torch.zeros(rows, len(self.reward_funcs), device=self.accelerator.device)
 

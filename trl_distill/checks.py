@@ -70,8 +70,16 @@ def check_logits(expected: torch.Tensor, computed: torch.Tensor, whose: str) -> 
         )
 
 
+def check_folder(name_or_path: str, whose: str, argument: str) -> None:
+    """A wrong local path is an error at once: asking the hub for it may take half a minute. Raises `ValueError`."""
+    above = os.path.dirname(name_or_path)
+    if above and os.path.isdir(above) and not os.path.exists(name_or_path):
+        raise ValueError(f"The {whose}'s folder {name_or_path!r} does not exist, but {above!r} does. Check {argument}.")
+
+
 def load_config(name_or_path: str, whose: str, argument: str, **kwargs: Any) -> PretrainedConfig:
     """A model's configuration: a cheap way to learn that a path is wrong before any weights are loaded."""
+    check_folder(name_or_path, whose, argument)
     try:
         return AutoConfig.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError) as error:
@@ -253,6 +261,13 @@ def chat_templates(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, conversational: bool = True
 ) -> Finding:
     """Whether both render a conversation alike: the teacher reads prompts in the student's template."""
+    if not conversational and getattr(teacher, "chat_template", None) and getattr(student, "chat_template", None):
+        return Finding(
+            "chat template",
+            "warning",
+            "Prompts are text, so no chat template is used, although both models have one.",
+            "If they were trained to chat, give them messages: `[{'role': 'user', 'content': ...}]` as the prompt.",
+        )
     if not conversational:
         return Finding("chat template", "ok", "Prompts are text; none is used.")
     if teacher is None or getattr(teacher, "chat_template", None) is None:
@@ -318,7 +333,8 @@ def teacher_differs(
             "Make sure that the teacher is not the student under another name.",
         )
     if kl > SAME_MODEL_KL:
-        return Finding(check, "ok", f"KL(student ‖ teacher) is {kl:.3g} nats per token of the prompts.")
+        told = f"KL(student ‖ teacher) is {kl:.3g} nats per token of the prompts; on completions it will be another."
+        return Finding(check, "ok", told)
     who = f"The student and the teacher {name!r}" if name else "Student and teacher"
     found = f"{who} give the same probabilities (KL {kl:.1g} nats per token of the prompts)."
     if own and explained:

@@ -262,7 +262,21 @@ class OPDConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         self._check_values()
-        post_init_without_group_check(self)
+        try:
+            post_init_without_group_check(self)
+        except ValueError:
+            if self.generation_batch_size is not None and self.num_generations is not None:
+                self._check_group(self.num_generations)  # says more of it than TRL does
+            raise
+
+    def _check_group(self, group: int) -> None:
+        assert self.generation_batch_size is not None
+        if self.generation_batch_size % group != 0:
+            raise ValueError(
+                f"The generation batch holds {self.generation_batch_size} completions, which `num_generations` "
+                f"({group}) does not divide. Change `num_generations`, or `per_device_train_batch_size`, "
+                "`gradient_accumulation_steps` or `generation_batch_size`."
+            )
 
     def _check_values(self) -> None:
         if self.beta < 0:
@@ -310,7 +324,7 @@ class OPDConfig(GRPOConfig):
         if self.kl_estimator == "sampled" and self.divergence != "reverse_kl":
             raise ValueError(
                 f"kl_estimator='sampled' estimates the reverse KL alone; divergence={self.divergence!r} is an average "
-                "over the teacher's tokens, of which none was sampled. Use kl_estimator='full' or 'topk'."
+                "over the teacher's tokens, of which none was sampled. Use kl_estimator='full', or no `divergence`."
             )
         if self.kl_estimator != "full" and self.kl_temperature not in (None, self.temperature):
             raise ValueError(
@@ -497,12 +511,7 @@ class OPDConfig(GRPOConfig):
                 "`num_generations` is 1, but rewards are compared within the completions of one prompt. Set it to 2 "
                 "or more, or leave it out (8)."
             )
-        if config.generation_batch_size % group != 0:
-            raise ValueError(
-                f"The generation batch holds {config.generation_batch_size} completions, which `num_generations` "
-                f"({group}) does not divide. Change `num_generations`, or `per_device_train_batch_size`, "
-                "`gradient_accumulation_steps` or `generation_batch_size`."
-            )
+        config._check_group(group)
         group_eval = config.num_generations_eval or group
         eval_batch = config.per_device_eval_batch_size * config.world_size
         if config.do_eval and config.eval_strategy != "no" and eval_batch % group_eval != 0:

@@ -46,6 +46,12 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             dataset = load_from_disk(name)
             return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
+        if path.is_file():
+            raise ValueError(
+                f"The dataset {name!r} is a {path.suffix or 'file without a suffix'}, which is not read here. Save it "
+                "as `.jsonl` or `.json` (`datasets.load_dataset('csv', ...)`, then `to_json`), or as a folder "
+                "(`save_to_disk`)."
+            )
         if path.is_dir() and not any(path.iterdir()):
             raise ValueError(f"The dataset folder {name!r} is empty.")
         return load_dataset(name, name=config, streaming=streaming)

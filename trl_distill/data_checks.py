@@ -5,11 +5,14 @@ All of it stops the run with what to change. What is checked of models and token
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import nn
 
+from ._compat import REWARD_ARGUMENTS
 from .config import OPDConfig
 
 
@@ -41,6 +44,39 @@ def check_datasets(train: Any, evaluation: Any, teachers: list[str], args: OPDCo
         )
     if args.lmbda < 1:
         check_completions(train, [name for name, given in writers.items() if given is not None], removed)
+
+
+def check_rewards(functions: list[Any], dataset: Any) -> None:
+    """
+    Whether reward functions can be called with what they are given, before anything is generated.
+
+    Args:
+        functions (`list`): rewards; models, and what has no signature that can be read, are passed over.
+        dataset: for training; nothing is checked where its columns are not known.
+
+    Raises:
+        ValueError: one asks for what there is not, or does not take what there is.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:
+        return
+    columns = [name for name in columns if name not in ("prompt", "completion", "completion_ids")]
+    for function in functions:
+        if isinstance(function, str | nn.Module):
+            continue
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # some builtins have none
+            continue
+        try:
+            signature.bind(**dict.fromkeys([*REWARD_ARGUMENTS, *columns]))
+        except TypeError as error:
+            name = getattr(function, "__name__", type(function).__name__)
+            raise ValueError(
+                f"The reward function {name!r} cannot be called: {error}. It is given {', '.join(REWARD_ARGUMENTS)} "
+                f"and the dataset's other columns ({', '.join(columns) or 'there are none'}), all by name: take "
+                "those that it needs, and `**kwargs` for the rest."
+            ) from None
 
 
 def check_train_dataset(dataset: Any, prompts_per_generation: int) -> None:

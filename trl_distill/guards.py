@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ class StoppedBySignal(RuntimeError):
 
 class StopOnSigterm(TrainerCallback):
     """
-    SIGTERM ends training after the current step, with a checkpoint, by [`StoppedBySignal`].
+    SIGTERM ends training after the current step, with a checkpoint, by [`StoppedBySignal`]; on demand Ctrl-C does, too.
 
     All processes stop together as soon as one of them has been told. To be added to a trainer's `callbacks`;
     `scripts/opd.py` does.
@@ -49,16 +50,33 @@ class StopOnSigterm(TrainerCallback):
         self._told = self._agreed = False
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """SIGTERM is caught in here. Has no effect outside of the main thread, where Python takes no signals."""
+    def listening(self, interrupt: bool = False) -> Iterator[None]:
+        """
+        SIGTERM is caught in here. Has no effect outside of the main thread, where Python takes no signals.
+
+        Args:
+            interrupt (`bool`): catch the first Ctrl-C, too; a second one does what it did before.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_told", True))
+        caught = [signal.SIGTERM, *([signal.SIGINT] if interrupt else [])]
+        before = {number: signal.getsignal(number) for number in caught}
+
+        def told(number: int, _frame: Any) -> None:
+            self._told = True
+            if number == signal.SIGINT:
+                signal.signal(number, before[signal.SIGINT])
+                os.write(2, b"\nStopping after this step, with a checkpoint. Ctrl-C again stops at once.\n")
+
+        for number in caught:
+            if before[number] is not signal.SIG_IGN:  # whoever started this does not want it to end by that
+                signal.signal(number, told)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         told = reduce(torch.tensor(float(self._told), device=args.device), reduction="sum")
@@ -66,7 +84,7 @@ class StopOnSigterm(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._agreed:  # here, when all that follows a step has been done
-            raise StoppedBySignal("SIGTERM has come.")
+            raise StoppedBySignal("It was told to stop.")
 
 
 class Guard:

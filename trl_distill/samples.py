@@ -159,8 +159,8 @@ def given(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, how: Sampling
     """The dataset's own completion of a row, tokenised as for off-policy batches."""
     if not row.get("completion"):
         raise ValueError(
-            f"A row has the completion {row.get('completion')!r}, but the dataset's own were asked for. Drop "
-            "such rows, or let the student write (`--completions sample`)."
+            f"A row has the completion {row.get('completion')!r} (its columns: {', '.join(row)}), but the dataset's "
+            "own were asked for. Drop such rows, or let the student write (`--completions sample`)."
         )
     prompt, completion = token_ids(row, tokenizer, how.stops, how.limit)
     return Written(row, prompt, completion, completion[-1] not in how.stops)

@@ -24,7 +24,7 @@ from ._compat import get_config_model_id, probe_environments
 from .assembly import Assembly
 from .config import OPDConfig
 from .data import with_prompts
-from .data_checks import check_datasets
+from .data_checks import check_datasets, check_rewards
 from .estimators import Estimator
 from .forwards import Asked, DistilledOutput, JudgedModel
 from .fused import release_memory
@@ -148,6 +148,8 @@ class OPDTrainer(Assembly):
         )
         if environment_factory is None:
             train_dataset, eval_dataset = with_prompts(train_dataset), with_prompts(eval_dataset)
+        if environment_factory is None and reward_funcs:
+            check_rewards(reward_funcs, train_dataset)
         specs: dict[str, Any] = {}
         if args.beta == 0 and not self.has_rewards:
             raise ValueError(

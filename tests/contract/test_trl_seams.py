@@ -178,6 +178,18 @@ def test_a_reward_source_is_demanded(tmp_path, tokenizer, prompts):
         GRPOTrainer(model=make_model(), args=args, train_dataset=prompts, processing_class=tokenizer)
 
 
+def test_what_reward_functions_are_called_with(tmp_path, tokenizer, prompts, student):
+    seen = []
+
+    def reward(**given):
+        seen.append(set(given))
+        return [0.0] * len(given["completions"])
+
+    args = config(tmp_path, num_generations=2, beta=0.0, max_steps=1)
+    GRPOTrainer(student, reward, args=args.resolved(True), train_dataset=prompts, processing_class=tokenizer).train()
+    assert seen == [set(_compat.REWARD_ARGUMENTS)]
+
+
 def test_the_policy_loss_only_calls_its_model_once(grpo):
     trainer, calls = grpo(), []
 
