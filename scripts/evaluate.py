@@ -33,7 +33,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, it would look for one and warn
 
-from judging import beyond, check_teacher, first_rows, load, stops_of, template_kwargs, tokenizer_of
+from judging import Help, beyond, check_teacher, first_rows, load, stops_of, template_kwargs, tokenizer_of
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -49,7 +49,7 @@ SHARES = ("avg@", "pass@", "truncated")  # told in percent, where the verifier s
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--models", nargs="+", required=True, help="folders or names on the hub; the first one is compared with")
     add("--prompts", required=True, help='a .jsonl file, folder or name on the hub, with a "prompt" column')
@@ -63,7 +63,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--max_completion_length", type=int, default=256, help="tokens")
     add("--temperature", type=float, default=1.0, help="of sampling, and of both models in the KL")
     add("--chat_template_kwargs", type=template_kwargs, help="as in training: '{\"enable_thinking\": false}'")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of everything that is drawn")
     add("--batch_size", type=int, default=64, help="answers at a time")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto", help="of all models; the checkpoint's own by default")

@@ -24,6 +24,10 @@ from trl_distill.samples import answers_with, rollouts_of
 console = Console()
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """A page of help with every default."""
+
+
 def load(name: str, whose: str, dtype: str, device: str) -> Any:
     """A model whose forward gives hidden states, after a check that its logits follow from them."""
     try:

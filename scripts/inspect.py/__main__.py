@@ -33,7 +33,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, it would look for one and warn
 
-from judging import beyond, check_teacher, first_rows, load, stops_of, template_kwargs, tokenizer_of
+from judging import Help, beyond, check_teacher, first_rows, load, stops_of, template_kwargs, tokenizer_of
 from rich.console import Console
 from rich.progress import Progress
 from transformers.utils import logging as transformers_logging
@@ -50,9 +50,7 @@ console = Console()
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="inspect.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="inspect.py", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--model", required=True, help="the student: a folder or a name on the hub; an adapter's folder with peft")
     add("--teacher", required=True, help="who judges")
@@ -66,7 +64,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=float, default=1.0, help="of sampling, and of both models in the KL")
     add("--reward_funcs", nargs="*", default=[], help="import paths (`module.function`) or names from trl.rewards")
     add("--chat_template_kwargs", type=template_kwargs, help="as in training: '{\"enable_thinking\": false}'")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of everything that is drawn")
     add("--batch_size", type=int, default=8, help="completions at a time")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto", help="of both models; the checkpoint's own by default")
