@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_distill import checks
 from trl_distill.data import load_splits, with_prompts
 from trl_distill.forwards import add_teacher_forward, unwrap_adapter
+from trl_distill.loading import check_folder, load_tokenizer, load_whole
 from trl_distill.preflight import stop_ids
 from trl_distill.samples import answers_with, rollouts_of
 
@@ -31,8 +32,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 def load(name: str, whose: str, dtype: str, device: str) -> Any:
     """A model whose forward gives hidden states, after a check that its logits follow from them."""
     try:
-        checks.check_folder(name, whose, "the path")
-        model = checks.load_whole(AutoModelForCausalLM.from_pretrained, name, whose, dtype=dtype).to(device).eval()
+        check_folder(name, whose, "the path")
+        model = load_whole(AutoModelForCausalLM.from_pretrained, name, whose, dtype=dtype).to(device).eval()
         checks.check_text_only(model.config, whose)
         add_teacher_forward(model)
         probe = rollouts_of([[0]], [[1, 2, 3]], 0, device)
@@ -47,7 +48,7 @@ def load(name: str, whose: str, dtype: str, device: str) -> Any:
 
 def check_teacher(tokenizer: Any, teacher: str, model: Any, student: Any) -> None:
     """Stop where token ids mean something else to the teacher."""
-    theirs = checks.load_tokenizer(teacher)
+    theirs = load_tokenizer(teacher)
     sizes = [unwrap_adapter(m).config.get_text_config().vocab_size for m in (student, model)]
     for finding in (checks.same_tokenizer(tokenizer, theirs), checks.vocabulary(tokenizer, *sizes)):
         if finding.level == "error":

@@ -15,10 +15,11 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checks
-from .checks import Finding, load_tokenizer
+from .checks import Finding
 from .config import OPDConfig
 from .forwards import unwrap_adapter
 from .fused import Form, fused_divergence
+from .loading import load_tokenizer
 from .served import ServedTeacher
 from .signals import Rollouts
 from .teachers import hub_kwargs, load_teacher_tokenizer, teacher_config

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ._compat import create_model_from_path, get_config_model_id, prepare_deepspeed, prepare_fsdp
-from .checks import load_config, load_tokenizer, load_whole
 from .config import OPDConfig
 from .forwards import add_teacher_forward, has_relative_positions, unwrap_adapter
+from .loading import load_config, load_tokenizer, load_whole
 from .signals import HiddenStates, Rollouts, Signal
 
 
