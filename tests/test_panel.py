@@ -156,13 +156,13 @@ def test_loading_settings_reach_the_loader(make, saved, monkeypatch, offload):
 
     def loader(path, **kwargs):
         seen.update(kwargs)
-        return load(path, dtype=kwargs["dtype"])
+        return load(path, dtype=kwargs["dtype"], output_loading_info=kwargs["output_loading_info"])
 
     monkeypatch.setattr(teachers, "create_model_from_path", loader)
     given = {"quantization_config": {"load_in_4bit": True}, "attn_implementation": "eager"}
     path = str(saved / "teacher")
     make(teacher_model=path, teacher_model_init_kwargs=given, teacher_model_revision="main", teacher_offload=offload)
-    expected = {"dtype": "auto", "revision": "main", "trust_remote_code": False, **given}
+    expected = {"dtype": "auto", "revision": "main", "trust_remote_code": False, "output_loading_info": True, **given}
     assert seen == (expected | {"device_map": None} if offload else expected)
 
 

@@ -5,6 +5,7 @@ What is checked of them once they are there is in `checks.py`.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pickle import UnpicklingError
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_folder(name_or_path: str, whose: str, argument: str) -> None:
@@ -66,7 +70,9 @@ def load_whole(load: Callable[..., Any], name_or_path: str, whose: str, **kwargs
             f"are pointers of git-lfs, fetch them again. ({error})"
         ) from error
     absent = sorted(info["missing_keys"])
-    if absent:
+    if absent and getattr(model, "is_quantized", False):  # quantisers have keys of their own
+        logger.warning(f"transformers misses {len(absent)} weights of the quantised {whose}, such as {absent[0]!r}.")
+    elif absent:
         raise ValueError(
             f"The checkpoint of the {whose} {name_or_path!r} lacks {len(absent)} of its weights ({absent[0]!r} ...): "
             "they would be random. Use a whole checkpoint, or one that fits its `config.json`."
