@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from helpers import VOCAB, WORDS, batch, config, in_training, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForSequenceClassification, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, LlamaForSequenceClassification, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from trl import GRPOConfig
 
 from trl_distill import NonFiniteLossError, OPDTrainer, checks
@@ -358,12 +358,13 @@ def test_an_infinite_reward_stops_the_run(make, tmp_path):
 
 
 def test_a_wrong_folder_is_said_at_once(tmp_path, prompts, saved, monkeypatch):
-    """Beside folders that are there nobody means the hub."""
-    monkeypatch.chdir(saved.parent)
-    with pytest.raises(ValueError, match=f"folder '{saved.name}/teachr' does not exist, but '{saved.name}' does"):
+    """What cannot be a name on the hub is not asked for there."""
+    monkeypatch.chdir(saved)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(ValueError, match=r"folder '\./teachr' does not exist"):
         OPDTrainer(
-            model=str(saved / "student"),
-            teacher_model=f"{saved.name}/teachr",
+            model=make_model(seed=1),
+            teacher_model="./teachr",
             args=config(tmp_path),
             train_dataset=prompts,
         )

@@ -60,7 +60,8 @@ class StopOnSigterm(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        caught = [signal.SIGTERM, *([signal.SIGINT] if interrupt else [])]
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # whoever started this wants it to be
+        caught = [signal.SIGTERM, *([signal.SIGINT] if interrupt and not ignored else [])]
         before = {number: signal.getsignal(number) for number in caught}
 
         def told(number: int, _frame: Any) -> None:
@@ -70,8 +71,7 @@ class StopOnSigterm(TrainerCallback):
                 os.write(2, b"\nStopping after this step, with a checkpoint. Ctrl-C again stops at once.\n")
 
         for number in caught:
-            if before[number] is not signal.SIG_IGN:  # whoever started this does not want it to end by that
-                signal.signal(number, told)
+            signal.signal(number, told)
         try:
             yield
         finally:

@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_folder(name_or_path: str, whose: str, argument: str) -> None:
-    """A wrong local path is an error at once: asking the hub for it may take half a minute. Raises `ValueError`."""
-    above = os.path.dirname(name_or_path)
-    if above and os.path.isdir(above) and not os.path.exists(name_or_path):
-        raise ValueError(f"The {whose}'s folder {name_or_path!r} does not exist, but {above!r} does. Check {argument}.")
+    """A wrong path is an error at once: asking the hub for it may take half a minute. Raises `ValueError`."""
+    is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1  # on the hub: owner/name
+    if is_path and not os.path.exists(name_or_path):
+        raise ValueError(f"The {whose}'s folder {name_or_path!r} does not exist. Check {argument}.")
 
 
 def load_config(name_or_path: str, whose: str, argument: str, **kwargs: Any) -> PretrainedConfig:
