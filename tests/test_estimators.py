@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import VOCAB, make_model, relative_error
 
-from trl_distill import fused, objective
+from trl_distill import fused, objective, tiles
 from trl_distill.estimators import KERNEL_BETA, check_signals, make_estimator
 from trl_distill.heads import LMHead
 from trl_distill.signals import HiddenStates, TokenLogProbs
@@ -65,7 +65,7 @@ HOW = ["in one pass", "in two passes", "by TRL's kernel"]
 @pytest.mark.parametrize(("divergence", "alpha"), FORMS)
 def test_divergences_against_their_definitions(divergence, alpha, family, merged, how, monkeypatch):
     """Value and gradients in states, weight and bias, in tiles of two rows; the teacher's vocabulary is larger."""
-    monkeypatch.setattr(fused, "TILE", (2 * VOCAB, 2 * VOCAB))
+    monkeypatch.setattr(tiles, "TILE", (2 * VOCAB, 2 * VOCAB))
     if how == "by TRL's kernel":
         if divergence not in KERNEL_BETA:
             pytest.skip("TRL's kernel has no such form")

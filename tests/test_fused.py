@@ -11,7 +11,7 @@ from helpers import VOCAB, batch, config, gradients, in_training, make_model, re
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from trl_distill import OPDTrainer, fused
+from trl_distill import OPDTrainer, fused, tiles
 from trl_distill.forwards import Asked
 from trl_distill.fused import Form, Slopes, fused_divergence
 from trl_distill.heads import LMHead, differences
@@ -23,9 +23,9 @@ FORMS = [Form(), Form("forward_kl", stops=(1, 5)), Form("jsd", 0.3, temperature=
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(fused, "TILE", (5 * VOCAB, 5 * VOCAB))
-    monkeypatch.setattr(fused, "PART", (3 * VOCAB, 3 * VOCAB))
-    monkeypatch.setattr(fused, "IDS", (VOCAB // 2 - 1, VOCAB // 2 - 1))
+    monkeypatch.setattr(tiles, "TILE", (5 * VOCAB, 5 * VOCAB))
+    monkeypatch.setattr(tiles, "PART", (3 * VOCAB, 3 * VOCAB))
+    monkeypatch.setattr(tiles, "IDS", (VOCAB // 2 - 1, VOCAB // 2 - 1))
 
 
 @pytest.fixture(params=["bias", "softcap", "scale"])
@@ -166,7 +166,7 @@ def test_how_often_the_heads_are_multiplied_by(
     tmp_path, tokenizer, prompts, monkeypatch, rewards, changes, projections
 ):
     for name in ("TILE", "PART", "IDS"):
-        monkeypatch.setattr(fused, name, (64 * VOCAB, 64 * VOCAB))
+        monkeypatch.setattr(tiles, name, (64 * VOCAB, 64 * VOCAB))
     trainer = OPDTrainer(
         model=make_model("untied", seed=1),
         teacher_model=make_model("untied", seed=2),
@@ -218,7 +218,7 @@ def test_memory_is_given_back_when_training_ends(tmp_path, tokenizer, prompts):
     )
     trainer.train()
     assert Kept.seen == {"student", "teacher", "mass", "product"}
-    assert not vars(fused._kept)
+    assert not vars(tiles._kept)
 
 
 class Kept(TrainerCallback):
@@ -227,7 +227,7 @@ class Kept(TrainerCallback):
     seen: set[str]
 
     def on_step_end(self, *_, **__):
-        type(self).seen = set(vars(fused._kept))
+        type(self).seen = set(vars(tiles._kept))
 
 
 @pytest.mark.parametrize("elsewhere", [True, False])

@@ -12,7 +12,7 @@ from helpers import FAMILIES, VOCAB, batch, config, gradients, in_training, make
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_distill import OPDTrainer, fused, heads
+from trl_distill import OPDTrainer, fused, heads, tiles
 from trl_distill.forwards import add_teacher_forward
 from trl_distill.objective import reverse_kl
 from trl_distill.signals import Rollouts
@@ -271,7 +271,7 @@ def test_heads_are_gathered_once_not_for_each_tile(
 
     for module in (heads, fused):
         monkeypatch.setattr(module, "gathered_head", gathering)
-    monkeypatch.setattr(fused, "TILE", (2 * VOCAB, 2 * VOCAB))
+    monkeypatch.setattr(tiles, "TILE", (2 * VOCAB, 2 * VOCAB))
     trainer = make_trainer(tmp_path, tokenizer, prompts, student, teacher, divergence=divergence)
     gathered.clear()
     trainer.rollout_loss(trainer.model, batch()).backward()
@@ -308,7 +308,7 @@ def test_no_tensor_of_the_size_of_the_logits(tmp_path, tokenizer, prompts, monke
     monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
     for name, value in (("TOKEN_TILE", 8), ("VOCAB_TILE", 64), ("ROW_TILE", 1024)):
         monkeypatch.setattr(heads, name, value)
-    monkeypatch.setattr(fused, "TILE", (8 * 2000, 8 * 2000))
+    monkeypatch.setattr(tiles, "TILE", (8 * 2000, 8 * 2000))
     student, teacher = (make_model(seed=seed, vocab_size=2000) for seed in (1, 2))
     inputs = batch(rows=8, prompt=4, completion=24)
     judged = int(inputs["completion_mask"].sum())

@@ -3,13 +3,11 @@
 What a token's divergence weighs in the loss is nearly always known before the forward pass. Then its gradient is formed
 where the logits are at hand, and nothing is projected again: four products with a head instead of six. A gradient that
 arrives otherwise is made up for in the backward pass. The forms of the divergence are in `objective.py`, other
-projections in `heads.py`.
+projections in `heads.py`, tiles and their memory in `tiles.py`.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,12 +16,9 @@ import torch
 from . import objective
 from ._compat import gathered_head
 from .heads import COMPARED, LMHead, check_same_device, differences
+from .tiles import Projection, Room, parts, tiles
 
 
-# (GPUs, CPUs): elements of each model's tile of logits, elements of the part that is worked on at a time, and ids that
-# are projected at a time. On CPUs a part stays in the cache, and narrow products with a head are faster.
-TILE, PART, IDS = (2**26, 2**24), (2**24, 2**19), (2**30, 2**11)
-KEPT = 2**23  # elements: memory up to this size is kept on CPUs from one micro-step to the next
 MATCHES = 1e-5  # relative: how far a gradient may be from what was expected and still count as that
 
 
@@ -246,14 +241,14 @@ def _run(
     with plain, gathered_head(weight, bias), gathered_head(teacher_weight, teacher_bias):
         shared = weight.shape[0]
         teacher_weight, teacher_bias = teacher_weight[:shared], None if teacher_bias is None else teacher_bias[:shared]
-        ours = _Projection(how.student, weight, bias, dtype, "student")
-        teachers = _Projection(how.teacher, teacher_weight, teacher_bias, dtype, "teacher")
+        ours = Projection(how.student, weight, bias, dtype, "student")
+        teachers = Projection(how.teacher, teacher_weight, teacher_bias, dtype, "teacher")
         if grads is not None:
             grads.begin(hidden, weight)
-        for rows in _slices(0, len(hidden), _most(TILE, shared, hidden.device)):
+        for rows in tiles(len(hidden), shared, hidden.device):
             states = hidden[rows].to(dtype)
             both = ours(states), teachers(teacher_hidden[rows].to(dtype))
-            for part in _slices(rows.start, rows.stop, _most(PART, shared, hidden.device)):
+            for part in parts(rows, shared, hidden.device):
                 logits, theirs = (which[part.start - rows.start : part.stop - rows.start] for which in both)
                 of_student = ours.finish(logits, how.form.temperature)
                 block = _Block(of_student, teachers.finish(theirs, how.form.temperature), how.form)
@@ -269,92 +264,12 @@ def _run(
                 grads.add(rows, both[1], states, ours.weight)  # where the derivatives were left
 
 
-def _most(elements: tuple[int, int], vocab_size: int, device: torch.device) -> int:
-    """Rows of logits that make so many elements."""
-    return max(1, elements[device.type == "cpu"] // vocab_size)
-
-
-def _slices(start: int, stop: int, most: int) -> Iterator[slice]:
-    """Slices of like size. At least one, so that heads which ZeRO-3 has sharded are gathered on every process."""
-    pieces = max(1, -(-(stop - start) // most))
-    size = max(1, -(-(stop - start) // pieces))
-    for begin in range(start, max(stop, start + 1), size):
-        yield slice(begin, min(begin + size, stop))
-
-
-class _Projection:
-    """A head as a function of hidden states in the given dtype."""
-
-    def __init__(self, head: LMHead, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, name: str):
-        self.head, self.weight, self.bias = head, weight.detach().to(dtype), bias
-        self.room = _Room(name, weight.device)
-        if not weight.is_cuda:
-            self.weight = self.weight.float()  # rounded, and then multiplied in fp32: once for all tiles
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """What the weight alone makes of them, `(n, V)`, fp32, until the next tile."""
-        if states.is_cuda and states.dtype != torch.float32:
-            return torch.mm(states, self.weight.T, out_dtype=torch.float32)
-        logits = self.room.take(len(states), len(self.weight))
-        for ids in _slices(0, len(self.weight), IDS[states.device.type == "cpu"]):
-            torch.mm(states.float(), self.weight[ids].T, out=logits[:, ids])
-        return logits
-
-    def finish(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
-        """Bias, the model's scale and soft cap, and temperature, in place."""
-        if self.bias is not None:
-            logits += self.bias.detach().float()
-        if self.head.softcap is not None:
-            logits.mul_(self.head.logit_scale / self.head.softcap).tanh_().mul_(self.head.softcap / temperature)
-        elif self.head.logit_scale != temperature:
-            logits.mul_(self.head.logit_scale / temperature)
-        return logits
-
-    def through(self, derivative: torch.Tensor, finished: torch.Tensor, temperature: float) -> None:
-        """A derivative by finished logits as one by what was projected, in place."""
-        if self.head.softcap is not None:
-            derivative.mul_(1 - (finished * (temperature / self.head.softcap)).square_())
-        if self.head.logit_scale != temperature:
-            derivative.mul_(self.head.logit_scale / temperature)
-
-
-_kept = threading.local()
-
-
-class _Room:
-    """
-    Memory that is used again and again: on CPUs every new page costs several times what is done with it.
-
-    On CPUs each thread keeps it for the next micro-step, if it is not large, until [`release_memory`]; GPUs have an
-    allocator for that.
-    """
-
-    def __init__(self, name: str, device: torch.device):
-        self.name, self.device = name, device
-        kept = getattr(_kept, name, None) if device.type == "cpu" else None
-        usable = kept is not None and (not kept.is_inference() or torch.is_inference_mode_enabled())
-        self._memory = kept if usable else None
-
-    def take(self, rows: int, columns: int) -> torch.Tensor:
-        """Uninitialised, `(rows, columns)`, fp32; what was taken before is overwritten."""
-        if self._memory is None or self._memory.numel() < rows * columns:
-            self._memory = torch.empty(rows * columns, dtype=torch.float32, device=self.device)
-            if self.device.type == "cpu" and self._memory.numel() <= KEPT:
-                setattr(_kept, self.name, self._memory)
-        return self._memory[: rows * columns].view(rows, columns)
-
-
-def release_memory() -> None:
-    """Give back what this thread keeps between micro-steps."""
-    _kept.__dict__.clear()
-
-
 class _Block:
     """Logits of both models at a few tokens, `(n, V)`, and what becomes of them, in the memory of the teacher's."""
 
     def __init__(self, ours: torch.Tensor, theirs: torch.Tensor, form: Form):
         self.ours, self.theirs, self.form = ours, theirs, form
-        self.mass, self.product = (_Room(name, ours.device).take(*ours.shape) for name in ("mass", "product"))
+        self.mass, self.product = (Room(name, ours.device).take(*ours.shape) for name in ("mass", "product"))
         highest = theirs.amax(-1, keepdim=True)
         norm = torch.sub(theirs, highest, out=self.product).exp_().sum(-1, keepdim=True)  # (n, 1)
         self.log_norm_p = highest + norm.log_()

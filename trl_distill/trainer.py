@@ -27,13 +27,13 @@ from .data import with_prompts
 from .data_checks import check_datasets, check_rewards
 from .estimators import Estimator
 from .forwards import Asked, DistilledOutput, JudgedModel
-from .fused import release_memory
 from .metrics import by_reward, forces, looked_at, means
 from .off_policy import completion_batch, is_on_policy
 from .panel import read_specs
 from .self_teachers import MovingAverage
 from .signals import Judgement, Rollouts, TeacherAnswerError, TeacherUnavailable
 from .teachers import Teacher
+from .tiles import release_memory
 
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,101 @@
+"""Tiles of logits for `fused.py`: how large they are, how a head projects one, and the memory that they lie in."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from .heads import LMHead
+
+
+# (GPUs, CPUs): elements of each model's tile of logits, elements of the part that is worked on at a time, and ids that
+# are projected at a time. On CPUs a part stays in the cache, and narrow products with a head are faster.
+TILE, PART, IDS = (2**26, 2**24), (2**24, 2**19), (2**30, 2**11)
+KEPT = 2**23  # elements: memory up to this size is kept on CPUs from one micro-step to the next
+
+
+def tiles(rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
+    """Of so many tokens those whose logits are projected together."""
+    yield from _slices(0, rows, max(1, TILE[device.type == "cpu"] // vocab_size))
+
+
+def parts(tile: slice, vocab_size: int, device: torch.device) -> Iterator[slice]:
+    """Of a tile the tokens whose logits are worked on together."""
+    yield from _slices(tile.start, tile.stop, max(1, PART[device.type == "cpu"] // vocab_size))
+
+
+def _slices(start: int, stop: int, most: int) -> Iterator[slice]:
+    """Slices of like size. At least one, so that heads which ZeRO-3 has sharded are gathered on every process."""
+    pieces = max(1, -(-(stop - start) // most))
+    size = max(1, -(-(stop - start) // pieces))
+    for begin in range(start, max(stop, start + 1), size):
+        yield slice(begin, min(begin + size, stop))
+
+
+class Projection:
+    """A head as a function of hidden states in the given dtype."""
+
+    def __init__(self, head: LMHead, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, name: str):
+        self.head, self.weight, self.bias = head, weight.detach().to(dtype), bias
+        self.room = Room(name, weight.device)
+        if not weight.is_cuda:
+            self.weight = self.weight.float()  # rounded, and then multiplied in fp32: once for all tiles
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """What the weight alone makes of them, `(n, V)`, fp32, until the next tile."""
+        if states.is_cuda and states.dtype != torch.float32:
+            return torch.mm(states, self.weight.T, out_dtype=torch.float32)
+        logits = self.room.take(len(states), len(self.weight))
+        for ids in _slices(0, len(self.weight), IDS[states.device.type == "cpu"]):
+            torch.mm(states.float(), self.weight[ids].T, out=logits[:, ids])
+        return logits
+
+    def finish(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Bias, the model's scale and soft cap, and temperature, in place."""
+        if self.bias is not None:
+            logits += self.bias.detach().float()
+        if self.head.softcap is not None:
+            logits.mul_(self.head.logit_scale / self.head.softcap).tanh_().mul_(self.head.softcap / temperature)
+        elif self.head.logit_scale != temperature:
+            logits.mul_(self.head.logit_scale / temperature)
+        return logits
+
+    def through(self, derivative: torch.Tensor, finished: torch.Tensor, temperature: float) -> None:
+        """A derivative by finished logits as one by what was projected, in place."""
+        if self.head.softcap is not None:
+            derivative.mul_(1 - (finished * (temperature / self.head.softcap)).square_())
+        if self.head.logit_scale != temperature:
+            derivative.mul_(self.head.logit_scale / temperature)
+
+
+_kept = threading.local()
+
+
+class Room:
+    """
+    Memory that is used again and again: on CPUs every new page costs several times what is done with it.
+
+    On CPUs each thread keeps it for the next micro-step, if it is not large, until [`release_memory`]; GPUs have an
+    allocator for that.
+    """
+
+    def __init__(self, name: str, device: torch.device):
+        self.name, self.device = name, device
+        kept = getattr(_kept, name, None) if device.type == "cpu" else None
+        usable = kept is not None and (not kept.is_inference() or torch.is_inference_mode_enabled())
+        self._memory = kept if usable else None
+
+    def take(self, rows: int, columns: int) -> torch.Tensor:
+        """Uninitialised, `(rows, columns)`, fp32; what was taken before is overwritten."""
+        if self._memory is None or self._memory.numel() < rows * columns:
+            self._memory = torch.empty(rows * columns, dtype=torch.float32, device=self.device)
+            if self.device.type == "cpu" and self._memory.numel() <= KEPT:
+                setattr(_kept, self.name, self._memory)
+        return self._memory[: rows * columns].view(rows, columns)
+
+
+def release_memory() -> None:
+    """Give back what this thread keeps between micro-steps."""
+    _kept.__dict__.clear()
