@@ -164,7 +164,7 @@ def _reward(changes: dict[str, Any], place: Place, seed: int, size: float) -> Re
 
 
 def _estimator(changes: dict[str, Any], place: Place, seed: int, size: float) -> Result:
-    bench, cost, student = Bench("one", place), Cost(), None
+    bench, cost = Bench("one", place), Cost()
     student = bench.student()
     distil(bench, student, round(100 * size), seed, cost, **changes)
     return _ended(bench, student, seed, cost)
