@@ -3,16 +3,18 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-PYTEST := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$n)
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 SLOW   := $(VENV)/.installed-slow
 
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow test-stress lint format clean
 
 help:
 	@echo "make demo       on-policy distillation in miniature, about 4 minutes; results in demo_output/"
 	@echo "make test       lint, type check and the fast tests"
 	@echo "make test-slow  the slow tests: two processes (DDP, DeepSpeed ZeRO-3), a second demo seed"
+	@echo "make test-stress  two processes must leave, again and again, on a busy machine; an hour"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the code"
 
@@ -33,7 +35,7 @@ demo: $(STAMP)
 
 test: lint
 	@echo "==> Running the fast tests"
-	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow" -n $(WORKERS) $(PYTEST_ARGS)
 
 $(SLOW): $(STAMP)
 	@echo "==> Installing DeepSpeed for the distributed tests (once)"
@@ -43,6 +45,9 @@ $(SLOW): $(STAMP)
 test-slow: $(SLOW)
 	@echo "==> Running the slow tests"
 	@$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-stress: $(STAMP)
+	@$(BIN)/python tests/distributed/stress.py $(STRESS_ARGS)
 
 lint: $(STAMP)
 	@echo "==> Checking format, lint and types"

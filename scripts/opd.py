@@ -44,6 +44,7 @@ from trl_distill.data import import_reward, load_splits, take_split
 from trl_distill.deepspeed_ops import build_ops
 from trl_distill.guards import EXIT_STOPPED, NonFiniteLossError, RunawayError, StopOnSigterm, StoppedBySignal
 from trl_distill.preflight import PreflightError, Report
+from trl_distill.process_group import distributed_main
 
 
 @dataclass
@@ -104,6 +105,7 @@ def show(report: Report, error: Exception | None = None) -> None:
     sys.exit(1 if report.count("error") else 0)
 
 
+@distributed_main
 def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConfig) -> None:
     if model_args.model_name_or_path is None:
         sys.exit("There is no student. Name it with `--model_name_or_path`.")
@@ -162,12 +164,15 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     what = "The adapter" if model_args.use_peft else "The model"
     trainer.accelerator.print(f"Done after {trainer.state.global_step} steps. {what} is in {args.output_dir}")
-    trainer.accelerator.end_training()  # ends the process group, whose threads may else crash a process that leaves
+
+
+def parsed(arguments: list[str]) -> tuple[OPDScriptArguments, OPDConfig, ModelConfig]:
+    """The command line's, and a YAML file's that it names."""
+    parser = TrlParser([OPDScriptArguments, OPDConfig, ModelConfig])  # type: ignore[list-item]
+    with plainly():
+        return parser.parse_args_and_config(taken_apart(arguments))  # type: ignore[return-value]
 
 
 if __name__ == "__main__":
     build_ops()  # before DeepSpeed does so in silence
-    parser = TrlParser([OPDScriptArguments, OPDConfig, ModelConfig])  # type: ignore[list-item]
-    with plainly():
-        parsed = parser.parse_args_and_config(taken_apart(sys.argv[1:]))
-    main(*parsed)
+    main(*parsed(sys.argv[1:]))

@@ -124,7 +124,12 @@ def run(job: Job, lock: int, look: Callable[[], None]) -> int:
         log.write(f"==> {' '.join(job.command)}\n")
         log.flush()
         process = subprocess.Popen(
-            job.command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock], env={**os.environ, **job.names}
+            job.command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=[lock],
+            env={**os.environ, **job.names},
+            start_new_session=True,  # a terminal's Ctrl-C shall reach it once, from here: the second ends it at once
         )
         try:
             while process.poll() is None:

@@ -14,6 +14,26 @@ from datasets import Dataset
 from helpers import make_model, make_tokenizer
 
 
+def _skipped_browser_tests(config: pytest.Config) -> int:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter is not None else []
+    return sum("test_browser.py" in report.nodeid for report in skipped)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if os.environ.get("BROWSER_REQUIRED") and _skipped_browser_tests(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The last line of all: what was not run, and how to get it."""
+    if _skipped_browser_tests(config):
+        print(
+            "NOT RUN: the report's tests in a browser; playwright and a Chromium are needed (Debian: apt-get install "
+            "chromium)."
+        )
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)  # tiny matrices: threads cost more than they bring

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from processes import succeeds
 
 
 ROOT = Path(__file__).parents[1]
@@ -20,22 +20,17 @@ TINY = (
 )
 
 
-def call(*words: str | Path, **kwargs) -> None:
-    run = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=1500, check=False, **kwargs)
-    assert run.returncode == 0, f"{words}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """A folder with the wheel and the sdist, built from a copy: building leaves files beside the sources."""
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    files = succeeds(["git", "ls-files"], cwd=ROOT).split()
     for name in files:
         if (ROOT / name).is_file() and name.startswith(("trl_distill/", "pyproject", "README", "LICENSE")):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     build = "from setuptools.build_meta import build_wheel, build_sdist; build_wheel({0!r}); build_sdist({0!r})"
-    call(sys.executable, "-c", build.format(str(folder)), cwd=source)
+    succeeds([sys.executable, "-c", build.format(str(folder))], cwd=source)
     return folder
 
 
@@ -53,17 +48,17 @@ def test_wheel_and_sdist_hold_every_file_of_the_package(built):
 @pytest.mark.slow
 def test_the_ten_line_example_runs_from_an_empty_environment(built, saved, prompts, tmp_path):
     """The README's example, with tiny models in the place of those it names; from the wheel, then from the sdist."""
-    call(sys.executable, "-m", "venv", tmp_path / "empty")
+    succeeds([sys.executable, "-m", "venv", tmp_path / "empty"])
     python = tmp_path / "empty" / "bin" / "python"
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     (tmp_path / "example.py").write_text(example(saved))
     prompts.select_columns(["prompt"]).to_json(tmp_path / "prompts.jsonl")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    call(*pip, "-c", ROOT / "constraints.txt", next(built.glob("*.whl")))
-    call(python, "example.py", cwd=tmp_path, env=env)
+    succeeds([*pip, "-c", ROOT / "constraints.txt", next(built.glob("*.whl"))])
+    succeeds([python, "example.py"], cwd=tmp_path, env=env)
     (tmp_path / "out" / "model.safetensors").unlink()
-    call(*pip, "--no-deps", "--force-reinstall", next(built.glob("*.tar.gz")))
-    call(python, "example.py", cwd=tmp_path, env=env)
+    succeeds([*pip, "--no-deps", "--force-reinstall", next(built.glob("*.tar.gz"))])
+    succeeds([python, "example.py"], cwd=tmp_path, env=env)
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

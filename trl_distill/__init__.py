@@ -5,6 +5,7 @@ from .checkpoints import CheckpointError
 from .config import OPDConfig
 from .guards import NonFiniteLossError, RunawayError, StopOnSigterm, StoppedBySignal
 from .heads import LMHead
+from .process_group import distributed_main
 from .report import TokenReport
 from .self_teachers import AdapterOff, MovingAverage
 from .served import ServedTeacher
@@ -33,4 +34,5 @@ __all__ = [
     "TokenLogProbs",
     "TokenReport",
     "__version__",
+    "distributed_main",
 ]

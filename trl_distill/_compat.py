@@ -302,14 +302,17 @@ class Seams(GRPOTrainer):
             self.checkpoint_written(folder)
         except Exception as error:  # a full disk has many names: OSError, SafetensorError, RuntimeError
             self.args.save_total_limit = limit
-            if not self.args.should_save or os.path.isfile(os.path.join(folder, "trainer_state.json")):
-                raise  # not this process's files, or nothing that belongs to the checkpoint
-            shutil.rmtree(folder, ignore_errors=True)  # makes room, where the disk is full
+            if self.args.should_save and os.path.isfile(os.path.join(folder, "trainer_state.json")):
+                raise  # nothing that belongs to the checkpoint
+            whose, deleted = f" by process {self.accelerator.process_index}", ""
+            if self.args.should_save:
+                whose, deleted = "", "What there was of it is deleted. "
+                shutil.rmtree(folder, ignore_errors=True)  # makes room, where the disk is full
             last = last_complete(self.args.output_dir)
             raise CheckpointError(
-                f"The checkpoint of step {self.state.global_step} could not be written: {error}. What there was of it "
-                f"is deleted. {f'The last complete one is {last}' if last else 'There is no earlier one'}. Make "
-                "room and start again with `resume_from_checkpoint=True` (`auto` on the command line)."
+                f"The checkpoint of step {self.state.global_step} could not be written{whose}: {error}. {deleted}"
+                f"{f'The last complete one is {last}' if last else 'There is no earlier one'}. Make room and start "
+                "again with `resume_from_checkpoint=True` (`auto` on the command line)."
             ) from error
         self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
@@ -328,7 +331,9 @@ class Seams(GRPOTrainer):
     def save_now(self) -> str:
         """Write a checkpoint of the current step, whatever the save strategy, and say where it lies."""
         folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        if what_is_missing(folder) is not None:
+        # the first process says for all: another one may look while the last file is being written
+        missing = float(self.accelerator.is_main_process and what_is_missing(folder) is not None)
+        if self.accelerator.reduce(torch.tensor(missing, device=self.accelerator.device), reduction="sum") > 0:
             self._save_checkpoint(self.model_wrapped, trial=None)
         return folder
 

@@ -29,13 +29,19 @@ GRAM = 4  # tokens
 class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite. Nothing was trained on it."""
 
+    on_all_processes = True
+
 
 class RunawayError(RuntimeError):
     """Completions are cut, or repeat themselves, far beyond what was allowed."""
 
+    on_all_processes = True
+
 
 class StoppedBySignal(RuntimeError):
     """SIGTERM has ended the run after a step; what was trained is in a checkpoint, which the message names."""
+
+    on_all_processes = True
 
 
 class StopOnSigterm(TrainerCallback):

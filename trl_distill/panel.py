@@ -175,12 +175,14 @@ class Panel:
         failed = torch.tensor([float(kind) for kind in kinds], device=self.accelerator.device)
         some, for_good = (self.accelerator.reduce(failed, reduction="sum") > 0).tolist()
         self.agreed = some
-        if failure is not None and for_good:
-            raise failure
-        if for_good:
-            raise RuntimeError("A teacher failed on another process; its message is there.")
-        if some:
-            raise failure or TeacherUnavailable("The teacher did not answer another process; its message is there.")
+        if not some:
+            return
+        if failure is None or (for_good and isinstance(failure, TeacherUnavailable)):
+            kind = RuntimeError if for_good else TeacherUnavailable
+            failure = kind("A teacher failed on another process; its message is there.")
+            vars(failure)["is_of_another_process"] = True
+        vars(failure)["on_all_processes"] = True
+        raise failure
 
 
 def read_specs(teacher_model: Any, args: OPDConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from transformers.trainer_utils import TrainOutput
 
 from ._compat import Seams
-from .checkpoints import MARKER, last_complete, what_is_missing
+from .checkpoints import MARKER, CheckpointError, last_complete, what_is_missing
 from .guards import Guard, NonFiniteLossError, RunawayError, StoppedBySignal, repetition, save_evidence, written
 from .metrics import means
 from .signals import TeacherAnswerError, TeacherUnavailable
@@ -60,6 +61,7 @@ class Watched(Seams):
                 f"The checkpoint {checkpoint} is not complete: {missing}. Name another one, or let "
                 "`resume_from_checkpoint=True` find it."
             )
+        self._agree_on(checkpoint)
         self.begins(checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -68,6 +70,8 @@ class Watched(Seams):
             return TrainOutput(self.state.global_step, 0.0, {})
         except Exception as error:
             if self.state.global_step == 0 or not self.known_to_all(error):
+                if not isinstance(error, CheckpointError | NonFiniteLossError):  # those say it themselves
+                    error.add_note(f"After step {self.state.global_step}. {self._where_to_go_on()}")
                 raise  # nothing to save, or not all processes would take part in saving it
             change = "" if isinstance(error, StoppedBySignal) else " when this is mended"
             advice = (
@@ -82,6 +86,17 @@ class Watched(Seams):
             raise kind(f"{error} {advice}") from error
         finally:
             self.ended()
+
+    def _agree_on(self, checkpoint: str | None) -> None:
+        """See that all processes go on from the same step: nodes that share no folder find different checkpoints."""
+        found = re.search(r"(\d+)\D*$", checkpoint) if checkpoint else None
+        step = torch.tensor([int(found[1]) if found else -1], device=self.accelerator.device)
+        steps = self.accelerator.gather(step).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"The processes would go on from different checkpoints (steps {steps}, -1 for none). Let `output_dir` "
+                "be a folder that all nodes share, or copy the checkpoint to each."
+            )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.state.global_step >= self.state.max_steps:  # transformers makes one step more
@@ -115,14 +130,16 @@ class Watched(Seams):
         terms = {name: term.item() for name, term in {"loss": loss, **self.terms}.items()}
         step, process = self.state.global_step, self.accelerator.process_index
         folder = save_evidence(Path(self.args.output_dir), process, step, terms, texts)
-        last = last_complete(self.args.output_dir)
-        go_on = f"The last complete checkpoint is {last}" if last else "There is no checkpoint yet"
         raise NonFiniteLossError(
             f"The loss after step {step} is no number on {int(wrong.item())} of {self.accelerator.num_processes} "
             f"processes (on this one it is {loss.item()}), and nothing was trained on it. "
-            f"Prompts, completions and both terms are in {folder}. {go_on}. Look for a learning rate that is too high, "
-            "fp16, or a reward that is no number."
+            f"Prompts, completions and both terms are in {folder}. {self._where_to_go_on()} Look for a learning rate "
+            "that is too high, fp16, or a reward that is no number."
         )
+
+    def _where_to_go_on(self) -> str:
+        last = last_complete(self.args.output_dir)
+        return f"The last complete checkpoint is {last}." if last else "There is no checkpoint yet."
 
     def watch(self, batch: dict[str, Any]) -> None:
         """Let the guards see a generation batch that the student has written."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import make_model
+from processes import succeeds
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -33,15 +33,10 @@ ENGINES = {  # how two processes are launched, and what they must find themselve
 
 def launch(folder: Path, launcher: list[str], processes: int, *options: str) -> list[dict]:
     """What each process saw of a run on global batches of 8."""
-    run = subprocess.run(
-        [sys.executable, "-m", *launcher, str(HERE / "worker.py"), str(folder), str(8 // processes), *options],
+    succeeds(
+        [sys.executable, "-m", *launcher, HERE / "worker.py", folder, str(8 // processes), *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
     )
-    assert run.returncode == 0, run.stderr[-3000:]
     return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(processes)]
 
 

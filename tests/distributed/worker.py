@@ -22,7 +22,7 @@ from datasets import Dataset
 from helpers import config
 from safetensors.torch import save_file
 
-from trl_distill import OPDTrainer
+from trl_distill import OPDTrainer, distributed_main
 from trl_distill.deepspeed_ops import build_ops
 
 
@@ -71,6 +71,7 @@ def live_weights(trainer: OPDTrainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone().cpu() for name, tensor in state.items()} if state else {}
 
 
+@distributed_main
 def main(folder: Path, per_device_batch: int, estimator: str, options: set[str]) -> None:
     torch.set_num_threads(1)
     unknown = options - {"rewards", "routed", "off_policy", "lora", "save", "resume", "offload", "ema"}
@@ -132,7 +133,6 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         ],
     }
     (folder / f"result-{accelerator.process_index}.json").write_text(json.dumps(result))
-    accelerator.end_training()  # as scripts/opd.py does
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 from datasets import Dataset
+from processes import succeeds
 from transformers import AutoModelForCausalLM
 
 import trl_distill
@@ -70,7 +70,7 @@ def help_of(script: str) -> str:
     """What a script says of its flags."""
     env = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     words = [sys.executable, str(ROOT / script), "--help"]
-    return subprocess.run(words, capture_output=True, text=True, env=env, timeout=300, check=True).stdout
+    return succeeds(words, env=env)
 
 
 def named_flags() -> list[tuple[str, str, str]]:
@@ -115,10 +115,7 @@ def test_every_command_of_a_page_runs(page, tmp_path):
         "HF_HUB_OFFLINE": "1",
     }
     for command in RUN[page]:
-        run = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900, check=False
-        )
-        assert run.returncode == 0, f"{command}\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}"
+        succeeds(["bash", "-c", command], cwd=tmp_path, env=env)
     if page == "recipes.md":
         check_recipes(tmp_path / "recipe")
 
@@ -181,11 +178,12 @@ def test_python_snippets_run(page, saved, prompts, tmp_path, monkeypatch):
     space = {"OPDTrainer": trainer, "OPDConfig": config, "LoraConfig": LoraConfig}
     space |= {
         "StopOnSigterm": trl_distill.StopOnSigterm,
+        "distributed_main": trl_distill.distributed_main,
         "my_reward": lambda completions, **_: [0.0] * len(completions),
     }
     for block in BLOCKS:
         if block.page == page and block.tag == "run: tiny":
-            text = re.sub(r",\s*\.\.\.\)", ")", re.sub(r"\(\.\.\., ", "(", block.text))
+            text = re.sub(r",\s*\.\.\.\)", ")", re.sub(r"\(\.\.\.(, |(?=\)))", "(", block.text))
             for name, path in names.items():
                 text = text.replace(f'"{name}"', repr(path))
             exec(compile(text, page, "exec"), space)

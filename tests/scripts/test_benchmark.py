@@ -6,7 +6,6 @@ import argparse
 import gc
 import json
 import math
-import subprocess
 import sys
 import weakref
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import succeeds
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -206,9 +206,8 @@ def test_bad_arguments(benchmark, tmp_path, arguments, message):
 
 @pytest.mark.slow
 def test_the_gpu_preset_rehearsed(cells, tmp_path):
-    command = [sys.executable, str(SCRIPTS / "benchmark.py"), "--preset", "gpu", "--dry_run", "--repeats", "1"]
-    done = subprocess.run([*command, "--threads", "1", "--output_dir", str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [sys.executable, SCRIPTS / "benchmark.py", "--preset", "gpu", "--dry_run", "--repeats", "1"]
+    succeeds([*command, "--threads", "1", "--output_dir", tmp_path])
     results = json.loads((tmp_path / "benchmark.json").read_text())
     assert [cell["name"] for cell in results["cells"]] == [cell.name for cell in cells.preset("gpu", True)]
     for cell in results["cells"]:

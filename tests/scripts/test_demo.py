@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import succeeds
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -60,16 +60,8 @@ def test_shipped_models_are_small_and_share_the_tokenizer_that_the_script_makes(
 @pytest.mark.slow
 def test_models_can_be_made_again(tmp_path):
     """The whole way with very few steps: what comes out knows nothing, but loads and has the shipped sizes."""
-    run = subprocess.run(
-        [
-            *(sys.executable, str(SCRIPTS / "make_demo_models.py"), "--output_dir", str(tmp_path)),
-            *("--teacher_steps", "2", "--sft_steps", "2", "--sft_samples", "60"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    steps = ("--teacher_steps", "2", "--sft_steps", "2", "--sft_samples", "60")
+    succeeds([sys.executable, SCRIPTS / "make_demo_models.py", "--output_dir", tmp_path, *steps])
     for name in ("teacher", "student"):
         made, shipped = (AutoModelForCausalLM.from_pretrained(folder / name) for folder in (tmp_path, MODELS))
         assert made.config.to_dict().keys() == shipped.config.to_dict().keys()
@@ -78,13 +70,7 @@ def test_models_can_be_made_again(tmp_path):
 
 @pytest.mark.slow
 def test_a_second_seed_recovers_most_of_the_gap(tmp_path):
-    run = subprocess.run(
-        [sys.executable, str(SCRIPTS / "demo.py"), "--seed", "1", "--output_dir", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    succeeds([sys.executable, SCRIPTS / "demo.py", "--seed", "1", "--output_dir", tmp_path / "out"])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(summary) == {
         *("teacher_accuracy", "student_accuracy_before", "student_accuracy_after"),

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from chat_server import ChatServer
+from processes import started, succeeds
 from trl import TrlParser
 
 from trl_distill.data import load_splits
@@ -193,8 +194,8 @@ def test_killed_ten_times_it_makes_the_dataset_of_an_uninterrupted_run(tmp_path,
     write(tmp_path / "prompts.jsonl", rows)
     command = [sys.executable, str(SCRIPTS / "generate.py"), "--dataset_name", "prompts.jsonl", *PIPELINE]
     command += ["--batch_size", "32", "--chunk_size", "32", "--output_dir"]
-    how: dict[str, Any] = {"cwd": tmp_path, "env": environment(tmp_path), "stdout": subprocess.DEVNULL}
-    subprocess.run([*command, "whole"], check=True, **how)
+    how: dict[str, Any] = {"cwd": tmp_path, "env": environment(tmp_path)}
+    succeeds([*command, "whole"], **how)
     check_planted(tmp_path / "whole", rows)
 
     draw, kills, work = random.Random(int(time.time())), 0, tmp_path / "killed.work"
@@ -203,14 +204,13 @@ def test_killed_ten_times_it_makes_the_dataset_of_an_uninterrupted_run(tmp_path,
             break
         shutil.rmtree(tmp_path / "killed", ignore_errors=True)  # too late for the last kill: the end is made again
         before = _touched(work)
-        process = subprocess.Popen([*command, "killed"], **how)
-        while process.poll() is None and _touched(work) == before:
-            time.sleep(0.02)  # loading libraries; nothing can be lost yet
-        time.sleep(draw.uniform(0, 2.5))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
+        with started([*command, "killed"], stdout=subprocess.DEVNULL, **how) as process:
+            while process.poll() is None and _touched(work) == before:
+                time.sleep(0.02)  # loading libraries; nothing can be lost yet
+            time.sleep(draw.uniform(0, 2.5))
+        kills += process.returncode == -signal.SIGKILL  # the end of the block has killed it
     assert kills == 10
-    subprocess.run([*command, "killed"], check=True, **how)
+    succeeds([*command, "killed"], **how)
     assert read(tmp_path / "killed") == read(tmp_path / "whole")
     for name in ("counts.json", "README.md", "skipped.jsonl"):
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
@@ -245,5 +245,4 @@ def test_what_reads_the_dataset(run, tmp_path):
         ),
     ):
         arguments = [*command, "--dataset_name", folder, "--output_dir", f"trained_{folder}", *common]
-        done = subprocess.run(arguments, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        succeeds(arguments, cwd=tmp_path, env=environment(tmp_path))

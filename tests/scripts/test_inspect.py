@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from helpers import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
+from processes import succeeds
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -44,7 +44,7 @@ def main(monkeypatch, saved, prompts):
 
 def test_pythons_own_inspect_is_found_beside_ours():
     code = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import inspect; print(inspect.__file__)"
-    found = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True).stdout
+    found = succeeds([sys.executable, "-S", "-c", code])
     assert str(SCRIPTS) not in found
 
 
@@ -120,7 +120,4 @@ def test_another_tokenizer_is_refused(main, saved):
 
 
 def test_the_command_itself():
-    found = subprocess.run(
-        [sys.executable, str(SCRIPTS / "inspect.py"), "--help"], capture_output=True, text=True, check=True
-    )
-    assert "--compare_with" in found.stdout
+    assert "--compare_with" in succeeds([sys.executable, SCRIPTS / "inspect.py", "--help"])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import succeeds
 from safetensors.torch import load_file
 
 
@@ -18,15 +18,8 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(("kills", "steps"), [(3, 8), pytest.param(20, 40, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments(saved, prompts, kills, steps):
     (saved / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts["prompt"]))
-    run = subprocess.run(
-        [sys.executable, str(HERE / "survivor.py"), str(saved), str(kills), str(steps)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    words = [sys.executable, HERE / "survivor.py", saved, str(kills), str(steps)]
+    succeeds(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
     report = json.loads((saved / "report.json").read_text())
     assert len(report["begun"]) == kills + 1
     assert report["begun"] == sorted(report["begun"])  # nothing is done twice that was complete

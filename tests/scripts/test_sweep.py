@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import yaml
+from processes import LONG, kill_all, started, wait_for
 
 
 pytest.importorskip("sweeps.run")
@@ -216,38 +217,30 @@ def test_a_program_that_leaves_no_log_has_failed(sweep, capsys):
     assert "left no out/000/out/trainer_state.json" in " ".join(capsys.readouterr().out.split())
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    """In a session of its own, in which Ctrl-C counts also where whoever runs the tests ignores it (`nohup ... &`)."""
-    words = [sys.executable, str(SCRIPTS / "sweep.py"), "--sweep", "sweep.yaml", "--output_dir", "out", *arguments]
-    return subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+@pytest.fixture
+def start():
+    """Starts the script as a process of its own."""
+    with ExitStack() as stack:
 
+        def call(*arguments: str) -> subprocess.Popen[str]:
+            script = [sys.executable, SCRIPTS / "sweep.py", "--sweep", "sweep.yaml", "--output_dir", "out"]
+            return stack.enter_context(started([*script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
 
-def wait_for(path: str) -> None:
-    limit = time.monotonic() + 120
-    while not Path(path).exists():
-        assert time.monotonic() < limit, f"{path} did not appear"
-        time.sleep(0.05)
+        yield call
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
-def test_an_interrupted_sweep_ends_as_one_that_was_not(sweep, how):
+def test_an_interrupted_sweep_ends_as_one_that_was_not(sweep, start, how):
     """Also killed outright, when the run that was under way outlives its sweep.py: it is not started beside itself."""
     sweep("random", UNIFORM)
     Path("hold-001").touch()
     first = start("--runs", "3")
-    wait_for("out/001/out/step")
+    wait_for("out/001/out/step", first)
     first.send_signal(getattr(signal, how))
     if how == "SIGKILL":
-        assert first.wait(60) == -signal.SIGKILL
+        assert first.wait(LONG) == -signal.SIGKILL
     else:
-        out, _ = first.communicate(timeout=300)
+        out, _ = first.communicate(timeout=LONG)
         assert first.returncode == 130
         assert "the same command goes on" in " ".join(out.split())
     assert Path("out/000/result.json").exists()
@@ -258,7 +251,7 @@ def test_an_interrupted_sweep_ends_as_one_that_was_not(sweep, how):
         second = start("--runs", "3")
         assert "a run that it left behind" in second.stdout.readline()
         Path("hold-001").unlink()
-        out, _ = second.communicate(timeout=300)
+        out, _ = second.communicate(timeout=LONG)
         assert second.returncode == 0, out
     else:
         Path("hold-001").unlink()
@@ -296,7 +289,7 @@ TOY = (
 
 
 @pytest.mark.slow
-def test_the_beta_sweep_with_opd_killed_and_continued(saved, prompts, monkeypatch):
+def test_the_beta_sweep_with_opd_killed_and_continued(saved, prompts, start, monkeypatch):
     """Killed with all its processes after a checkpoint: the run resumes, and all ends as without the interruption."""
     monkeypatch.chdir(saved)
     shutil.copytree(SCRIPTS, "scripts", ignore=shutil.ignore_patterns("demo_models"))
@@ -306,12 +299,12 @@ def test_the_beta_sweep_with_opd_killed_and_continued(saved, prompts, monkeypatc
     monkeypatch.setenv("PYTHONPATH", f"{SCRIPTS.parent}")
 
     first = start("--runs", "2", "--", *TOY)
-    wait_for("out/000/out/checkpoint-5/trainer_state.json")
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait(60)
+    wait_for("out/000/out/checkpoint-5/trainer_state.json", first)
+    kill_all(first)
+    first.wait()
     assert not Path("out/000/result.json").exists()
     second = start("--runs", "2", "--", *TOY)
-    out, _ = second.communicate(timeout=500)
+    out, _ = second.communicate(timeout=LONG)
     assert second.returncode == 0, out
     log = Path("out/000/log.txt").read_text()
     _, killed, resumed = log.split("==> ")
@@ -325,7 +318,7 @@ def test_the_beta_sweep_with_opd_killed_and_continued(saved, prompts, monkeypatc
 
     Path("out").rename("interrupted")
     third = start("--runs", "1", "--", *TOY)
-    assert third.wait(500) == 0
+    assert third.wait(LONG) == 0
     assert (results()[0]["reward"], results()[0]["distill/reverse_kl"]) == continued["000"]
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import started
 
 from trl_distill.synthetic.work import WorkFolder, read_lines, seed_of, write_lines
 
@@ -69,12 +70,11 @@ def test_one_run_at_a_time_and_a_killed_one_does_not_count(tmp_path):
         "import sys, time; from pathlib import Path; from trl_distill.synthetic.work import WorkFolder\n"
         "with WorkFolder(Path(sys.argv[1])).locked(): print('in', flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+    with started([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "in\n"
         with pytest.raises(ValueError, match="Another run works"), work.locked():
             pass
-        other.kill()
     with work.locked():
         pass
 
