@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 
+os.environ.pop("COLUMNS", None)  # pytest-xdist hands its terminal's width on; what is printed would hang on it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 

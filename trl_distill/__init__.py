@@ -1,18 +1,54 @@
 """On-policy distillation of language models, on top of TRL: the student writes, the teacher judges every token."""
 
-from ._version import __version__
-from .checkpoints import CheckpointError
-from .config import OPDConfig
-from .guards import NonFiniteLossError, RunawayError, StopOnSigterm, StoppedBySignal
-from .heads import LMHead
-from .process_group import distributed_main
-from .report import TokenReport
-from .self_teachers import AdapterOff, MovingAverage
-from .served import ServedTeacher
-from .signals import HiddenStates, Rollouts, TeacherAnswerError, TeacherUnavailable, TokenLogProbs
-from .teachers import Teacher
-from .trainer import OPDTrainer
+import importlib
+from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
+
+
+if TYPE_CHECKING:
+    from .config import OPDConfig
+    from .errors import (
+        CheckpointError,
+        NonFiniteLossError,
+        RunawayError,
+        StoppedBySignal,
+        TeacherAnswerError,
+        TeacherUnavailable,
+    )
+    from .heads.lm_head import LMHead
+    from .reporting.tokens import TokenReport
+    from .rollouts import Rollouts
+    from .signals import HiddenStates, TokenLogProbs
+    from .teachers.base import Teacher
+    from .teachers.self_distillation import AdapterOff, MovingAverage
+    from .teachers.server import ServedTeacher
+    from .training.interrupts import StopOnSigterm
+    from .training.process_group import distributed_main
+    from .training.trainer import OPDTrainer
+
+
+_MODULES = {  # imported when a name is first asked for: `trl-distill --help` shall not wait for PyTorch
+    "AdapterOff": "teachers.self_distillation",
+    "CheckpointError": "errors",
+    "HiddenStates": "signals",
+    "LMHead": "heads.lm_head",
+    "MovingAverage": "teachers.self_distillation",
+    "NonFiniteLossError": "errors",
+    "OPDConfig": "config",
+    "OPDTrainer": "training.trainer",
+    "Rollouts": "rollouts",
+    "RunawayError": "errors",
+    "ServedTeacher": "teachers.server",
+    "StopOnSigterm": "training.interrupts",
+    "StoppedBySignal": "errors",
+    "Teacher": "teachers.base",
+    "TeacherAnswerError": "errors",
+    "TeacherUnavailable": "errors",
+    "TokenLogProbs": "signals",
+    "TokenReport": "reporting.tokens",
+    "distributed_main": "training.process_group",
+}
 
 __all__ = [
     "AdapterOff",
@@ -36,3 +72,15 @@ __all__ = [
     "__version__",
     "distributed_main",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

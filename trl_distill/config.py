@@ -12,23 +12,17 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ._compat import DICT_FIELDS, post_init_without_group_check
+from ._trl import DICT_FIELDS, post_init_without_group_check
+from .config_checks import KL_ESTIMATORS, SCHEDULES
+from .objective.divergences import DIVERGENCES
 
 
 logger = logging.getLogger(__name__)
 
-# Divergences, and the default of their alpha where they have one
-DIVERGENCES = {
-    "reverse_kl": None,
-    "forward_kl": None,
-    "jsd": 0.5,
-    "skewed_forward_kl": 0.1,
-    "skewed_reverse_kl": 0.1,
-    "mixed": 0.5,
-}
-KL_ESTIMATORS = ("full", "topk", "sampled")
-SCHEDULES = ("constant", "linear", "cosine", "step")
+
 GENERATIONS_WITH_REWARDS = 8  # GRPO's own default
+
+
 GENERATIONS_WITHOUT = 1  # nothing is compared within a group, so more prompts beat more samples of one
 
 

@@ -140,7 +140,7 @@ def test_a_zero3_checkpoint_resumes_and_the_saved_model_is_the_student(models):
 
 @pytest.mark.slow
 def test_a_lock_that_a_killed_build_has_left_does_not_stop_later_runs(models):
-    from trl_distill.deepspeed_ops import extensions_folder
+    from trl_distill.training.deepspeed_ops import extensions_folder
 
     on_two("zero2", models, "full")  # builds what is missing
     lock = extensions_folder() / "deepspeed_shm_comm" / "lock"

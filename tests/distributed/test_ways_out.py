@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 from processes import LONG, kill_all, started, wait_for, wait_until_gone
 
-from trl_distill.checkpoints import last_complete
+from trl_distill.training.checkpoints import last_complete
 
 
 HERE = Path(__file__).parent

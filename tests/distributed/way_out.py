@@ -14,15 +14,12 @@ import signal
 import sys
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import opd
 import torch
 from transformers import TrainerCallback
 
 import trl_distill
-from trl_distill.served import ServedTeacher
+from trl_distill.cli import train as opd
+from trl_distill.teachers.server import ServedTeacher
 
 
 RANK = int(os.environ["RANK"])

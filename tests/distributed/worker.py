@@ -23,7 +23,7 @@ from helpers import config
 from safetensors.torch import save_file
 
 from trl_distill import OPDTrainer, distributed_main
-from trl_distill.deepspeed_ops import build_ops
+from trl_distill.training.deepspeed_ops import build_ops
 
 
 LOGGED = ("loss", "grad_norm", "distill/reverse_kl", "entropy", "reward", "reward_std", "objective", "policy_loss")

@@ -23,6 +23,8 @@ from processes import succeeds
 from transformers import AutoModelForCausalLM
 
 import trl_distill
+from trl_distill.config import OPDConfig as _OPDConfig
+from trl_distill.training.trainer import OPDTrainer as _OPDTrainer
 
 
 ROOT = Path(__file__).parents[2]
@@ -161,14 +163,14 @@ def test_python_snippets_run(page, saved, prompts, tmp_path, monkeypatch):
     }
 
     def config(**given):
-        return trl_distill.config.OPDConfig(**{**tiny, **given, "max_completion_length": 4})
+        return _OPDConfig(**{**tiny, **given, "max_completion_length": 4})
 
     def trainer(**given):
         usual = {"model": student, "teacher_model": teacher, "args": config(), "train_dataset": prompts}
         real = {name: value for name, value in given.items() if value is not ...}
         if isinstance(given.get("teacher_model"), dict):  # the dataset says who judges
             usual["train_dataset"] = prompts.add_column("teacher", list(given["teacher_model"])[:1] * len(prompts))
-        return trl_distill.trainer.OPDTrainer(**{**usual, **real})
+        return _OPDTrainer(**{**usual, **real})
 
     monkeypatch.setattr(trl_distill, "OPDConfig", config)
     monkeypatch.setattr(trl_distill, "OPDTrainer", trainer)

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from trl_distill.synthetic import Completion, GenerateConfig, pipeline
-from trl_distill.synthetic.work import seed_of
+from trl_distill.synthetic.work_folder import seed_of
 
 
 class FunctionTeacher:

@@ -7,8 +7,8 @@ from dataclasses import fields
 import pytest
 
 from trl_distill.synthetic import GenerateConfig
+from trl_distill.synthetic.address import Address, parse_address
 from trl_distill.synthetic.config import FIXED
-from trl_distill.synthetic.models import Address, parse_address
 from trl_distill.synthetic.pipeline import FREE
 
 

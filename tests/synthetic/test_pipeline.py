@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from trl_distill import TeacherUnavailable
-from trl_distill.data import load_splits
+from trl_distill.data.datasets import load_splits
 from trl_distill.synthetic import Completion, Refusal, pipeline
-from trl_distill.synthetic.work import read_json
+from trl_distill.synthetic.work_folder import read_json
 
 
 REWARD = """

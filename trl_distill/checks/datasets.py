@@ -5,15 +5,12 @@ All of it stops the run with what to change. What is checked of models and token
 
 from __future__ import annotations
 
-import inspect
-import math
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from torch import nn
 
-from ._compat import REWARD_ARGUMENTS
-from .config import OPDConfig
+from ..config import OPDConfig
+from ..teachers.pool import weights_of
 
 
 def check_datasets(train: Any, evaluation: Any, teachers: list[str], args: OPDConfig, writers: dict[str, Any]) -> None:
@@ -44,39 +41,6 @@ def check_datasets(train: Any, evaluation: Any, teachers: list[str], args: OPDCo
         )
     if args.lmbda < 1:
         check_completions(train, [name for name, given in writers.items() if given is not None], removed)
-
-
-def check_rewards(functions: list[Any], dataset: Any) -> None:
-    """
-    Whether reward functions can be called with what they are given, before anything is generated.
-
-    Args:
-        functions (`list`): rewards; models, and what has no signature that can be read, are passed over.
-        dataset: for training; nothing is checked where its columns are not known.
-
-    Raises:
-        ValueError: one asks for what there is not, or does not take what there is.
-    """
-    columns = getattr(dataset, "column_names", None)
-    if columns is None:
-        return
-    columns = [name for name in columns if name not in ("prompt", "completion", "completion_ids")]
-    for function in functions:
-        if isinstance(function, str | nn.Module):
-            continue
-        try:
-            signature = inspect.signature(function)
-        except (TypeError, ValueError):  # some builtins have none
-            continue
-        try:
-            signature.bind(**dict.fromkeys([*REWARD_ARGUMENTS, *columns]))
-        except TypeError as error:
-            name = getattr(function, "__name__", type(function).__name__)
-            raise ValueError(
-                f"The reward function {name!r} cannot be called: {error}. It is given {', '.join(REWARD_ARGUMENTS)} "
-                f"and the dataset's other columns ({', '.join(columns) or 'there are none'}), all by name: take "
-                "those that it needs, and `**kwargs` for the rest."
-            ) from None
 
 
 def check_train_dataset(dataset: Any, prompts_per_generation: int) -> None:
@@ -177,28 +141,6 @@ def check_completions(dataset: Any, writers: list[str], removed: bool) -> None:
                 "a prompt that is text, or one assistant message beside messages (earlier turns belong into the "
                 "prompt)."
             )
-
-
-def weights_of(value: Any, names: list[str], where: str) -> list[float]:
-    """
-    Weights by teacher of one row's `teacher`: a name, or weights by name.
-
-    Args:
-        value: what the row has in its `teacher` column.
-        names (`list[str]`): of the teachers.
-        where (`str`): begins the message of an error.
-    """
-    known = ", ".join(repr(name) for name in names)
-    given = {value: 1.0} if isinstance(value, str) else value
-    if not isinstance(given, dict):
-        raise ValueError(f"{where} has the `teacher` {value!r}. Name one of {known}, or give weights by name.")
-    given = {name: weight for name, weight in given.items() if weight is not None}  # what Arrow fills structs with
-    unknown = [name for name in given if name not in names]
-    if unknown:
-        raise ValueError(f"{where} names the teacher {unknown[0]!r}, which is not known. Known are: {known}.")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in given.values()) or sum(given.values()) <= 0:
-        raise ValueError(f"{where} has the teachers {given}; weights must not be negative, nor all of them 0.")
-    return [float(given.get(name, 0.0)) for name in names]
 
 
 def _check_prompts(dataset: Any, purpose: str) -> None:

@@ -1,6 +1,6 @@
 """How good are saved models? Accuracy with intervals, KL to a teacher, length, diversity; several models side by side.
 
-    python scripts/evaluate.py --models student out --teacher Qwen/Qwen3-4B --prompts test.jsonl \\
+    python scripts/evaluate.py --models student out --teacher Qwen/Qwen3-4B --prompts test.jsonl \
         --verifier my_module.is_correct --num_generations 8
 
 The verifier is a reward function as the trainer takes it: a score for each completion, right from `--correct_from` on.
@@ -14,38 +14,25 @@ Left out on purpose: public benchmarks, for which `lm-eval` is made (docs/recipe
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
-
 import torch
-
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, it would look for one and warn
-
-from judging import Help, beyond, check_teacher, first_rows, load, stops_of, template_kwargs, tokenizer_of
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from trl_distill.data import import_reward
-from trl_distill.evaluation import Answer, Estimate, answer_all, difference, summarise
-from trl_distill.samples import Sampling
+from ..data.rewards import import_reward
+from ..data.sampling import Sampling
+from ..reporting.evaluation import Answer, answer_all
+from ..reporting.evaluation_table import Results
+from .arguments import Help, template_kwargs
+from .models import beyond, check_teacher, first_rows, load, stops_of, tokenizer_of
 
 
 console = Console()
-SHARES = ("avg@", "pass@", "truncated")  # told in percent, where the verifier says right or wrong
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -102,93 +89,6 @@ def evaluated(name: str, model: Any, teacher: Any, rows: list, options: argparse
     return found
 
 
-def shown(name: str, estimate: Estimate, graded: bool) -> str:
-    """'93.4% (91.2–95.1)'; a graded score is told as it is."""
-    if name.startswith(SHARES) and not (graded and name.startswith("avg@")):
-        return f"{estimate.value:.1%} ({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
-    digits = 1 if name == "length" else 3
-    return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f}–{estimate.high:.{digits}f})"
-
-
-def lines(results: dict[str, dict[str, Estimate]], graded: bool) -> list[list[str]]:
-    """A row for each number, a column for each model; the heading first. Graded scores are no shares."""
-    names = list(dict.fromkeys(name for estimates in results.values() for name in estimates))
-    names = [name for name in names if not (graded and name.startswith("pass@") and " − " in name)]
-    rows = [["", *results]]
-    for name in names:
-        found = [estimates.get(name) for estimates in results.values()]
-        label = {"kl": "KL to the teacher, nats per token", "length": "length, tokens"}.get(name, name)
-        rows.append([label, *("" if one is None else shown(name, one, graded) for one in found)])
-    return rows
-
-
-def told(one: Estimate) -> dict[str, float | None]:
-    """For JSON, which has no word for what is no number."""
-    return {key: value if math.isfinite(value) else None for key, value in one._asdict().items()}
-
-
-class Results:
-    """What is known so far; saved after each model, so that nothing is lost where a later one fails."""
-
-    def __init__(self, options: argparse.Namespace):
-        self.options = options
-        self.answers: dict[str, list[Answer]] = {}
-        self.seconds: dict[str, float] = {}
-
-    def add(self, name: str, answers: list[Answer], seconds: float) -> None:
-        self.answers[name], self.seconds[name] = answers, seconds
-        self.save()
-
-    @property
-    def graded(self) -> bool:
-        """Whether scores are more than right and wrong."""
-        return any(one.score not in (None, 0.0, 1.0) for found in self.answers.values() for one in found)
-
-    def estimates(self) -> dict[str, dict[str, Estimate]]:
-        found = {
-            name: summarise(answers, self.options.k, self.options.correct_from)
-            for name, answers in self.answers.items()
-        }
-        first, *others = self.answers
-        for name in others if self.options.verifier else ():
-            label = f"avg@{self.options.num_generations} − the first's"
-            found[name][label] = difference(self.answers[name], self.answers[first])
-        return found
-
-    def save(self) -> Path:
-        """Numbers as JSON, and the table as Markdown beside it; returns the table's path."""
-        models = {}
-        for name, estimates in self.estimates().items():
-            scores: dict[int, list[float | None]] = {}
-            for answer in self.answers[name]:
-                scores.setdefault(answer.prompt, []).append(answer.score)
-            models[name] = {
-                "estimates": {key: told(one) for key, one in estimates.items()},
-                "scores": list(scores.values()),
-                "seconds": round(self.seconds[name], 1),
-            }
-        output: Path = self.options.output
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.options).items()}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"settings": settings, "models": models}, indent=1, allow_nan=False) + "\n")
-        head, *rows = lines(self.estimates(), self.graded)
-        rule = ["---", *["---:"] * (len(head) - 1)]
-        path = output.with_suffix(".md")
-        path.write_text("\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows]) + "\n")
-        return path
-
-    def table(self, prompts: int) -> Table:
-        """For a terminal."""
-        title = f"{prompts} prompts, {self.options.num_generations} answers each; 95 % intervals over prompts"
-        made = Table(title=title)
-        head, *body = lines(self.estimates(), self.graded)
-        for label in head:
-            made.add_column(label, justify="right" if label else "left", overflow="fold")
-        for row in body:
-            made.add_row(*row)
-        return made
-
-
 def main(words: list[str] | None = None) -> None:
     options = arguments(words)
     transformers_logging.disable_progress_bar()
@@ -218,5 +118,6 @@ def main(words: list[str] | None = None) -> None:
     console.print(f"Results are in {options.output}, the table in {path}", highlight=False, soft_wrap=True)
 
 
-if __name__ == "__main__":
-    main()
+def run(words: list[str]) -> None:
+    """The command."""
+    main(words)

@@ -1,6 +1,6 @@
 """Have teachers complete prompts, verify and filter what they wrote, and save a dataset with a card.
 
-    python scripts/generate.py --dataset_name prompts.jsonl --teacher_model_name_or_path Qwen/Qwen3-8B \\
+    python scripts/generate.py --dataset_name prompts.jsonl --teacher_model_name_or_path Qwen/Qwen3-8B \
         --completions_per_prompt 4 --reward_funcs my_module.correct --keep correct --output_dir data
 
 `--dataset_name` is a name on the hub, a local folder or a `.jsonl` file, with a column "prompt" (text or messages). The
@@ -16,21 +16,16 @@ Left out on purpose: training, and pushing to the hub (`hf upload` does that).
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
-
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
 
 from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 from trl import TrlParser
 
-from trl_distill import TeacherAnswerError, TeacherUnavailable
-from trl_distill.synthetic import GenerateConfig, run_pipeline
+from ..errors import TeacherAnswerError, TeacherUnavailable
+from ..synthetic import GenerateConfig, run_pipeline
+from .arguments import errors_without_traceback
 
 
 def main(config: GenerateConfig) -> None:
@@ -56,9 +51,8 @@ def main(config: GenerateConfig) -> None:
     )
 
 
-if __name__ == "__main__":
-    try:
-        (config,) = TrlParser([GenerateConfig]).parse_args_and_config()  # type: ignore[list-item]
-    except ValueError as error:
-        sys.exit(f"{error}")
+def run(arguments: list[str]) -> None:
+    """The command: its arguments, or a YAML file's that they name."""
+    with errors_without_traceback():
+        (config,) = TrlParser([GenerateConfig]).parse_args_and_config(arguments)  # type: ignore[list-item]
     main(config)

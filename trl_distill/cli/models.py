@@ -5,8 +5,6 @@ Errors end a script with a message that says what to change.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,19 +12,16 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_distill import checks
-from trl_distill.data import load_splits, with_prompts
-from trl_distill.forwards import add_teacher_forward, unwrap_adapter
-from trl_distill.loading import check_folder, load_tokenizer, load_whole
-from trl_distill.preflight import stop_ids
-from trl_distill.samples import answers_with, rollouts_of
+from ..checks import models as model_checks
+from ..checks import tokenizers as tokenizer_checks
+from ..data.datasets import load_splits, with_prompts
+from ..data.sampling import answers_with, rollouts_of
+from ..models.hidden_states import add_teacher_forward
+from ..models.loading import check_folder, load_tokenizer, load_whole
+from ..models.properties import stop_ids, unwrap_adapter
 
 
 console = Console()
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """A page of help with every default."""
 
 
 def load(name: str, whose: str, dtype: str, device: str) -> Any:
@@ -34,13 +29,13 @@ def load(name: str, whose: str, dtype: str, device: str) -> Any:
     try:
         check_folder(name, whose, "the path")
         model = load_whole(AutoModelForCausalLM.from_pretrained, name, whose, dtype=dtype).to(device).eval()
-        checks.check_text_only(model.config, whose)
+        model_checks.check_text_only(model.config, whose)
         add_teacher_forward(model)
         probe = rollouts_of([[0]], [[1, 2, 3]], 0, device)
         with torch.no_grad():
             expected = model(input_ids=probe.input_ids).logits[0, :-1]
             states = answers_with(model)(probe)
-            checks.check_logits(expected, states.head.logits(states.hidden), whose)
+            model_checks.check_logits(expected, states.head.logits(states.hidden), whose)
     except (OSError, ValueError) as error:
         raise SystemExit(f"The {whose} {name!r} could not be loaded. ({error})") from None
     return model
@@ -50,7 +45,7 @@ def check_teacher(tokenizer: Any, teacher: str, model: Any, student: Any) -> Non
     """Stop where token ids mean something else to the teacher."""
     theirs = load_tokenizer(teacher)
     sizes = [unwrap_adapter(m).config.get_text_config().vocab_size for m in (student, model)]
-    for finding in (checks.same_tokenizer(tokenizer, theirs), checks.vocabulary(tokenizer, *sizes)):
+    for finding in (tokenizer_checks.same_tokenizer(tokenizer, theirs), tokenizer_checks.vocabulary(tokenizer, *sizes)):
         if finding.level == "error":
             raise SystemExit(str(finding))
         if finding.level == "warning":
@@ -77,17 +72,6 @@ def beyond(student: Any, teacher: Any) -> tuple[int, ...]:
     """Ids that the student has and the teacher has not: never drawn, as in training."""
     theirs, ours = (unwrap_adapter(m).config.get_text_config().vocab_size for m in (teacher, student))
     return tuple(range(theirs, ours))
-
-
-def template_kwargs(text: str) -> dict[str, Any]:
-    """What `--chat_template_kwargs` says."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object; write '{{\"enable_thinking\": false}}'")
-    return found
 
 
 def tokenizer_of(model: str) -> Any:

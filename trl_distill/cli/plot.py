@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trl_distill.plots import training_figure
+from ..reporting.curves import training_figure
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -85,5 +85,6 @@ def main(words: list[str] | None = None) -> None:
     print(f"The picture is in {output}")
 
 
-if __name__ == "__main__":
-    main()
+def run(words: list[str]) -> None:
+    """The command."""
+    main(words)

@@ -15,35 +15,24 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-
-sys.path.append(str(Path(__file__).parents[1]))  # the other scripts, and rewards beside them
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
-
 import torch
-
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, it would look for one and warn
-
-from judging import Help, beyond, check_teacher, first_rows, load, stops_of, template_kwargs, tokenizer_of
 from rich.console import Console
 from rich.progress import Progress
 from transformers.utils import logging as transformers_logging
 
-from trl_distill.data import import_reward
-from trl_distill.report import Summary, TokenTable, page
-from trl_distill.report.callback import log_to_wandb
-from trl_distill.report.collect import judged, labels_of, with_rewards
-from trl_distill.report.rows import Completion, summary
-from trl_distill.samples import Sampling, Written, answers_with, given, prompt_ids, sampled, undisturbed
+from ..data.rewards import import_reward
+from ..data.sampling import Sampling, Written, answers_with, given, prompt_ids, sampled, undisturbed
+from ..reporting.tokens import Summary, TokenTable, page
+from ..reporting.tokens.collect import judged, labels_of, with_rewards
+from ..reporting.tokens.table import Completion, summary
+from ..reporting.wandb_run import log_to_wandb
+from .arguments import Help, template_kwargs
+from .models import beyond, check_teacher, first_rows, load, stops_of, tokenizer_of
 
 
 console = Console()
@@ -189,5 +178,6 @@ def write(table: TokenTable, options: argparse.Namespace) -> None:
     )
 
 
-if __name__ == "__main__":
-    main()
+def run(words: list[str]) -> None:
+    """The command."""
+    main(words)

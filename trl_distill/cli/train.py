@@ -1,7 +1,7 @@
 """Distil a teacher into a student on the student's own rollouts, with or without rewards.
 
-    accelerate launch scripts/opd.py \\
-        --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-4B \\
+    accelerate launch scripts/opd.py \
+        --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-4B \
         --dataset_name prompts.jsonl --learning_rate 1e-5 --max_completion_length 1024 --output_dir out
 
 `--dataset_name` is a name on the hub, a local folder or a `.jsonl` file, with a "prompt" column (text or messages).
@@ -22,29 +22,23 @@ Left out on purpose: data preparation, and any default that differs from `OPDCon
 from __future__ import annotations
 
 import os
-import shlex
-import string
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-
-
-warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
 
 from rich.console import Console
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from trl_distill import OPDConfig, OPDTrainer, TeacherAnswerError, TeacherUnavailable
-from trl_distill.checkpoints import CheckpointError, last_complete
-from trl_distill.checks import Finding
-from trl_distill.data import import_reward, load_splits, take_split
-from trl_distill.deepspeed_ops import build_ops
-from trl_distill.guards import EXIT_STOPPED, NonFiniteLossError, RunawayError, StopOnSigterm, StoppedBySignal
-from trl_distill.preflight import PreflightError, Report
-from trl_distill.process_group import distributed_main
+from .. import OPDConfig, OPDTrainer, TeacherAnswerError, TeacherUnavailable
+from ..checks.findings import Finding, PreflightError, Report
+from ..data.datasets import load_splits, take_split
+from ..data.rewards import import_reward
+from ..errors import CheckpointError, NonFiniteLossError, RunawayError, StoppedBySignal
+from ..training.checkpoints import last_complete
+from ..training.deepspeed_ops import build_ops
+from ..training.interrupts import EXIT_STOPPED, StopOnSigterm
+from ..training.process_group import distributed_main
+from .arguments import errors_without_traceback, expand_together, with_environment
 
 
 @dataclass
@@ -68,33 +62,6 @@ class OPDScriptArguments(ScriptArguments):
     )
 
 
-def taken_apart(arguments: list[str]) -> list[str]:
-    """`--together="--a 1 --b 2"` as its parts: a grid combines all with all, and not all combinations exist."""
-    flag = "--together="
-    words = [shlex.split(word.removeprefix(flag)) if word.startswith(flag) else [word] for word in arguments]
-    return [part for parts in words for part in parts]
-
-
-def with_environment(output_dir: str) -> str:
-    """The folder's name with its `$NAME` replaced: nothing may be written to one that is called "$WANDB_RUN_ID"."""
-    try:
-        return string.Template(output_dir).substitute(os.environ)
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"`--output_dir` is {output_dir!r}, but the environment does not say what to write there ({error}). Set "
-            "the variable (`wandb agent` sets WANDB_RUN_ID), give another folder, or write `$$` for a dollar sign."
-        ) from None
-
-
-@contextmanager
-def plainly() -> Iterator[None]:
-    """What is wrong with the arguments is said without a traceback, which would hide it."""
-    try:
-        yield
-    except ValueError as error:
-        sys.exit(f"{error}")
-
-
 def show(report: Report, error: Exception | None = None) -> None:
     """Print the preflight as a table, and leave: with status 1 where the run could not begin."""
     if error is not None and not isinstance(error, PreflightError):
@@ -111,7 +78,7 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
         sys.exit("There is no student. Name it with `--model_name_or_path`.")
     if script_args.dataset_name is None:
         sys.exit("There is no dataset. Name it with `--dataset_name`: a hub name, a folder or a `.jsonl` file.")
-    with plainly():
+    with errors_without_traceback():
         args.output_dir = with_environment(args.output_dir or "")
         rewards = [import_reward(path) for path in script_args.reward_funcs or []]
         splits = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
@@ -169,10 +136,11 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
 def parsed(arguments: list[str]) -> tuple[OPDScriptArguments, OPDConfig, ModelConfig]:
     """The command line's, and a YAML file's that it names."""
     parser = TrlParser([OPDScriptArguments, OPDConfig, ModelConfig])  # type: ignore[list-item]
-    with plainly():
-        return parser.parse_args_and_config(taken_apart(arguments))  # type: ignore[return-value]
+    with errors_without_traceback():
+        return parser.parse_args_and_config(expand_together(arguments))  # type: ignore[return-value]
 
 
-if __name__ == "__main__":
+def run(arguments: list[str]) -> None:
+    """The command: its arguments, or a YAML file's that they name."""
     build_ops()  # before DeepSpeed does so in silence
-    main(*parsed(sys.argv[1:]))
+    main(*parsed(arguments))

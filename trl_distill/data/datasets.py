@@ -5,10 +5,6 @@ What the trainer needs of a dataset is checked in `checks.py`.
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +100,3 @@ def take_split(splits: Any, split: str, purpose: str) -> Any:
             f"`--dataset_{'train' if purpose == 'training' else 'test'}_split`."
         )
     return splits[split]
-
-
-def import_reward(path: str) -> Callable:
-    """The function that an import path names; the current directory is searched too."""
-    module_name, _, name = path.replace(":", ".").rpartition(".")
-    sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module_name or "trl.rewards"), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"The reward function {path!r} could not be imported ({error}). Write `module.function`, importable "
-            "from the current directory, or the name of a function in `trl.rewards`."
-        ) from None
-    finally:
-        sys.path.pop(0)

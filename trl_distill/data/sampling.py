@@ -19,13 +19,13 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
-from .forwards import has_relative_positions, unwrap_adapter
-from .off_policy import token_ids
-from .signals import HiddenStates, Rollouts
+from ..models.properties import has_relative_positions, unwrap_adapter
+from ..rollouts import Rollouts
+from ..signals import HiddenStates
+from .completions import token_ids
 
 
 Signals = Callable[[Rollouts], HiddenStates]
-RewardFunction = Callable[..., list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -175,46 +175,6 @@ def rollouts_of(prompts: Sequence[list[int]], completions: Sequence[list[int]], 
         masks.append(pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side))
     ids, attention = torch.cat(padded, dim=1).to(device), torch.cat(masks, dim=1).to(device)
     return Rollouts(ids, attention, masks[1].bool().to(device))
-
-
-def scores(
-    written: Sequence[Written], functions: Sequence[RewardFunction], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[float | None]]:
-    """
-    What functions say of completions, by name; they are called as TRL calls them: prompts, completions, columns.
-
-    Raises:
-        ValueError: a function fails, or does not give a score, or `None`, for each completion.
-    """
-    rows = [row.row for row in written]
-    names = rows[0] if rows else ()
-    columns = {name: [row.get(name) for row in rows] for name in names if name not in ("prompt", "completion")}
-    texts = [tokenizer.decode(row.completion, skip_special_tokens=True) for row in written]
-    answers = [
-        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-        for row, text in zip(rows, texts, strict=True)
-    ]
-    by_name: dict[str, list[float | None]] = {}
-    for function in functions if written else ():
-        name = getattr(function, "__name__", type(function).__name__)
-        given_ids = [row.completion for row in written]
-        try:
-            found = function(
-                prompts=[row["prompt"] for row in rows], completions=answers, completion_ids=given_ids, **columns
-            )
-        except Exception as error:  # a user's own code
-            given_to = f"the columns {', '.join(columns)}" if columns else "no columns"
-            raise ValueError(
-                f"The reward function {name!r} failed: {type(error).__name__}: {error}. It was given {given_to}, and "
-                f"completions such as {answers[0]!r:.100}."
-            ) from error
-        if not isinstance(found, Sequence) or len(found) != len(written):
-            raise ValueError(
-                f"The reward function {name!r} returned {found!r:.100} for {len(written)} completions. It must return "
-                "a list with a number, or `None`, for each of them."
-            )
-        by_name[name] = [None if score is None else float(score) for score in found]
-    return by_name
 
 
 def answers_with(model: nn.Module, as_in_training: bool = False) -> Signals:

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import objective
-from ._compat import gathered_head
-from .heads import COMPARED, LMHead, check_same_device, differences
+from .._trl import gathered_head
+from ..objective import divergences
+from .comparison import COMPARED, differences
+from .lm_head import LMHead, check_same_device
 from .tiles import Projection, Room, parts, tiles
 
 
@@ -331,10 +332,10 @@ class _Block:
         form, log_p = self.form, self.theirs - self.log_norm_p
         with torch.enable_grad():
             log_q = (self.ours - self.log_norm_q).requires_grad_(wanted)
-            divergence = objective.summands(form.divergence, log_q, log_p, form.alpha).sum(-1)
+            divergence = divergences.summands(form.divergence, log_q, log_p, form.alpha).sum(-1)
             if form.stops:
                 ours, theirs = (x[:, list(form.stops)] for x in (log_q, log_p))
-                divergence = objective.as_one_class(divergence, ours, theirs, form.divergence, form.alpha)
+                divergence = divergences.as_one_class(divergence, ours, theirs, form.divergence, form.alpha)
             if not wanted:
                 return divergence, None
             (derivative,) = torch.autograd.grad(divergence.sum(), log_q)

@@ -7,109 +7,19 @@ from is `forwards.py`'s business, what the numbers mean that of `estimators.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
-from ._compat import ChunkedDivergenceFunction, ChunkedLogProbFunction, gathered_head
-from .objective import as_one_class, summands
-from .signals import HiddenStates
+from .._trl import ChunkedDivergenceFunction, ChunkedLogProbFunction, gathered_head
+from ..signals import HiddenStates
+from .lm_head import LMHead, check_same_device
 
-
-# Metrics look at whole logits of every so many-th token, at most so many in a micro-step, and at so many likeliest ids
-LOOK_EVERY, LOOK_MOST, TOP = 61, 128, 16
-COMPARED = ("reverse_kl", "forward_kl", "teacher_entropy", "top1_agreement", "top_overlap")
 
 # Tiles of what is projected here rather than in TRL's kernel: tokens, ids, and elements of gathered rows of a head
 TOKEN_TILE, VOCAB_TILE, ROW_TILE = 1024, 32768, 2**24
-
-
-class LMHead:
-    """
-    An output layer as it turns hidden states into logits: `softcap · tanh(scale · (h Wᵀ + b) / softcap)`.
-
-    Weight and bias are looked up at each use, since PEFT, FSDP and DeepSpeed replace them.
-
-    Raises:
-        ValueError: the model has no output layer, or one whose weight alone does not say what it does.
-    """
-
-    def __init__(self, model: PreTrainedModel):
-        layer = model.get_output_embeddings()
-        if layer is None:
-            raise ValueError(f"{type(model).__name__} has no LM head. Use a causal language model (`...ForCausalLM`).")
-        if hasattr(layer, "base_layer"):
-            raise ValueError(
-                "An adapter on the LM head is not supported: the divergence is computed from the head's weight, which "
-                "does not hold it. Merge the adapter (`model.merge_and_unload()`) or leave `lm_head` out of its "
-                "`target_modules`."
-            )
-        self._model = model
-        config = model.config.get_text_config()
-        self.logit_scale = logit_scale(config)
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the weight, also where ZeRO-3 holds none of them at the moment."""
-        weight = self._model.get_output_embeddings().weight
-        return getattr(weight, "ds_shape", weight.shape)[0]
-
-    def parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight `(V, H)` and bias `(V,)`; FSDP2's shards are gathered, once per call."""
-        layer = self._model.get_output_embeddings()
-        weight, bias = layer.weight, getattr(layer, "bias", None)
-        if isinstance(weight, DTensor):
-            weight = weight.full_tensor()
-            bias = None if bias is None else bias.full_tensor()
-        return weight, bias
-
-    @contextmanager
-    def whole(self) -> Iterator[LMHead]:
-        """This head with weights that are gathered once, by ZeRO-3 or FSDP2, for as long as the context lasts."""
-        weight, bias = self.parameters()
-        with gathered_head(weight, bias):
-            sharded = isinstance(self._model.get_output_embeddings().weight, DTensor)
-            yield FrozenHead(self._model, weight, bias) if sharded else self
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """All logits `(..., V)`, for a few positions only: what the kernel is taken to compute."""
-        weight, bias = self.parameters()
-        logits = (weight @ hidden.flatten(0, -2).T).T  # for few rows many times as fast on CPUs as the other way round
-        logits = logits.unflatten(0, hidden.shape[:-1])
-        logits = self.logit_scale * (logits if bias is None else logits + bias.to(logits.dtype))
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-class FrozenHead(LMHead):
-    """An output layer with weights that are given, where the model's own are others by the time they are used."""
-
-    def __init__(self, model: PreTrainedModel, weight: torch.Tensor, bias: torch.Tensor | None):
-        super().__init__(model)
-        self._weight, self._bias = weight, bias
-
-    @property
-    def vocab_size(self) -> int:
-        return self._weight.shape[0]
-
-    def parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self._weight, self._bias
-
-
-def logit_scale(config: Any) -> float:
-    """What the model multiplies its logits by before the softmax; each model family has its own name for it."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse, Falcon-H1
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)  # Granite, MiniCPM3 divide
 
 
 def kernel_divergence(
@@ -157,15 +67,6 @@ def kernel_divergence(
         teacher_head.logit_scale,
         teacher_head.softcap,
     )
-
-
-def check_same_device(student: torch.Tensor, teacher: torch.Tensor) -> None:
-    """Both heads project the same tokens; raises `ValueError` where they lie apart."""
-    if student.device != teacher.device:
-        raise ValueError(
-            f"The student's LM head is on {student.device}, the teacher's on {teacher.device}. Both project the same "
-            "tokens, so place them on one device in their `device_map`."
-        )
 
 
 def log_probs_of(
@@ -274,83 +175,3 @@ def _row_tiles(ids: torch.Tensor, width: int) -> Iterator[slice]:
     size = max(1, ROW_TILE // max(1, ids.shape[1] * width))
     for start in range(0, ids.shape[0], size):
         yield slice(start, start + size)
-
-
-def where_to_look(sampled: torch.Tensor) -> slice:
-    """
-    Which of the judged tokens are looked at: every so many-th, from one on that the tokens themselves draw.
-
-    The step is odd, or completions that are cut at one length would show the same places; with a fixed start, batches
-    of few tokens would show little but first tokens. One is looked at wherever there is one.
-
-    Args:
-        sampled (`torch.Tensor` of shape `(N,)`): their ids.
-    """
-    step = max(LOOK_EVERY, -(-len(sampled) // LOOK_MOST)) | 1
-    start = int(sampled.sum()) % min(step, len(sampled)) if len(sampled) else 0
-    return slice(start, None, step)
-
-
-@torch.no_grad()
-def differences(log_q: torch.Tensor, log_p: torch.Tensor, stops: Sequence[int] = ()) -> torch.Tensor:
-    """
-    How student and teacher differ at a few tokens, for the log.
-
-    Args:
-        log_q, log_p (`torch.Tensor` of shape `(n, V)`): log-probabilities of student and teacher.
-        stops (`Sequence[int]`): ids that count as one, but for the entropy.
-
-    Returns:
-        `torch.Tensor` of shape `(len(COMPARED), n)`, fp32, in the order of `COMPARED`: both KLs and the teacher's
-        entropy in nats, agreement on the likeliest id (0 or 1), and the share of both models' `TOP` likeliest ids in
-        common.
-    """
-    kls = [summands(name, log_q, log_p).sum(-1) for name in ("reverse_kl", "forward_kl")]
-    ranked = [log_q, log_p]
-    if stops:
-        ours, theirs = (x[:, list(stops)] for x in ranked)
-        kls = [as_one_class(kl, ours, theirs, name) for kl, name in zip(kls, ("reverse_kl", "forward_kl"), strict=True)]
-        ranked = [x.index_fill(1, torch.tensor(stops, device=x.device), -torch.inf) for x in ranked]
-        for x, merged in zip(ranked, (ours, theirs), strict=True):
-            x[:, stops[0]] = merged.logsumexp(-1)
-    likeliest = [x.topk(min(TOP, x.shape[1])).indices for x in ranked]
-    common = (likeliest[0][:, :, None] == likeliest[1][:, None]).any(-1)
-    return torch.stack(
-        [
-            *kls,
-            -(log_p.exp() * log_p).sum(-1),
-            (likeliest[0][:, 0] == likeliest[1][:, 0]).float(),
-            common.float().mean(-1),
-        ]
-    )
-
-
-@torch.no_grad()
-def compared(
-    hidden: torch.Tensor,
-    head: LMHead,
-    signal: HiddenStates,
-    temperature: float,
-    sampled: torch.Tensor,
-    stops: Sequence[int] = (),
-) -> torch.Tensor:
-    """
-    [`differences`] where no logits are at hand: [`where_to_look`] says at which tokens.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(N, H)`): the student's.
-        head ([`LMHead`]): the student's.
-        signal ([`~trl_distill.signals.HiddenStates`]): the teacher's, at the same tokens.
-        temperature (`float`): softmax temperature of both.
-        sampled (`torch.Tensor` of shape `(N,)`): ids of the tokens.
-        stops (`Sequence[int]`): ids that count as one.
-    """
-    chosen = where_to_look(sampled)
-    shared = min(head.vocab_size, signal.head.vocab_size)
-    log_q, log_p = (
-        (which.logits(states[chosen].to(which.parameters()[0].device)).float()[:, :shared] / temperature).log_softmax(
-            -1
-        )
-        for which, states in ((head, hidden), (signal.head, signal.hidden))
-    )
-    return differences(log_q, log_p.to(log_q.device), stops)

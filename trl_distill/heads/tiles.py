@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 import torch
 
-from .heads import LMHead
+from .lm_head import LMHead
 
 
 # (GPUs, CPUs): elements of each model's tile of logits, elements of the part that is worked on at a time, and ids that
 # are projected at a time. On CPUs a part stays in the cache, and narrow products with a head are faster.
 TILE, PART, IDS = (2**26, 2**24), (2**24, 2**19), (2**30, 2**11)
+
+
 KEPT = 2**23  # elements: memory up to this size is kept on CPUs from one micro-step to the next
 
 

@@ -15,21 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .fused import Form, fused_divergence
-from .samples import (
-    RewardFunction,
-    Sampling,
-    Written,
-    answers_with,
-    prompt_ids,
-    rollouts_of,
-    sampled,
-    scores,
-    undisturbed,
-)
+from ..data.rewards import RewardFunction, scores
+from ..data.sampling import Sampling, Written, answers_with, prompt_ids, rollouts_of, sampled, undisturbed
+from ..heads.fused import Form, fused_divergence
 
 
 DRAWS = 2000  # of the bootstrap
+
+
 DISTINCT = (1, 2, 4)  # lengths of the n-grams that are counted
 
 

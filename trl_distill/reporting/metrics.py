@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from .forwards import DistilledOutput
-from .heads import COMPARED
-from .signals import Judgement
+from ..heads.comparison import COMPARED
+from ..models.student import DistilledOutput
+from ..signals import Judgement
 
 
 def means(accelerator: Accelerator, quantities: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:

@@ -18,7 +18,10 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
+
 SHARE = 10  # the first and the last so many-th part of the log are compared
+
+
 ROWS = {  # label by key of the log
     "reward": "reward",
     "objective": "objective",

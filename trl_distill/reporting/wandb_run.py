@@ -8,23 +8,15 @@ from __future__ import annotations
 
 import io
 import logging
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from .plots import training_figure
+from .curves import training_figure
 
 
 logger = logging.getLogger(__name__)
-
-
-def name_of(teacher: Any) -> str:
-    """What to call a teacher in a log: a name or folder as it is, a model by where it came from, else its class."""
-    if isinstance(teacher, str):
-        return teacher
-    origin = getattr(getattr(teacher, "config", None), "_name_or_path", "")
-    served = getattr(teacher, "model", None)  # of a `ServedTeacher`: the name under which it is served
-    return origin or (served if isinstance(served, str) else type(teacher).__name__)
 
 
 def drawn(figure: Any) -> Any:
@@ -65,3 +57,11 @@ class WandbExtras(TrainerCallback):
             logger.warning(f"No picture of the training is sent to wandb. {error}")
             return
         wandb.log({"plots/training": wandb.Image(picture), "train/global_step": state.global_step})
+
+
+def log_to_wandb(path: Path, name: str, beside: dict[str, Any]) -> None:
+    """Log a report to the active wandb run as it is; nothing where there is no run."""
+    import wandb
+
+    if wandb.run is not None:
+        wandb.log({name: wandb.Html(path.read_text("utf-8"), inject=False), **beside})

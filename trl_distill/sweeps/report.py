@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from sweep_draw import label, logged_name
-from sweep_files import SWEEP, Row, collect
 
-from trl_distill.config import DIVERGENCES
-from trl_distill.plots import Point, metric_figure, pareto_figure, pareto_front, ranking_figure
+from ..objective.divergences import DIVERGENCES
+from .figures import Point, metric_figure, pareto_figure, pareto_front, ranking_figure
+from .results import SWEEP, Row, collect
+from .space import label, logged_name
 
 
 DIVERGENCE_KEYS = tuple(f"distill/{name}" for name in DIVERGENCES)
+
+
 MAIN = ("reward", *DIVERGENCE_KEYS, "distill/sequence_kl", "objective", "entropy")
 
 
@@ -104,9 +105,3 @@ def report(folder: Path, console: Console) -> list[Row]:
     drawn = picture.name if picture else f"no picture, since no run has logged {sweep['metric']['name']}"
     console.print(f"Results are in {folder}: table.md, results.csv, {drawn}")
     return rows
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / SWEEP).is_file():
-        sys.exit("Give the folder of a sweep, the `--output_dir` of scripts/sweep.py: it holds sweep.json.")
-    report(Path(sys.argv[1]), Console())

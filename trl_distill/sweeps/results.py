@@ -12,6 +12,8 @@ from typing import Any
 
 
 SWEEP, PARAMETERS, RESULT, FAILURE = "sweep.json", "parameters.json", "result.json", "failure.json"  # the first: of all
+
+
 NEVER = ("step", "epoch", "total_flos")  # logged, but no metrics
 
 

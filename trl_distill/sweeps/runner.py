@@ -1,21 +1,12 @@
-"""Run a sweep's YAML here, without an account: one run after another, a table, and the Pareto picture.
+"""The runs of a sweep, one after another, each with a folder of its own; interrupted, they go on.
 
-    python scripts/sweep.py --sweep scripts/sweeps/beta.yaml --output_dir sweeps/beta
-    python scripts/sweep.py --sweep scripts/sweeps/learning_rate.yaml --output_dir sweeps/lr --runs 12 -- --use_peft
-
-From the repository's root. Arguments after `--` go to the program and win over the YAML. Interrupted in any way, the
-same command goes on: finished runs stay, a half-finished one resumes from its last checkpoint, failed ones are tried
-again, and what is drawn is what would have been drawn. Each run has a folder: `parameters.json`, `log.txt`,
-`result.json`, and `out/`, the program's own. Status 1: a run failed; 130: interrupted.
-
-Left out: runs at the same time (`wandb agent` on several machines does that) and stopping bad runs early.
+What is drawn is in `space.py`, what came of it in `report.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
-import importlib.util
 import json
 import os
 import re
@@ -32,12 +23,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from sweep_draw import Drawn, check_overrides, command_line, draw, label, logged_name, read_sweep, shown, size_of
-from sweep_files import FAILURE, PARAMETERS, RESULT, SWEEP, last_means, write
+
+from .results import FAILURE, PARAMETERS, RESULT, SWEEP, last_means, write
+from .space import Drawn, command_line, draw, label, logged_name, shown
 
 
 LAST_LINES = 15  # of a failed run's log, for the record
+
+
 GRACE = 30  # seconds for a run to end after an interruption
+
+
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 
 
@@ -197,56 +193,3 @@ def run_all(options: argparse.Namespace, sweep: dict[str, Any], total: int, lock
                 progress.console.print(f"{name}: {said}", markup=False, highlight=False)
             earlier.append(Drawn(job.parameters, ended.get("metrics", {}).get(metric)))
             progress.update(task, completed=index + 1, description=name)
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", type=Path, required=True, help="the YAML, as `wandb sweep` takes it")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where runs and results go")
-    parser.add_argument("--runs", type=int, help="how many; all of a grid unless given")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn, not of the runs")
-    parser.add_argument("--last", type=int, default=5, help="logged steps of which a run's metrics are the mean")
-    parser.add_argument("overrides", nargs="*", help="after `--`: further arguments of the program")
-    return parser.parse_args(arguments)
-
-
-def interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    try:
-        sweep = read_sweep(options.sweep)
-        check_overrides(sweep, options.overrides)
-        total = size_of(sweep, options.runs)
-        if options.last < 1 or options.seed < 0:
-            raise ValueError(f"`--last` is {options.last} and `--seed` {options.seed}; from 1 and from 0.")
-        if importlib.util.find_spec("matplotlib") is None:  # better now than after the last run
-            raise ValueError("The picture needs matplotlib: pip install 'trl_distill[sweeps]'.")
-        if not Path(sweep["program"]).is_file():
-            raise ValueError(f"There is no {sweep['program']} here. Start from the folder that the sweep means.")
-    except ValueError as error:
-        console.print(str(error), markup=False)
-        return 2
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    identity = {"sweep": sweep, "seed": options.seed, "last": options.last, "overrides": options.overrides}
-    try:
-        with locked(options.output_dir) as lock:
-            keep_identity(options.output_dir, identity)
-            run_all(options, sweep, total, lock)
-            from sweep_report import report  # here, since it imports PyTorch
-
-            rows = report(options.output_dir, console)
-    except ValueError as error:
-        console.print(str(error), markup=False)
-        return 2
-    except KeyboardInterrupt:
-        console.print(f"Interrupted. What is finished is in {options.output_dir}; the same command goes on from there.")
-        return 130
-    return int(any(row.failure for row in rows))
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C: what runs is ended, what is finished stays
-    sys.exit(main())

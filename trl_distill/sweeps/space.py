@@ -29,7 +29,11 @@ with warnings.catch_warnings():
 
 
 TOGETHER = "together"  # the parameter whose value is several arguments
+
+
 ENDLESS = ("random", "bayes")
+
+
 MACROS = ("${env}", "${interpreter}", "${program}", "${args}")
 
 

@@ -2,7 +2,8 @@
 
 from .config import GenerateConfig
 from .pipeline import run_pipeline
-from .sources import Completion, Refusal, Source
+from .records import Completion, Refusal
+from .sources.base import Source
 
 
 __all__ = ["Completion", "GenerateConfig", "Refusal", "Source", "run_pipeline"]

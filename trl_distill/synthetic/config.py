@@ -9,11 +9,15 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from .models import Address, parse_address
+from .address import Address, parse_address
 
 
 KEEP = ("all", "correct", "best")
+
+
 ASSIGN = ("all", "rotate", "column")
+
+
 # what the completions hang on: a restart must not change it. All else may differ and is computed anew from them
 FIXED = (
     *("dataset_name", "dataset_config", "dataset_split", "max_prompts", "new_prompts", "new_prompts_seeds"),
@@ -243,6 +247,8 @@ class GenerateConfig:
 
 
 _MANY = 10**12
+
+
 _RANGES: dict[str, tuple[float, float]] = {
     "max_prompts": (1, _MANY),
     "completions_per_prompt": (1, _MANY),

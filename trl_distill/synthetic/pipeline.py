@@ -17,14 +17,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .config import FIXED, GenerateConfig
-from .dedup import check_installed
-from .finish import Finish, publish
-from .human import check_human
-from .new_prompts import NewPrompts
-from .prompts import Ingest, Prompts, read_rows
-from .sources import Refusal, Sampling, Source, check_source, load_source
-from .verify import Answered, Score, Scorer, load_scorer
-from .work import WorkFolder, digest, file_digest, read_json, read_lines, seed_of, write_lines
+from .records import Answered, Refusal, Score
+from .sources.base import Sampling, Source
+from .sources.load import check_source, load_source
+from .stages.dedup import check_installed
+from .stages.finish import Finish, publish
+from .stages.human import check_human
+from .stages.ingest import Ingest, Prompts, read_rows
+from .stages.new_prompts import NewPrompts
+from .stages.verify import Scorer, load_scorer
+from .work_folder import WorkFolder, digest, file_digest, read_json, read_lines, seed_of, write_lines
 
 
 FREE = ("output_dir", "overwrite", "concurrency", "timeout", "retries", "api_key_env")  # rows do not hang on these

@@ -12,7 +12,10 @@ from typing import Any
 
 Text = str | list[dict[str, Any]]  # as TRL has it: plain text, or messages
 
+
 _EAST_ASIAN = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # written without spaces: each sign counts as a word
+
+
 _WORD = re.compile(rf"[{_EAST_ASIAN}]|[^\s{_EAST_ASIAN}]+")
 
 

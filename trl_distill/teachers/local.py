@@ -8,43 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ._compat import create_model_from_path, get_config_model_id, prepare_deepspeed, prepare_fsdp
-from .config import OPDConfig
-from .forwards import add_teacher_forward, has_relative_positions, unwrap_adapter
-from .loading import load_config, load_tokenizer, load_whole
-from .signals import HiddenStates, Rollouts, Signal
-
-
-@runtime_checkable
-class Teacher(Protocol):
-    """
-    Anything that can judge rollouts.
-
-    A class may also say, where it differs from the default:
-
-    - `gives`: the signal that `score` returns; [`HiddenStates`] unless said else.
-    - `per_generation` (`bool`): whether it judges whole generation batches at once instead of each micro-batch.
-    - `temperature` (`float`): the only softmax temperature at which it can judge.
-    """
-
-    def score(self, rollouts: Rollouts) -> Signal:
-        """Judge the tokens that `rollouts.mask` marks. Called on every process."""
-        ...
-
-
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether parameters are cut up among processes, so that every forward takes all of them: ZeRO-3 and FSDP."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return accelerator.state.deepspeed_plugin.zero_stage == 3
-    return accelerator.distributed_type == DistributedType.FSDP
+from .._trl import prepare_deepspeed, prepare_fsdp
+from ..models.hidden_states import add_teacher_forward
+from ..models.properties import has_relative_positions, unwrap_adapter
+from ..rollouts import Rollouts
+from ..signals import HiddenStates
 
 
 def shard_layers(model: nn.Module, accelerator: Accelerator) -> None:
@@ -137,68 +112,6 @@ class LocalTeacher:
             )
 
 
-class ParkedTeacher(LocalTeacher):
-    """
-    A model that lives in CPU memory and visits the accelerator once per generation batch.
-
-    During the update only its LM head is left there. The weights are never copied back: the visitor's copy is dropped.
-    """
-
-    per_generation = True
-
-    def _placed(self, model: nn.Module) -> Any:
-        base = unwrap_adapter(model)
-        if is_sharded(self.accelerator):
-            raise ValueError(
-                "`teacher_offload=True` parks a whole teacher, but ZeRO-3 and FSDP cut it up. Leave it out, and "
-                "let the engine offload: `offload_param` under ZeRO-3."
-            )
-        if getattr(base, "is_quantized", False) or getattr(base, "hf_device_map", None):
-            raise ValueError(
-                "`teacher_offload=True` moves the teacher as a whole, which a quantised one or one with a `device_map` "
-                "does not allow. Leave out one of the two."
-            )
-        device = self.accelerator.device
-        model.to("cpu")
-        for buffer in model.buffers():
-            buffer.data = buffer.data.to(device)
-        head = {id(parameter) for parameter in base.get_output_embeddings().parameters()}  # tied embeddings included
-        self._parked = self._homes([p for p in model.parameters() if id(p) not in head])
-        for parameter in base.get_output_embeddings().parameters():
-            parameter.data = parameter.data.to(device)
-        for parameter, home in self._parked:
-            parameter.data = home
-        return model
-
-    def _arrived(self, home: torch.Tensor) -> torch.Tensor:
-        return home.to(self.accelerator.device, non_blocking=True)
-
-    def _homes(self, parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """
-        Where each parameter lives. Pinned where that speeds up the way to the accelerator: one piece of memory for each
-        dtype, since every piece is rounded up to a power of two.
-        """
-        if self.accelerator.device.type != "cuda":
-            return [(p, p.data) for p in parameters]
-        homes = []
-        for dtype in {p.dtype for p in parameters}:
-            alike = [p for p in parameters if p.dtype == dtype]
-            memory = torch.empty(sum(p.numel() for p in alike), dtype=dtype, pin_memory=True)
-            pieces = memory.split([p.numel() for p in alike])
-            homes += [(p, piece.view(p.shape).copy_(p.data)) for p, piece in zip(alike, pieces, strict=True)]
-        return homes
-
-    @contextmanager
-    def at_work(self) -> Iterator[nn.Module]:
-        try:
-            for parameter, home in self._parked:
-                parameter.data = self._arrived(home)
-            yield self.model
-        finally:
-            for parameter, home in self._parked:
-                parameter.data = home
-
-
 def in_parts(
     forward: Callable[[Rollouts], HiddenStates],
     rollouts: Rollouts,
@@ -225,72 +138,3 @@ def in_parts(
         counts = part.mask.sum(1).tolist()
         pieces |= dict(zip(rows.tolist(), forward(part).split(counts), strict=True))
     return HiddenStates.cat([pieces[row] for row in range(len(rollouts))])
-
-
-def load_teacher(spec: str | nn.Module, args: OPDConfig, accelerator: Accelerator, student_vocab_size: int) -> Teacher:
-    """
-    A teacher in this process: a name or folder is loaded, a model wrapped; parked with `args.teacher_offload`.
-
-    Weights are loaded in the checkpoint's own dtype, on this process's device, unless `args.teacher_model_init_kwargs`
-    say else.
-    """
-    if isinstance(spec, str):
-        kwargs: dict[str, Any] = {"dtype": "auto", **_init_kwargs(args)}
-        if accelerator.num_processes > 1 or accelerator.distributed_type == DistributedType.DEEPSPEED:
-            kwargs["device_map"] = None  # each process places its own copy, or its own shard
-        if args.teacher_offload:
-            kwargs.setdefault("device_map", None)
-        model: Any = load_whole(create_model_from_path, spec, "teacher", **kwargs)
-    else:
-        model = spec
-    kind = ParkedTeacher if args.teacher_offload else LocalTeacher
-    return kind(model, accelerator, student_vocab_size, args.teacher_batch_size or args.per_device_train_batch_size)
-
-
-def teacher_config(spec: str | nn.Module, args: OPDConfig) -> PretrainedConfig:
-    """
-    The teacher's configuration, without its weights.
-
-    Raises:
-        ValueError: the name or folder leads nowhere, or `teacher_model_init_kwargs` were given beside a loaded model.
-    """
-    if isinstance(spec, str):
-        return load_config(
-            spec, "teacher", "`teacher_model` or `--teacher_model_name_or_path`", **_hub_kwargs(_init_kwargs(args))
-        )
-    if args.teacher_model_init_kwargs is not None:
-        raise ValueError(
-            "`teacher_model_init_kwargs` are for loading a teacher, but `teacher_model` is loaded already. Leave them "
-            "out, or pass the teacher's name."
-        )
-    return unwrap_adapter(spec).config
-
-
-def student_config(name_or_path: str, args: OPDConfig) -> PretrainedConfig:
-    """The student's configuration, without its weights. Raises `ValueError` where the name leads nowhere."""
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
-    return load_config(name_or_path, "student", "`model` or `--model_name_or_path`", **_hub_kwargs(kwargs))
-
-
-def load_teacher_tokenizer(spec: str | nn.Module, args: OPDConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside the teacher, `None` where there is none."""
-    name = spec if isinstance(spec, str) else get_config_model_id(unwrap_adapter(spec).config)
-    return load_tokenizer(name, **_hub_kwargs(_init_kwargs(args)))
-
-
-def hub_kwargs(args: OPDConfig) -> dict[str, Any]:
-    """Where and how the teacher's files are fetched."""
-    return _hub_kwargs(_init_kwargs(args))
-
-
-def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Of a model's keyword arguments, those that say where and how to fetch."""
-    names = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-    return {name: value for name, value in kwargs.items() if name in names}
-
-
-def _init_kwargs(args: OPDConfig) -> dict[str, Any]:
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}  # type: ignore[dict-item]
-    if args.teacher_model_revision is not None:
-        kwargs.setdefault("revision", args.teacher_model_revision)
-    return kwargs

@@ -8,17 +8,15 @@ How a teacher judges is left to `teachers.py` and its kin, what becomes of a jud
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
-from torch import nn
 
-from .config import OPDConfig
-from .data_checks import weights_of
-from .self_teachers import ADAPTER_OFF, AdapterOff, MovingAverage
-from .served import ServedTeacher
-from .signals import HiddenStates, Judgement, Rollouts, Signal, TeacherUnavailable
-from .teachers import Teacher, is_sharded, load_teacher
+from ..errors import TeacherUnavailable
+from ..rollouts import Rollouts, teacher_rollouts
+from ..signals import HiddenStates, Judgement, Signal
+from .base import Teacher
 
 
 _row_ids = itertools.count()  # never the same twice, so that a stale entry cannot be taken for another row's
@@ -185,88 +183,30 @@ class Panel:
         raise failure
 
 
-def read_specs(teacher_model: Any, args: OPDConfig) -> dict[str, Any]:
-    """
-    Who the teachers are, by name, from what was passed and what the configuration says; nothing is loaded.
-
-    Raises:
-        ValueError: there is none, or two ways to name one are used at once.
-        TypeError: one of them cannot be a teacher.
-    """
-    settings = ("teacher_model_name_or_path", "teacher_models", "teacher_ema")
-    named = next((name for name in settings if getattr(args, name) is not None), None)
-    from_args: Any = None if named is None else getattr(args, named)
-    if args.teacher_ema is not None:
-        from_args = MovingAverage(args.teacher_ema)
-    elif args.teacher_server_urls:
-        top_k = args.kl_top_k if args.kl_estimator == "topk" else 0
-        from_args = ServedTeacher(args.teacher_server_urls, model=from_args, top_k=top_k)
-    if teacher_model is not None and named is not None and teacher_model != from_args:
-        raise ValueError(f"Two teachers: `teacher_model` was passed, and `args.{named}` is given. Keep one.")
-    spec = teacher_model if teacher_model is not None else from_args
-    if spec is None:
-        raise ValueError(
-            f"There is no teacher, but `beta` is {args.beta}. Pass `teacher_model=...` (or "
-            "`--teacher_model_name_or_path`), or set `beta=0` for plain GRPO. A PEFT student's own base model is "
-            f"not taken in its place: ask for it by name, `teacher_model={ADAPTER_OFF!r}`."
-        )
-    if isinstance(spec, dict) and not spec:
-        raise ValueError("`teacher_model` is an empty dictionary. Give at least one teacher by name.")
-    specs = spec if isinstance(spec, dict) else {"teacher": spec}
-    return {name: _checked_spec(single) for name, single in specs.items()}
-
-
-def _checked_spec(spec: Any) -> str | nn.Module | Teacher:
-    if spec == ADAPTER_OFF:
-        return AdapterOff()
-    if isinstance(spec, str) and spec.startswith(("http://", "https://")):
-        raise ValueError(
-            f"The teacher {spec!r} is a server. Say which model it serves: `ServedTeacher({spec!r}, model=...)`, or "
-            "`--teacher_server_urls` with `--teacher_model_name_or_path`."
-        )
-    if isinstance(spec, str | nn.Module) or (isinstance(spec, Teacher) and not isinstance(spec, type)):
-        return spec
-    raise TypeError(
-        f"`teacher_model` is {spec!r}; give a hub name, a folder, a model, an object with `score(rollouts)`, or "
-        "several of these by name."
-    )
-
-
-def make_panel(
-    specs: dict[str, Any], args: OPDConfig, accelerator: Any, student: nn.Module, student_vocab_size: int
-) -> Panel:
-    """
-    Load or bind every teacher once, whatever the number of its names.
-
-    Args:
-        specs (`dict`): by name, a hub name or folder, a model, or a [`Teacher`].
-        args ([`OPDConfig`]): for loading.
-        accelerator ([`~accelerate.Accelerator`]): the trainer's.
-        student: the model that is trained, for teachers that look at it.
-        student_vocab_size (`int`): rows of its LM head.
-    """
-    made: dict[Any, Teacher] = {}
-    teachers: dict[str, Teacher] = {}
-    for name, spec in specs.items():
-        key = spec if isinstance(spec, str) else id(spec)
-        if key not in made:
-            if isinstance(spec, str | nn.Module):
-                made[key] = load_teacher(spec, args, accelerator, student_vocab_size)
-            else:
-                made[key] = spec
-                if hasattr(spec, "bind"):
-                    spec.bind(student, accelerator, args.teacher_batch_size or args.per_device_train_batch_size)
-        teachers[name] = made[key]
-    return Panel(teachers, accelerator, uses=args.num_iterations, together=is_sharded(accelerator))
-
-
-def teacher_rollouts(inputs: dict[str, Any]) -> Rollouts:
-    """Rollouts as teachers see them: after their own prompts, where there are any."""
-    return Rollouts.from_inputs(inputs, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt")
-
-
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     """To CPU memory, pinned where that speeds up the way back."""
     if tensor.device.type != "cuda":
         return tensor.to("cpu")
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+
+
+def weights_of(value: Any, names: list[str], where: str) -> list[float]:
+    """
+    Weights by teacher of one row's `teacher`: a name, or weights by name.
+
+    Args:
+        value: what the row has in its `teacher` column.
+        names (`list[str]`): of the teachers.
+        where (`str`): begins the message of an error.
+    """
+    known = ", ".join(repr(name) for name in names)
+    given = {value: 1.0} if isinstance(value, str) else value
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} has the `teacher` {value!r}. Name one of {known}, or give weights by name.")
+    given = {name: weight for name, weight in given.items() if weight is not None}  # what Arrow fills structs with
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise ValueError(f"{where} names the teacher {unknown[0]!r}, which is not known. Known are: {known}.")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in given.values()) or sum(given.values()) <= 0:
+        raise ValueError(f"{where} has the teachers {given}; weights must not be negative, nor all of them 0.")
+    return [float(given.get(name, 0.0)) for name in names]

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from .forwards import has_relative_positions, unwrap_adapter
-from .heads import FrozenHead
-from .signals import HiddenStates, Rollouts
-from .teachers import in_parts, is_sharded
+from ..heads.lm_head import FrozenHead
+from ..models.properties import has_relative_positions, unwrap_adapter
+from ..rollouts import Rollouts
+from ..signals import HiddenStates
+from .base import is_sharded
+from .local import in_parts
 
 
 ADAPTER_OFF = "adapter-off"  # what to write where a name is expected

@@ -10,7 +10,6 @@ ask is left to the caller, what is computed from the signal to `heads.py`.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import random
@@ -32,17 +31,22 @@ from tenacity import (
     stop_when_event_set,
 )
 
-from .answers import Row, TokenJudgement, read_answer, read_models
-from .signals import Rollouts, TeacherAnswerError, TeacherUnavailable, TokenLogProbs
+from ..errors import TeacherAnswerError, TeacherUnavailable
+from ..http_client import LONGEST_CONNECT, LONGEST_PAUSE, PassingError, retry_after, server_message
+from ..rollouts import Rollouts
+from ..signals import TokenLogProbs
+from .server_answers import Row, TokenJudgement, read_answer, read_models
 
 
 logger = logging.getLogger(__name__)
 
+
 T = TypeVar("T")
 
-LONGEST_PAUSE = 30.0  # seconds between two attempts, whatever the server asks for
-LONGEST_CONNECT = 5.0  # seconds
+
 SHUNNED = 30.0  # seconds during which a URL that failed comes after the others
+
+
 ADVICE = {  # what to do about a server's complaint
     "HTTP 401": "Pass the server's key as `api_key`.",
     "max allowed": "Start the server with `--max-logprobs` of at least `top_k` (the run's `kl_top_k`), or lower it.",
@@ -267,14 +271,6 @@ class ServedTeacher:
         raise TeacherAnswerError(" ".join([f"{refusal.rstrip('.')}.", *advice]))
 
 
-class PassingError(Exception):
-    """A failure that another attempt may mend; `retry_after` is what the server asks to wait, in seconds."""
-
-    def __init__(self, message: str, retry_after: float = 0.0):
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
 def _rows(rollouts: Rollouts) -> list[Row]:
     """The rows with judged tokens, without padding."""
     prompt = rollouts.input_ids.shape[1] - rollouts.mask.shape[1]
@@ -299,19 +295,3 @@ def _base_url(url: str) -> str:
     if not url.startswith(("http://", "https://")) or not httpx.URL(url).host:
         raise ValueError(f"`urls` holds {url!r}; write it in full, such as 'http://localhost:8000'.")
     return url.rstrip("/").removesuffix("/v1") + "/v1"
-
-
-def server_message(content: bytes) -> str:
-    """What a server says about an error: vLLM's `{"error": {"message": ...}}`, or the beginning of anything else."""
-    try:
-        return str(json.loads(content)["error"]["message"])
-    except (ValueError, RecursionError, LookupError, TypeError):
-        return content[:300].decode(errors="replace").strip() or "(nothing)"
-
-
-def retry_after(header: str | None) -> float:
-    """A `Retry-After` header in seconds; 0 for none, and for a date."""
-    try:
-        return float(header or 0)
-    except ValueError:
-        return 0.0

@@ -13,11 +13,15 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any
 
-from .signals import TeacherAnswerError
+from ..errors import TeacherAnswerError
 
 
 TokenJudgement = tuple[float, list[int], list[float]]  # log p of the token; the K likeliest ids; their log p
+
+
 IMPOSSIBLE = -9999.0  # what vLLM writes for a log-probability of -inf, which JSON lacks
+
+
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 

@@ -15,12 +15,11 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+
 MARKER = "complete.json"
+
+
 NAME = re.compile(r"checkpoint-(\d+)$")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; earlier ones are as they were."""
 
 
 def mark_complete(folder: str | os.PathLike) -> None:

@@ -12,6 +12,8 @@ import torch
 
 
 PROMPT = ("prompt", "teacher_prompt")
+
+
 COMPLETION = (  # what has a column for each completion token; (B, 1) where it holds for the sequence
     "completion_ids",
     "completion_mask",

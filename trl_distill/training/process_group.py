@@ -25,13 +25,19 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch.nn.parallel import DistributedDataParallel
 
-from .guards import EXIT_STOPPED, StoppedBySignal
+from ..errors import StoppedBySignal
+from .interrupts import EXIT_STOPPED
 
 
 logger = logging.getLogger(__name__)
 
+
 POLL = 1.0  # seconds between two looks at whether another process has failed
+
+
 PATIENCE = 15.0  # seconds that a process has to leave by itself once another one has failed
+
+
 CONNECT = 300.0  # seconds until the first process must have opened its store
 
 

@@ -6,91 +6,17 @@ When they are asked is left to the trainer.
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import reduce
-from transformers import TrainerCallback
+
+from ..errors import RunawayError
 
 
-EXIT_STOPPED = 75  # of scripts that SIGTERM ended after a checkpoint: EX_TEMPFAIL, "try again later"
 PATIENCE = 3  # generation batches in a row before a guard stops the run
+
+
 GRAM = 4  # tokens
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite. Nothing was trained on it."""
-
-    on_all_processes = True
-
-
-class RunawayError(RuntimeError):
-    """Completions are cut, or repeat themselves, far beyond what was allowed."""
-
-    on_all_processes = True
-
-
-class StoppedBySignal(RuntimeError):
-    """SIGTERM has ended the run after a step; what was trained is in a checkpoint, which the message names."""
-
-    on_all_processes = True
-
-
-class StopOnSigterm(TrainerCallback):
-    """
-    SIGTERM ends training after the current step, with a checkpoint, by [`StoppedBySignal`]; on demand Ctrl-C does, too.
-
-    All processes stop together as soon as one of them has been told. To be added to a trainer's `callbacks`;
-    `scripts/opd.py` does.
-    """
-
-    def __init__(self) -> None:
-        self._told = self._agreed = False
-
-    @contextmanager
-    def listening(self, interrupt: bool = False) -> Iterator[None]:
-        """
-        SIGTERM is caught in here. Has no effect outside of the main thread, where Python takes no signals.
-
-        Args:
-            interrupt (`bool`): catch the first Ctrl-C, too; a second one does what it did before.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # whoever started this wants it to be
-        caught = [signal.SIGTERM, *([signal.SIGINT] if interrupt and not ignored else [])]
-        before = {number: signal.getsignal(number) for number in caught}
-
-        def told(number: int, _frame: Any) -> None:
-            self._told = True
-            if number == signal.SIGINT:
-                signal.signal(number, before[signal.SIGINT])
-                os.write(2, b"\nStopping after this step, with a checkpoint. Ctrl-C again stops at once.\n")
-
-        for number in caught:
-            signal.signal(number, told)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        told = reduce(torch.tensor(float(self._told), device=args.device), reduction="sum")
-        self._agreed = told.item() > 0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._agreed:  # here, when all that follows a step has been done
-            raise StoppedBySignal("It was told to stop.")
 
 
 class Guard:
@@ -154,25 +80,3 @@ def written(batch: dict[str, Any], pad: int) -> torch.Tensor:
     ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
     found = torch.where(mask.any(1, keepdim=True), mask, ids != pad)
     return found & batch["tool_mask"].bool() if "tool_mask" in batch else found
-
-
-def save_evidence(folder: Path, process: int, step: int, terms: dict[str, float], rows: list[dict[str, Any]]) -> Path:
-    """
-    Write what a loss that is no number was computed from.
-
-    Args:
-        folder (`Path`): of the run; gets a folder for this step.
-        process (`int`): which one writes.
-        step (`int`): optimizer steps that were made.
-        terms (`dict`): the loss and its parts, of this process.
-        rows (`list` of `dict`): "prompt" and "completion" of its micro-batch, as text.
-
-    Returns:
-        `Path`: the folder that all processes write to.
-    """
-    place = folder / f"nonfinite-after-step-{step}"
-    place.mkdir(parents=True, exist_ok=True)
-    found = {name: value if math.isfinite(value) else str(value) for name, value in terms.items()}
-    content = {"step": step, "process": process, "terms": found, "rows": rows}
-    (place / f"process-{process}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    return place

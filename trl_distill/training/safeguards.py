@@ -6,7 +6,9 @@ What is complete is in `checkpoints.py`, what runs away in `guards.py`; what is 
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -16,11 +18,18 @@ from typing import Any
 import torch
 from transformers.trainer_utils import TrainOutput
 
-from ._compat import Seams
-from .checkpoints import MARKER, CheckpointError, last_complete, what_is_missing
-from .guards import Guard, NonFiniteLossError, RunawayError, StoppedBySignal, repetition, save_evidence, written
-from .metrics import means
-from .signals import TeacherAnswerError, TeacherUnavailable
+from ..errors import (
+    CheckpointError,
+    NonFiniteLossError,
+    RunawayError,
+    StoppedBySignal,
+    TeacherAnswerError,
+    TeacherUnavailable,
+)
+from ..reporting.metrics import means
+from .checkpoints import MARKER, last_complete, what_is_missing
+from .grpo_hooks import Seams
+from .runaway import Guard, repetition, written
 
 
 logger = logging.getLogger(__name__)
@@ -165,3 +174,25 @@ class Watched(Seams):
                 "Look at the completions, and lower the learning rate.",
             ),
         }
+
+
+def save_evidence(folder: Path, process: int, step: int, terms: dict[str, float], rows: list[dict[str, Any]]) -> Path:
+    """
+    Write what a loss that is no number was computed from.
+
+    Args:
+        folder (`Path`): of the run; gets a folder for this step.
+        process (`int`): which one writes.
+        step (`int`): optimizer steps that were made.
+        terms (`dict`): the loss and its parts, of this process.
+        rows (`list` of `dict`): "prompt" and "completion" of its micro-batch, as text.
+
+    Returns:
+        `Path`: the folder that all processes write to.
+    """
+    place = folder / f"nonfinite-after-step-{step}"
+    place.mkdir(parents=True, exist_ok=True)
+    found = {name: value if math.isfinite(value) else str(value) for name, value in terms.items()}
+    content = {"step": step, "process": process, "terms": found, "rows": rows}
+    (place / f"process-{process}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return place

@@ -14,22 +14,32 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
 
-from . import checks
-from .closing import ClosingTable
-from .config import OPDConfig
-from .estimators import Estimator, check_signals, make_estimator
-from .forwards import add_student_forward, has_relative_positions, last_hidden_state, unwrap_adapter
-from .heads import LMHead
-from .off_policy import token_ids
-from .panel import Panel, make_panel
-from .preflight import LONGEST_OF, Report, context_of, examine, probe_kl, prompts_to_look_at, real_stops
-from .report.callback import TokenReport
-from .self_teachers import ADAPTER_OFF, AdapterOff, FollowStudent, MovingAverage
-from .served import ServedTeacher
-from .signals import HiddenStates
-from .teachers import LocalTeacher, Teacher, student_config, teacher_config
-from .tracking import WandbExtras, name_of
-from .watched import Watched
+from ..checks import findings
+from ..checks import models as model_checks
+from ..checks import settings as setting_checks
+from ..checks import tokenizers as tokenizer_checks
+from ..checks.findings import Report
+from ..checks.preflight import LONGEST_OF, examine, probe_kl, prompts_to_look_at
+from ..checks.teachers import check_signals
+from ..config import OPDConfig
+from ..data.completions import token_ids
+from ..estimators import make_estimator
+from ..estimators.base import Estimator
+from ..heads.lm_head import LMHead
+from ..models.hidden_states import last_hidden_state
+from ..models.properties import context_of, has_relative_positions, name_of, real_stops, unwrap_adapter
+from ..models.student import add_student_forward
+from ..reporting.summary_table import ClosingTable
+from ..reporting.tokens.callback import TokenReport
+from ..reporting.wandb_run import WandbExtras
+from ..signals import HiddenStates
+from ..teachers.base import Teacher
+from ..teachers.local import LocalTeacher
+from ..teachers.pool import Panel
+from ..teachers.self_distillation import ADAPTER_OFF, AdapterOff, FollowStudent, MovingAverage
+from ..teachers.server import ServedTeacher
+from ..teachers.spec import make_panel, student_config, teacher_config
+from .safeguards import Watched
 
 
 logger = logging.getLogger(__name__)
@@ -63,7 +73,7 @@ class Assembly(Watched):
         """What can be known of student and teachers before anything is loaded."""
         for spec in specs.values():
             if isinstance(spec, str | nn.Module):
-                checks.check_text_only(teacher_config(spec, args), "teacher")
+                model_checks.check_text_only(teacher_config(spec, args), "teacher")
             if (
                 isinstance(spec, nn.Module)
                 and not isinstance(model, str)
@@ -75,7 +85,7 @@ class Assembly(Watched):
                     f"student without its adapter by name: `teacher_model={ADAPTER_OFF!r}`."
                 )
         config = student_config(model, args) if isinstance(model, str) else unwrap_adapter(model).config
-        checks.check_text_only(config, "student")
+        model_checks.check_text_only(config, "student")
 
     def track(self, specs: dict[str, Any]) -> None:
         """Tables and pictures of the run; where wandb is logged to, it says who was distilled from whom, with what."""
@@ -106,7 +116,7 @@ class Assembly(Watched):
         conversational = not any(isinstance(p, str) for p in prompts_to_look_at(self.train_dataset)[:1])
         if prompts:
             report.add(
-                checks.context_length(
+                model_checks.context_length(
                     max(map(len, prompts)), args.max_completion_length or 0, context_of(text_config), "student"
                 )
             )
@@ -114,7 +124,7 @@ class Assembly(Watched):
         for spec in specs.values():
             size, theirs = examine(report, spec, args, self.tokenizer, student, longest, conversational)
             if theirs:
-                report.add(checks.stop_tokens(self.tokenizer, stops, theirs, args.merge_stop_tokens))
+                report.add(tokenizer_checks.stop_tokens(self.tokenizer, stops, theirs, args.merge_stop_tokens))
             if theirs and theirs != stops:
                 merged |= stops | theirs
             if size is not None and not report.count("error"):
@@ -122,12 +132,12 @@ class Assembly(Watched):
         if args.lmbda < 1:
             self._look_at_completions(report)
         report.add(
-            checks.sampling(args.biased_sampling),
-            checks.groups(args.num_generations, args.prompts_per_generation, self.has_rewards),
+            setting_checks.sampling(args.biased_sampling),
+            setting_checks.groups(args.num_generations, args.prompts_per_generation, self.has_rewards),
         )
         if args.save_strategy == "steps":
             report.add(
-                checks.checkpoint_boundary(
+                setting_checks.checkpoint_boundary(
                     args.save_steps, args.gradient_accumulation_steps, args.micro_steps_per_generation
                 )
             )
@@ -188,15 +198,15 @@ class Assembly(Watched):
         rows = rows.select(range(min(LONGEST_OF, len(rows))))
         found = [token_ids(row, self.tokenizer, self.eos_token_ids, limit + 1, dict(kwargs)) for row in rows]  # type: ignore[arg-type]
         cut = sum(len(completion) > limit for _, completion in found)
-        report.add(checks.completions(cut, len(found), limit))
+        report.add(setting_checks.completions(cut, len(found), limit))
 
-    def _difference(self, teacher: Teacher, places: list[int]) -> checks.Finding:
+    def _difference(self, teacher: Teacher, places: list[int]) -> findings.Finding:
         """Measure KL(student ‖ teacher) on a few prompts: 0 means that the wrong model was loaded."""
         assert self.panel is not None
         name = ", ".join(self.panel.names[i] for i in places) if self.panel.several else ""
         if self.is_sharded or getattr(teacher, "gives", None) is not HiddenStates:
             why = "weights are sharded" if self.is_sharded else "this teacher gives no hidden states"
-            return checks.Finding("teacher differs", "skipped", f"Not measured: {why}.")
+            return findings.Finding("teacher differs", "skipped", f"Not measured: {why}.")
         rows = self._first_prompts("prompt", limit=4) or [list(range(min(32, len(self.tokenizer))))]
         kl = max(probe_kl(self.model, teacher, self.accelerator, ids) for ids in rows)
         columns = getattr(self.train_dataset, "column_names", None) or []
@@ -209,7 +219,7 @@ class Assembly(Watched):
         }
         reason = next((reason for reason, holds in explained.items() if holds), "")
         own = isinstance(teacher, AdapterOff | MovingAverage)
-        return checks.teacher_differs(kl, reason, self.args.assume_different_teacher, name, own, not self.in_fp32)
+        return model_checks.teacher_differs(kl, reason, self.args.assume_different_teacher, name, own, not self.in_fp32)
 
     @property
     def in_fp32(self) -> bool:
@@ -236,7 +246,7 @@ class Assembly(Watched):
             # some, such as OPT, go past what others give their hidden states with
             hidden = caught[0] if caught else base.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
             model.train(training)
-            checks.check_logits(expected, LMHead(base).logits(hidden.to(expected.device)), whose)
+            model_checks.check_logits(expected, LMHead(base).logits(hidden.to(expected.device)), whose)
 
     def _stop_at(self, ids: list[int]) -> None:
         """Let rollouts, and the student that is saved, end with any of these ids: all mean the end to the teacher."""

@@ -19,21 +19,24 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
-from . import objective
-from ._compat import get_config_model_id, probe_environments
-from .assembly import Assembly
-from .config import OPDConfig
-from .data import with_prompts
-from .data_checks import check_datasets, check_rewards
-from .estimators import Estimator
-from .forwards import Asked, DistilledOutput, JudgedModel
-from .metrics import by_reward, forces, looked_at, means
-from .off_policy import completion_batch, is_on_policy
-from .panel import read_specs
-from .self_teachers import MovingAverage
-from .signals import Judgement, Rollouts, TeacherAnswerError, TeacherUnavailable
-from .teachers import Teacher
-from .tiles import release_memory
+from .._trl import get_config_model_id, probe_environments
+from ..checks.datasets import check_datasets
+from ..config import OPDConfig
+from ..data.completions import completion_batch, is_on_policy
+from ..data.datasets import with_prompts
+from ..data.rewards import check_rewards
+from ..errors import TeacherAnswerError, TeacherUnavailable
+from ..estimators.base import Estimator
+from ..heads.tiles import release_memory
+from ..models.student import Asked, DistilledOutput, JudgedModel
+from ..objective import terms, weights
+from ..reporting.metrics import by_reward, forces, looked_at, means
+from ..rollouts import Rollouts
+from ..signals import Judgement
+from ..teachers.base import Teacher
+from ..teachers.self_distillation import MovingAverage
+from ..teachers.spec import read_specs
+from .setup import Assembly
 
 
 logger = logging.getLogger(__name__)
@@ -201,7 +204,7 @@ class OPDTrainer(Assembly):
         if args.beta_schedule == "constant":
             return args.beta
         steps = args.beta_schedule_steps or self.state.max_steps
-        return objective.scheduled_beta(args.beta_schedule, args.beta, args.beta_end, step, steps)
+        return weights.scheduled_beta(args.beta_schedule, args.beta, args.beta_end, step, steps)
 
     def given_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         """The dataset's completions, where `lmbda` says that it is their turn."""
@@ -404,7 +407,7 @@ class OPDTrainer(Assembly):
             by_teacher |= {name: (alone, mask & rows[:, None]) for name, rows in judgement.rows.items()}
         if self.args.kl_discount > 0:
             assert ratio is not None
-            per_token = objective.sequence_term(per_token, mask, ratio, self.args.kl_discount)
+            per_token = terms.sequence_term(per_token, mask, ratio, self.args.kl_discount)
         return per_token, by_teacher
 
     def _log_step(

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 
 
 PAD, EOS, FIRST = 0, 1, 3  # ids from `FIRST` on are drawn
+
+
 RAGGED = 10  # longest completion, in medians
 
 
@@ -139,9 +141,17 @@ def make_model(size: Size, cell: Cell, seed: int, device: torch.device) -> Any:
 
 
 PURE = ("ours", "distillation")
+
+
 ALL_PURE = (*PURE, "gkd")
+
+
 ESTIMATORS = ("ours, top-k", "ours, sampled")
+
+
 COMBINED = ("ours, combined", "grpo")
+
+
 METRICS = ("ours", "ours, without metrics")
 
 

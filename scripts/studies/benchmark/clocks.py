@@ -19,6 +19,8 @@ from transformers import TrainerCallback
 
 
 PARTS = ("student forward", "backward", "teacher", "LM heads", "rest")
+
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 

@@ -19,13 +19,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from benchmark_cells import Cell, Rollouts, make_model, make_rollouts, make_tokenizer
-from benchmark_timers import Shares, peak_memory, synchronize
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
-from trl.experimental.gkd import GKDConfig, GKDTrainer  # the one name from there, and only to be compared with
+from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+from scripts.studies.benchmark.cells import Cell, Rollouts, make_model, make_rollouts, make_tokenizer
+from scripts.studies.benchmark.clocks import Shares, peak_memory, synchronize
 from trl_distill import OPDConfig, OPDTrainer
 
 
@@ -115,8 +115,8 @@ def ours_unmeasured(parts: Parts) -> Any:
     loss = trainer.rollout_loss
 
     def without_metrics(*args: Any, **kwargs: Any) -> Any:
-        nothing: Any = patch("trl_distill.trainer.looked_at", lambda *_: {})
-        with nothing, patch("trl_distill.estimators.where_to_look", lambda _: None):
+        nothing: Any = patch("trl_distill.training.trainer.looked_at", lambda *_: {})
+        with nothing, patch("trl_distill.estimators.full.where_to_look", lambda _: None):
             return loss(*args, **kwargs)
 
     trainer.rollout_loss = without_metrics

@@ -13,16 +13,20 @@ import time
 from dataclasses import dataclass
 
 import torch
-from benchmark_cells import Cell, Rollouts, Size, make_model, projections
-from benchmark_contenders import BETA, reward
-from benchmark_timers import synchronize
 
+from scripts.studies.benchmark.cells import Cell, Rollouts, Size, make_model, projections
+from scripts.studies.benchmark.clocks import synchronize
+from scripts.studies.benchmark.contenders import BETA, reward
 from trl_distill import OPDConfig
-from trl_distill.objective import topk_reverse_kl
+from trl_distill.objective.terms import topk_reverse_kl
 
 
 TOKENS_AT_ONCE = 256
+
+
 PRODUCT_ROWS = 1024  # a longer product is timed at this length, and its time scaled
+
+
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}  # of a loss, relative to the size of its terms
 
 

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmark_reference import TOLERANCE
-from benchmark_timers import PARTS
 from rich.console import Console
 from rich.table import Table
 
+from scripts.studies.benchmark.clocks import PARTS
+from scripts.studies.benchmark.reference import TOLERANCE
+
 
 REFUSED = "refused: its loss is another"
+
 
 # What is asked of the update time, by preset, contender and raggedness, and of peak memory
 ASKED_SECONDS = {
@@ -33,8 +35,14 @@ ASKED_SECONDS = {
     ("cpu", "ours, without metrics", False): 1.03,
     ("gpu", "ours, without metrics", False): 1.03,
 }
+
+
 ASKED_MEMORY = {"distillation": 1.0}
+
+
 ASKED_OF_GKD = 0.35  # of its memory at 152 k ids and 4 k tokens
+
+
 ASKED_OF_FLOOR = 1.3  # on a CPU
 
 
@@ -217,7 +225,11 @@ PANELS = {
     "vocabulary": "ids in the vocabulary",
     "teacher": "teacher's layers, million parameters",
 }
+
+
 AXES = {**PANELS, "wide": "tokens per step, 4 × the vocabulary"}
+
+
 SHEETS: tuple[Callable[[dict[str, Any]], Sheet], ...] = (speed, memory, floors, shares, losses, growth, per_token)
 
 

@@ -30,27 +30,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, each process would say what it looks for
-warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
-warnings.filterwarnings("ignore", message="Unfeasible length constraints")  # the length is forced, on purpose
-
-import benchmark_report as report
 import torch
-from benchmark_cells import Cell, make_rollouts, preset
-from benchmark_contenders import KINDS, Contender, Parts, memory_of
-from benchmark_reference import floor_seconds, reference_losses
 from datasets.utils.logging import disable_progress_bar as quiet_datasets
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging as transformers_logging
 
+from scripts.studies.benchmark import report as report
+from scripts.studies.benchmark.cells import Cell, make_rollouts, preset
+from scripts.studies.benchmark.contenders import KINDS, Contender, Parts, memory_of
+from scripts.studies.benchmark.reference import floor_seconds, reference_losses
+
+
+warnings.filterwarnings("ignore", message="Unfeasible length constraints")  # the length is forced, on purpose
+
 
 console = Console()
-ROOT = Path(__file__).parents[1]
+
+
+ROOT = Path(__file__).parents[3]
+
+
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -135,7 +135,7 @@ def memory_pool(wanted: bool) -> Any:
     if not wanted:
         return nullcontext()
     context = multiprocessing.get_context("forkserver")
-    paths = [str(ROOT / "scripts"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # the server imports before it knows ours
     # there, memory that is freed goes back at once, so that a peak is one of use
     os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
@@ -240,5 +240,6 @@ def main(options: argparse.Namespace) -> int:
     return 1 if others else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main(parse()))
+def script() -> int:
+    """The script, with the arguments of the process."""
+    return main(parse())

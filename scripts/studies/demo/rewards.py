@@ -19,12 +19,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from demo import console, load, measure, train
-from demo_task import correct, problems
 from rich.table import Table
+
+from scripts.studies.demo.student import console, load, measure, train
+from scripts.studies.tasks.additions import correct, problems
 
 
 STEPS = 500  # unless `--steps` says else
+
+
 SEEDS = (0, 1, 2)
 
 

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from reproduce_runs import (
+
+from scripts.studies.reproduce.runs import (
     BATCH,
-    HELD_OUT,
-    HUMAN,
-    TRAIN,
     Bench,
     Cost,
     Place,
@@ -29,12 +27,14 @@ from reproduce_runs import (
     teacher_samples,
     write,
 )
-
-from trl_distill.evaluation import answer_all
-from trl_distill.samples import prompt_ids
+from scripts.studies.tasks.seeds import HELD_OUT, HUMAN, TRAIN
+from trl_distill.data.sampling import prompt_ids
+from trl_distill.reporting.evaluation import answer_all
 
 
 Result = dict[str, Any]
+
+
 Arm = Callable[[Place, int, float], Result]
 
 
@@ -56,9 +56,6 @@ class Claim:
 
 def _ended(bench: Bench, model: Any, seed: int, cost: Cost, **how: int) -> Result:
     return {"final": measured(bench, model, seed, **how), "cost": asdict(cost)}
-
-
-# SFT on teacher samples gets most of the way; on-policy closes the gap
 
 
 def _gap(kind: str, place: Place, seed: int, size: float, then: str | None = None) -> Result:
@@ -91,8 +88,6 @@ def _saved(place: Place, kind: str, seed: int, size: float) -> Path:
     return place.folder / "models" / f"gap-{kind}-{seed}-{size:g}"
 
 
-# Train-test mismatch: the more of its own tokens stand in the context, the worse an offline student does
-
 OWN = (4, 12, 20, 28, 36, 43)  # tokens that the student writes itself; what comes before is a right answer's
 
 
@@ -124,9 +119,6 @@ def _mismatch(kind: str, place: Place, seed: int, size: float) -> Result:
     return {"own": curve}
 
 
-# Forward KL is more diverse, reverse KL higher in quality; a student too small for its teacher
-
-
 def _divergence(kind: str, student: str, place: Place, seed: int, size: float) -> Result:
     """On orders, which have many right answers; 16 answers to each of 100 problems are looked at."""
     bench, cost, steps = Bench("many", place, student), Cost(), round(300 * size)
@@ -145,9 +137,6 @@ def _teacher_of_orders(place: Place, seed: int, size: float) -> Result:
     return _ended(bench, bench.teacher(), seed, Cost(), prompts=100, generations=16)
 
 
-# RL only, teacher only, both
-
-
 def _reward(changes: dict[str, Any], place: Place, seed: int, size: float) -> Result:
     bench, cost, steps = Bench("one", place), Cost(), round(150 * size)
     student, changes = bench.student(), dict(changes)
@@ -160,17 +149,11 @@ def _reward(changes: dict[str, Any], place: Place, seed: int, size: float) -> Re
     return _ended(bench, student, seed, cost)
 
 
-# Estimators at equal cost; how much a token answers for
-
-
 def _estimator(changes: dict[str, Any], place: Place, seed: int, size: float) -> Result:
     bench, cost = Bench("one", place), Cost()
     student = bench.student()
     distil(bench, student, round(100 * size), seed, cost, **changes)
     return _ended(bench, student, seed, cost)
-
-
-# Controls: what must not help
 
 
 def _control(kind: str, place: Place, seed: int, size: float) -> Result:
@@ -185,9 +168,6 @@ def _control(kind: str, place: Place, seed: int, size: float) -> Result:
         changes["rows"] = rows.add_column("teacher_prompt", [*rows["prompt"][1:], rows["prompt"][0]])
     distil(bench, student, steps, seed, cost, **changes)
     return _ended(bench, student, seed, cost)
-
-
-# Model collapse: a model trained again and again on its own answers
 
 
 def _collapse(kind: str, place: Place, seed: int, size: float) -> Result:
@@ -216,6 +196,7 @@ def _arms(function: Callable[..., Result], *kinds: str) -> dict[str, Arm]:
 
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "mixed")
+
 
 CLAIMS = {
     "gap": Claim(

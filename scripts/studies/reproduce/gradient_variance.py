@@ -19,17 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo import MODELS, console, sample
-from demo_task import MAX_COMPLETION_LENGTH, problems
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from trl_distill.objective import future_kl, sampled_reverse_kl, sequence_term, term, topk_reverse_kl
+from scripts.studies.demo.student import MODELS, console, sample
+from scripts.studies.tasks.additions import MAX_COMPLETION_LENGTH, problems
+from trl_distill.objective.terms import future_kl, sampled_reverse_kl, sequence_term, term, topk_reverse_kl
 
 
 TOP_K = (0, 1, 2, 4, 8, 16)
+
+
 GROUP = 8
+
+
 BASELINES = {
     "none": "γ = 1",
     "position": "γ = 1, mean at the position",

@@ -15,12 +15,18 @@ from typing import Any
 
 from rich.table import Table
 
-from trl_distill.plots import new_figure, plain
+from trl_distill.reporting.curves import new_figure, plain
 
 
 Runs = Sequence[dict[str, Any]]
+
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")  # Okabe and Ito's
+
+
 MARKERS = "osD^vP*X"
+
+
 WIDTHS = {"tiny": "16 wide, one layer", "small": "24 wide, two layers", "student": "48 wide, two layers"}
 
 
@@ -60,11 +66,17 @@ def _steps_to(level: float) -> Callable[[dict[str, Any]], float]:
 
 
 Column = tuple[str, Callable[[dict[str, Any]], float], str]
+
+
 TOKENS: list[Column] = [
     ("generated, k tokens", _cost("generated"), ".0f"),
     ("trained, k tokens", _cost("trained"), ".0f"),
 ]
+
+
 ACCURACY: list[Column] = [("accuracy", _final("avg@4"), ".1%"), ("KL to the teacher", _final("kl"), ".3f")]
+
+
 SPREAD: list[Column] = [
     ("avg@16", _final("avg@16"), ".1%"),
     ("pass@4", _final("pass@4"), ".1%"),
@@ -73,6 +85,8 @@ SPREAD: list[Column] = [
     ("different among right", _final("different of right"), ".0%"),
     ("KL to the teacher", _final("kl"), ".3f"),
 ]
+
+
 SECONDS: Column = ("seconds, one core", lambda run: run["seconds"], ".0f")
 
 

@@ -17,29 +17,27 @@ import json
 import multiprocessing
 import os
 import platform
-import sys
 import time
-import warnings
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, it would look for one and warn
-warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
-
-import reproduce_report as report
 import torch
-from reproduce_claims import CLAIMS
-from reproduce_runs import PRESETS, Place, be_quiet
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from scripts.studies.reproduce import report as report
+from scripts.studies.reproduce.claims import CLAIMS
+from scripts.studies.reproduce.runs import PRESETS, Place, be_quiet
 
-ROOT = Path(__file__).parents[1]
+
+ROOT = Path(__file__).parents[3]
+
+
 SEEDS = (0, 1, 2)
+
+
 console = Console()
 
 
@@ -179,5 +177,6 @@ def main(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main(parse()))
+def script() -> int:
+    """The script, with the arguments of the process."""
+    return main(parse())

@@ -20,20 +20,25 @@ from typing import Any
 import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar as disable_progress_bars
-from make_demo_models import make_model
-from reproduce_tasks import GLANCE_AT, HELD_OUT, HUMAN, SHIPPED, TASKS, TRAIN, Task
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
+from scripts.studies.tasks.make_models import make_model
+from scripts.studies.tasks.seeds import GLANCE_AT, HELD_OUT, HUMAN, TRAIN
+from scripts.studies.tasks.table import SHIPPED, TASKS, Task
 from trl_distill import OPDConfig, OPDTrainer
-from trl_distill.evaluation import Answer, answer_all, summarise
-from trl_distill.forwards import add_teacher_forward
-from trl_distill.samples import Sampling, prompt_ids, sampled
+from trl_distill.data.sampling import Sampling, prompt_ids, sampled
+from trl_distill.models.hidden_states import add_teacher_forward
+from trl_distill.reporting.evaluation import Answer, answer_all, summarise
 
 
 BATCH = 64  # answers per optimizer step
+
+
 GLANCES = 6  # looks at the accuracy during a run
+
+
 SIZES = {"teacher": (64, 2, 4), "student": (48, 2, 4), "small": (24, 2, 4), "tiny": (16, 1, 4)}  # hidden, layers, heads
 
 

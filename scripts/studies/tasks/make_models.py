@@ -20,10 +20,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from demo_task import MAX_COMPLETION_LENGTH, correct, problems
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
+
+from scripts.studies.tasks.additions import MAX_COMPLETION_LENGTH, correct, problems
 
 
 CHAT_TEMPLATE = (
@@ -124,7 +125,7 @@ def as_conversation(rows, completions: list[str]):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "demo_models")
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "models")
     parser.add_argument("--teacher_steps", type=int, default=2000)
     parser.add_argument("--sft_samples", type=int, default=200, help="teacher answers that the student is started from")
     parser.add_argument("--sft_steps", type=int, default=600)

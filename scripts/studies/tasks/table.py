@@ -8,58 +8,19 @@ knows exactly what is wrong. GSM8K (https://arxiv.org/abs/2110.14168) is for mod
 
 from __future__ import annotations
 
-import random
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import demo_task
-from datasets import Dataset, load_dataset
+from datasets import Dataset
+
+from scripts.studies.tasks import additions as demo_task
+from scripts.studies.tasks.gsm8k import ends_with, gsm8k
+from scripts.studies.tasks.orders import in_any_order, orders
 
 
-HELD_OUT, GLANCE_AT, TRAIN, HUMAN = 10_000, 20_000, 30_000, 50_000  # seeds of problems begin here
-SHIPPED = Path(__file__).parent / "demo_models"
-
-
-def orders(size: int, seed: int) -> Dataset:
-    """`size` problems, the same for the same `seed`; columns "prompt", "solution" (one of 120) and "answer"."""
-    draw = random.Random(seed)
-    rows: list[dict[str, Any]] = []
-    for _ in range(size):
-        digits = draw.sample("0123456789", 5)
-        question = f"State the arithmetic problem: {''.join(digits)}"
-        solution = "".join(draw.sample(digits, 5))
-        rows.append(
-            {"prompt": [{"role": "user", "content": question}], "solution": solution, "answer": "".join(digits)}
-        )
-    return Dataset.from_list(rows)
-
-
-def in_any_order(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """Reward function: 1.0 where the completion holds each of the given digits once and nothing else, else 0.0."""
-    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    return [float(sorted(text) == sorted(digits)) for text, digits in zip(texts, answer, strict=True)]
-
-
-def gsm8k(size: int, seed: int) -> Dataset:
-    """`size` problems in an order of their own, again from the first where there are too few; tests below `TRAIN`."""
-    rows = load_dataset("openai/gsm8k", "main", split="train" if seed >= TRAIN else "test").shuffle(seed)
-    found: list[dict[str, Any]] = []
-    for i in range(size):
-        row = rows[i % len(rows)]
-        question = f"{row['question']}\nEnd with the answer as a number after ####."
-        answer = row["answer"].rsplit("####", 1)[1].strip().replace(",", "")
-        found.append({"prompt": [{"role": "user", "content": question}], "solution": row["answer"], "answer": answer})
-    return Dataset.from_list(found)
-
-
-def ends_with(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """Reward function: 1.0 where the last number of the completion is the answer, else 0.0."""
-    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    numbers = [re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", "")) for text in texts]
-    return [float(found != [] and float(found[-1]) == float(gold)) for found, gold in zip(numbers, answer, strict=True)]
+SHIPPED = Path(__file__).parent / "models"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 
 from .callback import TokenReport
 from .page import page
-from .rows import Completion, Opinion, Summary, TokenTable, View
+from .table import Completion, Opinion, Summary, TokenTable, View
 
 
 __all__ = ["Completion", "Opinion", "Summary", "TokenReport", "TokenTable", "View", "page"]

@@ -15,12 +15,14 @@ from typing import Any
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from ..samples import RewardFunction, Sampling, Written, answers_with, sampled, undisturbed
-from ..signals import HiddenStates
-from ..teachers import is_sharded
+from ...data.rewards import RewardFunction
+from ...data.sampling import Sampling, Written, answers_with, sampled, undisturbed
+from ...signals import HiddenStates
+from ...teachers.base import is_sharded
+from ..wandb_run import log_to_wandb
 from .collect import judged, labels_of, with_rewards
 from .page import page
-from .rows import Completion, TokenTable
+from .table import Completion, TokenTable
 
 
 logger = logging.getLogger(__name__)
@@ -197,15 +199,7 @@ class TokenReport(TrainerCallback):
 
 def _name(owner: Any) -> str:
     """What a model, or whoever holds one, came from; its class where that is unknown."""
-    from ..tracking import name_of
+    from ...models.properties import name_of
 
     model = getattr(owner, "model", owner)
     return name_of(model)
-
-
-def log_to_wandb(path: Path, name: str, beside: dict[str, Any]) -> None:
-    """Log a report to the active wandb run as it is; nothing where there is no run."""
-    import wandb
-
-    if wandb.run is not None:
-        wandb.log({name: wandb.Html(path.read_text("utf-8"), inject=False), **beside})

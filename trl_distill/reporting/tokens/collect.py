@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..objective import as_one_class, summands
-from ..samples import RewardFunction, Signals, Written, prompt_ids, rollouts_of, scores
-from ..signals import HiddenStates
-from .rows import TOP, Completion, Opinion, View
+from ...data.rewards import RewardFunction, scores
+from ...data.sampling import Signals, Written, prompt_ids, rollouts_of
+from ...objective.divergences import as_one_class, summands
+from ...signals import HiddenStates
+from .table import TOP, Completion, Opinion, View
 from .texts import label, token_texts
 
 

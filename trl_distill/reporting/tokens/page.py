@@ -16,10 +16,12 @@ from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
-from .rows import Opinion, TokenTable, View, curve, summary
+from .table import Opinion, TokenTable, View, curve, summary
 
 
-SCRIPTS = ("data.js", "cards.js", "panel.js")  # in this order, in one scope
+SCRIPTS = ("data.js", "cards.js", "sidebar.js")  # in this order, in one scope
+
+
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 

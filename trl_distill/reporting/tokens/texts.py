@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 
 UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no character yet
+
+
 _CONTEXT = 4  # tokens before the current one that are decoded along with it
 
 

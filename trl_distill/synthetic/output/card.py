@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
-from .config import GenerateConfig
+from ..config import GenerateConfig
 from .counts import Stage
 
 
 LISTED = 100  # skipped rows
+
 
 HEAD = """---
 tags:

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 
 
 BATCH = 1000  # rows
+
+
 ROWS_PER_FILE = 100_000
 
 

@@ -19,20 +19,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx2 as httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt
 
-from ..served import LONGEST_CONNECT, LONGEST_PAUSE, PassingError, retry_after, server_message
-from ..signals import TeacherAnswerError, TeacherUnavailable
-from .models import Address
-from .sources import Answer, Completion, Refusal, Sampling
-from .text import Text
+from ...errors import TeacherAnswerError, TeacherUnavailable
+from ...http_client import LONGEST_CONNECT, LONGEST_PAUSE, PassingError, retry_after, server_message
+from ..address import Address
+from ..records import Answer, Completion, Refusal
+from ..text import Text
+from .base import Sampling
 
 
 if TYPE_CHECKING:
-    from .config import GenerateConfig
+    from ..config import GenerateConfig
 
 
 logger = logging.getLogger(__name__)
 
+
 T = TypeVar("T")
+
 
 PROMPT_IS_AT_FAULT = (400, 413, 422)  # statuses; 401, 403, 404 and the like concern every prompt
 

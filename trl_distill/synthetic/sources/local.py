@@ -7,86 +7,14 @@ is left to the pipeline.
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
-from .models import Address
-from .text import Text
-
-
-if TYPE_CHECKING:
-    from .config import GenerateConfig
-
-
-@dataclass(frozen=True)
-class Completion:
-    """
-    Attributes:
-        text (`str`): without the stop token.
-        stop_reason (`str`): "stop" for an end of its own, "length" at the limit, or what else an endpoint says.
-    """
-
-    text: str
-    stop_reason: str
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """
-    Why one prompt gets no completion although its teacher works.
-
-    Attributes:
-        kind (`str`): the reason as it is counted.
-        detail (`str`): the reason as it is listed.
-    """
-
-    kind: str
-    detail: str
-
-
-Answer = list[Completion] | Refusal
-
-
-class Source(Protocol):
-    """Completes prompts."""
-
-    def complete(self, prompts: list[Text], seed: int) -> list[Answer]:
-        """
-        Completions of each prompt, or why there are none; as many answers as prompts.
-
-        Raises:
-            TeacherUnavailable: no answer for a reason that may pass.
-            ValueError, TeacherAnswerError: no prompt at all can be answered.
-        """
-        ...
-
-    def close(self) -> None:
-        """Give back memory and connections."""
-        ...
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """
-    Attributes:
-        n (`int`): completions of a prompt.
-        max_tokens (`int`): of one completion.
-        temperature (`float`): 0 is greedy.
-        top_p (`float`): nucleus.
-    """
-
-    n: int = 1
-    max_tokens: int = 1024
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    @classmethod
-    def from_config(cls, config: GenerateConfig) -> Sampling:
-        return cls(config.completions_per_prompt, config.max_completion_length, config.temperature, config.top_p)
+from ..records import Answer, Completion, Refusal
+from ..text import Text
+from .base import Sampling
 
 
 class TransformersSource:
@@ -205,37 +133,3 @@ class VLLMSource:
 
     def close(self) -> None:
         del self._llm
-
-
-def check_source(address: Address) -> None:
-    """
-    Find out early, without loading weights, whether a teacher is there; an endpoint shows with the first request.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if address.kind == "transformers":
-        try:
-            AutoConfig.from_pretrained(address.model)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"The teacher {address.model!r} could not be found: {error} Name a folder with model and tokenizer, or "
-                "a model on the hub."
-            ) from None
-    elif address.kind == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ValueError(
-            f"The teacher 'vllm:{address.model}' needs vLLM. Install it with `pip install 'trl_distill[vllm]'`, or "
-            "leave out `vllm:` to use transformers."
-        )
-
-
-def load_source(address: Address, sampling: Sampling, config: GenerateConfig) -> Source:
-    """The source at an address."""
-    if address.kind == "vllm":
-        return VLLMSource(address.model, sampling)
-    if address.kind == "endpoint":
-        from .endpoint import Endpoint, EndpointSource
-
-        assert not isinstance(config.request_options, str)
-        return EndpointSource(Endpoint.from_config(address, config), sampling, config.request_options)
-    return TransformersSource(address.model, sampling, config.batch_size)

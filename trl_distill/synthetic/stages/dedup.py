@@ -14,12 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .text import normal, numbers, words
-from .work import digest
+from ..text import normal, numbers, words
+from ..work_folder import digest
 
 
 SHINGLE = 3  # words
+
+
 PERMUTATIONS = 128
+
+
 MISSED = 1e-3  # chance that two rows right at the threshold do not meet
 
 

@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .card import card
-from .config import GenerateConfig
-from .counts import Skip, Stage
+from ..config import GenerateConfig
+from ..output.card import card
+from ..output.counts import Skip, Stage
+from ..output.parquet import BATCH, Columns, groups, write_parquet
+from ..records import Candidate
+from ..work_folder import WorkFolder, dump, read_lines, write_json
 from .dedup import Duplicates
 from .human import HUMAN, human_needed, mixed, read_human, text_of
-from .prompts import Prompts, read_rows
-from .select import Candidate, filter_fault, pair_of, pair_row, selection_faults
-from .table import BATCH, Columns, groups, write_parquet
-from .work import WorkFolder, dump, read_lines, write_json
+from .ingest import Prompts, read_rows
+from .select import filter_fault, pair_of, pair_row, selection_faults
 
 
 class Finish:

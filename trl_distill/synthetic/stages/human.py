@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from .prompts import Found, read_rows
-from .text import Text, content, fault_of, flat
+from ..records import Found
+from ..text import Text, content, fault_of, flat
+from .ingest import read_rows
 
 
 HUMAN = "human"  # what the column `teacher` says

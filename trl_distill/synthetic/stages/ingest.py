@@ -8,38 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
-from ..data import load_splits, take_split
-from .counts import Skip, Stage
+from ...data.datasets import load_splits, take_split
+from ..output.counts import Skip, Stage
+from ..output.parquet import BATCH, Columns, groups
+from ..records import Found
+from ..text import fault_of, flat, normal
+from ..work_folder import WorkFolder, digest, dump, read_json, read_lines, write_json, write_lines
 from .dedup import Seen
-from .table import BATCH, Columns, groups
-from .text import fault_of, flat, normal
-from .work import WorkFolder, digest, dump, read_json, read_lines, write_json, write_lines
 
 
 RESERVED = ("completion", "teacher", "score", "chosen", "rejected", "messages")  # not taken over from the input
-
-
-@dataclass(frozen=True)
-class Found:
-    """
-    One row of an input.
-
-    Attributes:
-        where (`str`): "line 3" or "row 3", counted from 1.
-        row (`dict`, *optional*): its columns; `None` where it cannot be read.
-        fault (`str`, *optional*): why not.
-    """
-
-    where: str
-    row: dict[str, Any] | None
-    fault: str | None = None
 
 
 def read_rows(name: str, config: str | None = None, split: str = "train") -> Iterator[Found]:

@@ -11,17 +11,22 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .config import GenerateConfig
-from .counts import Skip, Stage
+from ..config import GenerateConfig
+from ..output.counts import Skip, Stage
+from ..records import Refusal
+from ..sources.base import Source
+from ..text import Text, flat
+from ..work_folder import WorkFolder, dump, read_lines, seed_of, write_json, write_lines
 from .dedup import Duplicates
-from .prompts import Prompts, write_chunks
-from .sources import Refusal, Source
-from .text import Text, flat
-from .work import WorkFolder, dump, read_lines, seed_of, write_json, write_lines
+from .ingest import Prompts, write_chunks
 
 
 POOL = 1000  # examples that are kept in memory, an even sample of all
+
+
 BARREN = 5  # rounds in a row without a new prompt, after which it is given up
+
+
 CUE = "New task:"
 
 

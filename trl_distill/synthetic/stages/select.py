@@ -6,42 +6,14 @@ are found in `dedup.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .text import Text, as_completion, repetition
+from ..records import Candidate
+from ..text import as_completion, repetition
 
 
 if TYPE_CHECKING:
-    from .config import GenerateConfig
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """
-    A completion on its way into the dataset.
-
-    Attributes:
-        prompt (`str` or messages): what was asked.
-        text (`str`): the completion.
-        stop_reason (`str`): "stop" or "length", or what else an endpoint says.
-        teacher (`str`): who wrote it.
-        score (`float`, *optional*): of the verifier.
-        columns (`dict`): the dataset's other columns.
-    """
-
-    prompt: Text
-    text: str
-    stop_reason: str
-    teacher: str
-    score: float | None
-    columns: dict[str, Any]
-
-    def as_row(self, scored: bool) -> dict[str, Any]:
-        """The row of the final dataset."""
-        row = {"prompt": self.prompt, "completion": as_completion(self.text, self.prompt), **self.columns}
-        row["teacher"] = self.teacher
-        return {**row, "score": self.score} if scored else row
+    from ..config import GenerateConfig
 
 
 def filter_fault(candidate: Candidate, config: GenerateConfig) -> str | None:

@@ -11,7 +11,6 @@ import math
 import re
 import string
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,15 +18,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from ..data import import_reward
-from .endpoint import Endpoint, RefusedError
-from .models import parse_address
-from .sources import Refusal
-from .text import Text, as_completion, flat
+from ...data.rewards import import_reward
+from ..address import parse_address
+from ..records import Answered, Refusal, Score
+from ..sources.endpoint import Endpoint, RefusedError
+from ..text import as_completion, flat
 
 
 if TYPE_CHECKING:
-    from .config import GenerateConfig
+    from ..config import GenerateConfig
 
 
 JUDGE_PROMPT = """You are given a question and an answer to it. Judge whether the answer is right and complete.
@@ -42,26 +41,8 @@ JUDGE_PROMPT = """You are given a question and an answer to it. Judge whether th
 
 Think it through, then end with one line: "Score: 1" for a right answer, "Score: 0" for a wrong one."""
 
+
 _SCORE = re.compile(r"score\W{0,4}[:=]\W{0,4}?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Answered:
-    """
-    One completion with what is known about it.
-
-    Attributes:
-        prompt (`str` or messages): what was asked.
-        completion (`str`): its text.
-        columns (`dict`): the dataset's other columns.
-    """
-
-    prompt: Text
-    completion: str
-    columns: dict[str, Any]
-
-
-Score = float | Refusal
 
 
 class Scorer(Protocol):

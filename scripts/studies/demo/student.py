@@ -1,0 +1,146 @@
+"""The demo's student: sampling, measuring and training it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+
+from scripts.studies.tasks.additions import MAX_COMPLETION_LENGTH, correct, problems
+from trl_distill import OPDConfig, OPDTrainer
+from trl_distill.objective.divergences import reverse_kl
+
+
+MODELS = Path(__file__).parents[1] / "tasks" / "models"
+
+
+console = Console()
+
+
+@torch.no_grad()
+def sample(model: Any, tokenizer: Any, prompts: list[Any]) -> tuple[torch.Tensor, ...]:
+    """One answer per prompt at temperature 1: ids and attention mask `(B, P + C)`, completions and mask `(B, C)`."""
+    inputs = tokenizer.apply_chat_template(
+        prompts,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
+    ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=MAX_COMPLETION_LENGTH)
+    completions = ids[:, inputs["input_ids"].shape[1] :]
+    ended = (completions == tokenizer.eos_token_id).cumsum(-1)
+    mask = (ended == 0) | ((ended == 1) & (completions == tokenizer.eos_token_id))  # up to the first stop token
+    return ids, torch.cat([inputs["attention_mask"], mask.long()], dim=1), completions, mask
+
+
+@torch.no_grad()
+def measure(
+    model: Any, teacher: Any, tokenizer: Any, rows: Dataset, seed: int, batch_size: int = 250
+) -> dict[str, float]:
+    """Sample one answer per problem at temperature 1: accuracy, and KL(model ‖ teacher) in nats per token."""
+    was_training = model.training
+    model.eval()
+    state = torch.random.get_rng_state()
+    set_seed(seed)
+    right, kl, tokens = 0.0, 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        ids, attention_mask, completions, mask = sample(model, tokenizer, batch["prompt"])
+        logits = [m(input_ids=ids, attention_mask=attention_mask).logits for m in (model, teacher)]
+        per_token = reverse_kl(*logits)[:, -completions.shape[1] - 1 : -1]  # small vocabulary: full logits are fine
+        kl += (per_token * mask).sum().item()
+        tokens += int(mask.sum())
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        right += sum(correct(texts, batch["answer"]))
+    torch.random.set_rng_state(state)
+    model.train(was_training)
+    return {"accuracy": right / len(rows), "reverse_kl": kl / tokens}
+
+
+class Watch(TrainerCallback):
+    """Moves the progress bar, and measures accuracy now and then on problems that are not used for the final table."""
+
+    def __init__(self, progress: Progress, label: str, total: int, every: int, measure_now: Any):
+        self.progress, self.every, self.measure_now = progress, every, measure_now
+        self.task = progress.add_task(label, total=total, kl=float("nan"), accuracy=float("nan"))
+        self.kl: list[tuple[int, float]] = []
+        self.accuracy: list[tuple[int, float]] = []
+
+    def on_train_begin(self, args, state, control, **_):
+        self._look(0)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if logs and "distill/reverse_kl" in logs:
+            self.kl.append((state.global_step, logs["distill/reverse_kl"]))
+            self.progress.update(self.task, kl=logs["distill/reverse_kl"])
+
+    def on_step_end(self, args, state, control, **_):
+        self.progress.update(self.task, completed=state.global_step)
+        if state.global_step % self.every == 0:
+            self._look(state.global_step)
+
+    def _look(self, step: int) -> None:
+        self.accuracy.append((step, self.measure_now()["accuracy"]))
+        self.progress.update(self.task, accuracy=self.accuracy[-1][1])
+
+
+def load(models: Path) -> tuple[Any, Any, Any]:
+    """Student, teacher and their tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "student")
+    student, teacher = (AutoModelForCausalLM.from_pretrained(models / name) for name in ("student", "teacher"))
+    for model in (student, teacher):  # `measure` calls these directly; without it generation would read defaults
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return student, teacher, tokenizer
+
+
+def train(options: argparse.Namespace, label: str, student: Any, watch_with: Any, **changes: Any) -> tuple[Any, Watch]:
+    """Train the student with a progress bar: the demo's settings, with `changes`, `reward_funcs` among them."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("KL {task.fields[kl]:.3f}  accuracy {task.fields[accuracy]:.0%}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    reward_funcs = changes.pop("reward_funcs", None)
+    settings = {
+        "output_dir": str(options.output_dir / "checkpoints"),
+        "max_steps": options.steps,
+        "per_device_train_batch_size": 64,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 5,  # at this rate the student first gets worse; gentler starts end lower in the same time
+        "max_completion_length": MAX_COMPLETION_LENGTH,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": options.seed,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    args = OPDConfig(**{**settings, **changes})
+    with Progress(*columns, console=console) as progress:
+        watch = Watch(progress, label, args.max_steps, every=25, measure_now=watch_with)
+        trainer = OPDTrainer(
+            model=student,
+            teacher_model=str(options.models / "teacher") if args.beta > 0 else None,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=problems(64 * args.max_steps, seed=30_000 + args.seed),
+            processing_class=AutoTokenizer.from_pretrained(options.models / "student"),
+            callbacks=[watch],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return trainer, watch

@@ -1,0 +1,1 @@
+"""Tasks with verifiers, and the small models that learn them."""

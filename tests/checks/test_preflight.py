@@ -1,0 +1,205 @@
+"""Each check of the preflight on a pair that passes and one that does not, with real tokenizers made here."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from helpers import WORDS, config, make_model, make_tokenizer
+from transformers import GenerationConfig
+
+from trl_distill import OPDTrainer
+from trl_distill.checks import models as model_checks
+from trl_distill.checks import settings as setting_checks
+from trl_distill.checks import tokenizers as tokenizer_checks
+from trl_distill.checks.findings import Finding, PreflightError, Report
+from trl_distill.models.properties import context_of, stop_ids
+
+
+def template(name: str) -> str:
+    return (
+        "{% for m in messages %}" + name + " {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    )
+
+
+def with_template(name: str):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template(name)
+    return tokenizer
+
+
+def other_special():
+    tokenizer = make_tokenizer()
+    tokenizer.unk_token = "a"
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("finding", "level", "words"),
+    [
+        (lambda: tokenizer_checks.same_tokenizer(make_tokenizer(), make_tokenizer()), "ok", "The same 29 ids"),
+        (
+            lambda: tokenizer_checks.same_tokenizer(make_tokenizer(), make_tokenizer(WORDS[::-1])),
+            "error",
+            "differ in 28 of 29",
+        ),
+        (
+            lambda: tokenizer_checks.same_tokenizer(make_tokenizer(), make_tokenizer([*WORDS, "+"])),
+            "warning",
+            "only one of",
+        ),
+        (
+            lambda: tokenizer_checks.same_tokenizer(make_tokenizer([*WORDS, "+"]), make_tokenizer()),
+            "warning",
+            "29: '+'",
+        ),
+        (
+            lambda: tokenizer_checks.same_tokenizer(make_tokenizer([*WORDS, "+"]), make_tokenizer([*WORDS, "-", "+"])),
+            "error",
+            "differ in 2 of 30",
+        ),
+        (lambda: tokenizer_checks.same_tokenizer(make_tokenizer(), None), "warning", "came without a tokenizer"),
+        (
+            lambda: tokenizer_checks.same_tokenizer(make_tokenizer(), other_special()),
+            "warning",
+            "unk_token '.' against 'a'",
+        ),
+        (lambda: tokenizer_checks.vocabulary(make_tokenizer(), 29, 29), "ok", "29 rows each"),
+        (lambda: tokenizer_checks.vocabulary(make_tokenizer(), 32, 40), "ok", "32 rows against the teacher's 40"),
+        (lambda: tokenizer_checks.vocabulary(make_tokenizer(), 29, 20), "error", "ends at 19"),
+        (lambda: tokenizer_checks.stop_tokens(make_tokenizer(), {1}, {1}, True), "ok", "Both end with '<eos>' (1)"),
+        (lambda: tokenizer_checks.stop_tokens(make_tokenizer(), {1}, {1, 28}, True), "ok", "compared as one class"),
+        (lambda: tokenizer_checks.stop_tokens(make_tokenizer(), {1}, {28}, False), "warning", "completions will grow"),
+        (
+            lambda: tokenizer_checks.chat_templates(with_template("x"), with_template("x")),
+            "ok",
+            "render a conversation alike",
+        ),
+        (lambda: tokenizer_checks.chat_templates(with_template("x"), with_template("y")), "warning", "is not its own"),
+        (lambda: tokenizer_checks.chat_templates(with_template("x"), make_tokenizer()), "ok", "none of its own"),
+        (
+            lambda: tokenizer_checks.chat_templates(with_template("x"), with_template("y"), False),
+            "warning",
+            "Prompts are text",
+        ),
+        (
+            lambda: tokenizer_checks.chat_templates(make_tokenizer(), with_template("y"), False),
+            "ok",
+            "Prompts are text",
+        ),
+        (lambda: model_checks.context_length(100, 28, 128, "teacher"), "ok", "128 positions"),
+        (lambda: model_checks.context_length(100, 29, -1, "teacher"), "ok", "no limit known"),
+        (lambda: model_checks.context_length(100, 29, 128, "teacher"), "error", "Lower `max_completion_length` to 28"),
+        (lambda: model_checks.teacher_differs(0.3, "", False), "ok", "0.3 nats"),
+        (lambda: model_checks.teacher_differs(0.0, "", False), "error", "nothing to learn"),
+        (lambda: model_checks.teacher_differs(0.0, "there is a reward", False), "warning", "there is a reward"),
+        (lambda: model_checks.teacher_differs(0.0, "", True), "warning", "assume_different_teacher"),
+        (lambda: model_checks.teacher_differs(0.0, "", False, "math"), "error", "and the teacher 'math' give the same"),
+        (
+            lambda: model_checks.teacher_differs(0.0, "it has prompts of its own", False, own=True),
+            "ok",
+            "as they should",
+        ),
+        (lambda: model_checks.teacher_differs(0.0, "", False, own=True), "error", "the student itself"),
+        (
+            lambda: tokenizer_checks.same_tokenizer(make_tokenizer(), None, served=True),
+            "warning",
+            "--served-model-name",
+        ),
+        (lambda: setting_checks.sampling([]), "ok", "samples of the student"),
+        (lambda: setting_checks.sampling(["`top_p=0.9`"]), "warning", "biases"),
+        (lambda: setting_checks.groups(8, 4, True), "ok", "4 prompts with 8 completions"),
+        (lambda: setting_checks.groups(8, 4, False), "warning", "more prompts teach more"),
+    ],
+)
+def test_checks(finding, level, words):
+    found = finding()
+    assert found.level == level
+    assert words in str(found)
+    assert bool(found.advice) == (level != "ok") or "Going on" in found.found
+
+
+def test_a_report_counts_and_stops_with_all_errors():
+    report = Report(
+        [Finding("a", "ok", "fine"), Finding("b", "error", "bad", "mend it"), Finding("c", "error", "worse")]
+    )
+    assert (report.count("ok"), report.count("error"), report.table().row_count) == (1, 2, 3)
+    with pytest.raises(PreflightError, match="bad mend it\n\nworse") as error:
+        report.stop_on_errors()
+    assert error.value.report is report
+    Report([Finding("a", "warning", "hm")]).stop_on_errors()
+
+
+def test_every_id_that_ends_a_turn_counts():
+    model = make_model()
+    assert stop_ids(model.config, model.generation_config, make_tokenizer()) == {1}
+    assert stop_ids(model.config, GenerationConfig(eos_token_id=[1, 28]), None) == {1, 28}
+    # id 7 is an ordinary token of this tokenizer: a default that nobody meant
+    assert stop_ids(model.config, GenerationConfig(eos_token_id=[1, 7]), make_tokenizer()) == {1}
+
+
+def test_positions_that_a_scaled_rope_adds():
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
+    assert context_of(SimpleNamespace(max_position_embeddings=16, rope_parameters=yarn)) == 128
+    assert context_of(SimpleNamespace(max_position_embeddings=256, rope_parameters=yarn)) == 256
+    assert context_of(SimpleNamespace(max_position_embeddings=16)) == 16
+    assert context_of(SimpleNamespace()) is None
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_other_stop_tokens_are_merged_and_said(tmp_path, tokenizer, prompts, student, teacher, caplog, merge):
+    teacher.generation_config.eos_token_id = [1, 28]
+    trainer = OPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config(tmp_path, merge_stop_tokens=merge),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    assert trainer.estimator.stops == ([1, 28] if merge else [])
+    ends = [1, 28] if merge else [1]
+    assert trainer.eos_token_ids == trainer.generation_config.eos_token_id == ends
+    said = "The student ends with '<eos>' (1), the teacher with '<eos>' (1), '.' (28)."
+    assert caplog.text.count(said) == 1
+    assert ("completions will grow" in caplog.text) is not merge
+    trainer.train()
+
+
+def test_ids_that_mean_nothing_to_the_tokenizer_are_no_stop_tokens(tmp_path, tokenizer, prompts, student, teacher):
+    """A configuration's default is no stop token of either side, so there is nothing to merge."""
+    student.generation_config.eos_token_id = [1, 5]
+    trainer = OPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config(tmp_path),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    assert trainer.estimator.stops == []
+    assert trainer.eos_token_ids == [1, 5]  # TRL's business
+
+
+def test_under_vllm_merged_stop_tokens_end_rollouts_too(tmp_path, tokenizer, prompts, student, teacher):
+    trainer = OPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config(tmp_path),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    trainer.use_vllm, trainer.vllm_generation = True, SimpleNamespace(generation_kwargs={"stop_token_ids": [7]})
+    trainer.end_rollouts_with([1, 28])
+    assert trainer.eos_token_ids == [1, 28]
+    assert trainer.vllm_generation.generation_kwargs == {"stop_token_ids": [1, 7, 28]}
+
+
+def test_prompts_beyond_the_context_stop_the_run(tmp_path, tokenizer, prompts, student, teacher):
+    with pytest.raises(ValueError, match="the student has 128 positions") as error:
+        OPDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=config(tmp_path, max_completion_length=125),
+            train_dataset=prompts,
+            processing_class=tokenizer,
+        )
+    assert error.value.report.count("error") == 2  # the teacher has no more

@@ -1,0 +1,162 @@
+"""What is logged, against naive computation from full logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers import VOCAB, batch, config, in_training, make_model
+
+from trl_distill import OPDTrainer
+from trl_distill.heads import comparison
+from trl_distill.heads.comparison import COMPARED, compared
+from trl_distill.heads.fused import Form, fused_divergence
+from trl_distill.heads.lm_head import LMHead
+from trl_distill.reporting.metrics import by_reward, means
+from trl_distill.signals import HiddenStates
+
+
+def test_means_are_over_what_the_mask_marks():
+    values, mask = torch.tensor([[1.0, 2.0], [torch.nan, 4.0]]), torch.tensor([[True, True], [False, True]])
+    found = means(Accelerator(cpu=True), {"all": (values, mask), "none": (values, torch.zeros_like(mask))})
+    assert found == {"all": (1.0 + 2.0 + 4.0) / 3}
+
+
+def naive_logits(trainer, inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of both models at the judged tokens, `(N, V)`."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attended = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    places, mask = slice(inputs["prompt_ids"].shape[1] - 1, -1), inputs["completion_mask"].bool()
+    with torch.no_grad():
+        models = (trainer.model, trainer.teacher.model)
+        found = [m(input_ids=ids, attention_mask=attended).logits[:, places][mask].log_softmax(-1) for m in models]
+    return found[0], found[1]
+
+
+def length(completions, **_):
+    return [float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize("estimator", ["full", "topk", "sampled"])
+@pytest.mark.parametrize("rewards", [None, [length]], ids=["pure", "rewards"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_values_against_full_logits(tmp_path, tokenizer, prompts, monkeypatch, rewards, estimator, divergence):
+    """With every token looked at; the same keys whatever the mode."""
+    if divergence == "jsd" and estimator != "full":
+        pytest.skip("there is no such estimator")
+    monkeypatch.setattr(comparison, "LOOK_EVERY", 1)
+    trainer = OPDTrainer(
+        model=make_model("untied", seed=1),
+        teacher_model=make_model("bias", seed=2),
+        reward_funcs=rewards,
+        args=config(
+            tmp_path, num_generations=2 if rewards else 1, kl_estimator=estimator, kl_top_k=VOCAB, divergence=divergence
+        ),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    in_training(trainer)
+    advantages = torch.tensor([-1.5, -0.5, 0.5, 1.5])
+    inputs = {**batch(rows=4, completion=9), "rewards": torch.arange(4.0), "advantages": advantages}
+    trainer.rollout_loss(trainer.model, inputs)
+    found = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    log_q, log_p = naive_logits(trainer, inputs)
+    mask = inputs["completion_mask"].bool()
+    ids = inputs["completion_ids"][mask]
+    likeliest = [x.topk(comparison.TOP).indices for x in (log_q, log_p)]
+    common = torch.stack([torch.isin(a, b).float().mean() for a, b in zip(*likeliest, strict=True)])
+    expected = {
+        "distill/reverse_kl": (log_q.exp() * (log_q - log_p)).sum(-1),
+        "distill/forward_kl": (log_p.exp() * (log_p - log_q)).sum(-1),
+        "distill/teacher_entropy": -(log_p.exp() * log_p).sum(-1),
+        "distill/top1_agreement": (log_q.argmax(-1) == log_p.argmax(-1)).float(),
+        "distill/top_overlap": common,
+    }
+    if estimator == "sampled":
+        k1 = (log_q - log_p)[torch.arange(len(ids)), ids]
+        expected["distill/reverse_kl"] = k1
+    if estimator != "full" or rewards:
+        expected["distill/teacher_log_prob"] = log_p[torch.arange(len(ids)), ids]
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values.mean().item(), rel=1e-4, abs=1e-6), name
+    if divergence == "jsd":
+        return
+    kl = torch.zeros(mask.shape).masked_scatter(mask, expected["distill/reverse_kl"])
+    for i in range(4):
+        parts = [
+            row[:len_][(4 * torch.arange(len_)) // len_ == i]
+            for row, len_ in zip(kl, mask.sum(1).tolist(), strict=True)
+        ]
+        values = torch.cat(parts)
+        if len(values):
+            assert found[f"distill/reverse_kl/quarter{i + 1}"] == pytest.approx(values.mean().item(), rel=1e-4)
+    ordered = kl[mask].clamp(min=0).sort(descending=True).values
+    needed = next(n for n in range(1, len(ordered) + 1) if ordered[:n].sum() >= 0.8 * ordered.sum() - 1e-7)
+    assert found["distill/concentration"] == pytest.approx(needed / len(ordered))
+    if rewards:
+        for name, rows in (("rewarded", slice(2, 4)), ("punished", slice(0, 2))):
+            assert found[f"distill/reverse_kl/{name}"] == pytest.approx(kl[rows][mask[rows]].mean().item(), rel=1e-4)
+
+
+def test_few_tokens_are_looked_at(monkeypatch):
+    head, signal = LMHead(make_model(seed=1)), HiddenStates(torch.randn(1000, 16), LMHead(make_model(seed=2)))
+    for length, every, least in ((1000, 61, 16), (1000, 60, 16), (1000, 1, 111), (3, 61, 1), (0, 61, 0)):
+        monkeypatch.setattr(comparison, "LOOK_EVERY", every)
+        hidden, ids = torch.randn(length, 16), torch.randint(VOCAB, (length,))
+        part = HiddenStates(signal.hidden[:length], signal.head)
+        look = comparison.where_to_look(ids)
+        found = compared(hidden, head, part, 1.0, ids)
+        assert found.shape[1] in (least, least + 1)
+        fused = fused_divergence(hidden, head, part.hidden, part.head, Form(), ids, look=look).looked
+        torch.testing.assert_close(found, fused)
+
+
+def test_no_place_is_preferred():
+    """Batches of few tokens would show first tokens alone otherwise, and these are unlike the others."""
+    seen = torch.zeros(40)
+    for seed in range(2000):
+        ids = torch.randint(150_000, (40,), generator=torch.Generator().manual_seed(seed))
+        seen[comparison.where_to_look(ids)] += 1
+    assert seen.sum() == 2000
+    assert seen.min() > 20
+    assert seen.max() < 90
+
+
+def test_stop_tokens_count_as_one():
+    """Student and teacher are sure that the answer ends here, and end it with different ids."""
+    log_q, log_p = (torch.full((1, VOCAB), -20.0).index_fill_(1, torch.tensor([stop]), 20.0) for stop in (3, 7))
+    log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
+    apart = dict(zip(COMPARED, comparison.differences(log_q, log_p)[:, 0].tolist(), strict=True))
+    merged = dict(zip(COMPARED, comparison.differences(log_q, log_p, [3, 7])[:, 0].tolist(), strict=True))
+    assert apart["reverse_kl"] > 39
+    assert apart["top1_agreement"] == 0
+    assert merged["reverse_kl"] == pytest.approx(0, abs=1e-5)
+    assert merged["forward_kl"] == pytest.approx(0, abs=1e-5)
+    assert merged["top1_agreement"] == 1
+
+
+def test_rows_without_a_judged_token_have_no_objective(tmp_path, tokenizer, prompts):
+    trainer = OPDTrainer(
+        model=make_model(seed=1),
+        teacher_model=make_model(seed=2),
+        reward_funcs=[length],
+        args=config(tmp_path, num_generations=2),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    in_training(trainer)
+    inputs = {**batch(rows=4, completion=9), "rewards": torch.arange(4.0), "advantages": torch.zeros(4)}
+    for rows in (inputs, {name: values[1:] if values.dim() else values for name, values in inputs.items()}):
+        if rows is inputs:
+            rows["completion_mask"][0] = 0
+        trainer.rollout_loss(trainer.model, rows)
+    for name in ("distill/sequence_kl", "objective"):
+        cut, without = trainer._metrics["train"][name]
+        assert cut == pytest.approx(without, rel=1e-5), name
+
+
+def test_the_reward_s_sign():
+    per_token, mask = torch.ones(3, 2), torch.tensor([[True, True], [True, False], [True, True]])
+    found = by_reward(per_token, mask, torch.tensor([1.0, -1.0, 0.0]))
+    assert found["rewarded"][1].tolist() == [[True, True], [False, False], [False, False]]
+    assert found["punished"][1].tolist() == [[False, False], [True, False], [False, False]]

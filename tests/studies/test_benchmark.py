@@ -1,0 +1,213 @@
+"""`scripts/benchmark.py` in miniature: what is compared is the same work, or is not compared."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from processes import succeeds
+
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cells():
+    from scripts.studies.benchmark import cells as benchmark_cells
+
+    return benchmark_cells
+
+
+@pytest.fixture
+def benchmark():
+    from scripts.studies.benchmark import run as benchmark
+
+    return benchmark
+
+
+@pytest.fixture
+def measured(benchmark, cells):
+    """Measures a preset's cell in miniature; memory is left out, since it starts processes."""
+
+    def call(name: str, repeats: int = 1, **changes) -> dict:
+        cell = next(cell for cell in cells.preset("cpu", dry_run=True) if cell.name == name)
+        options = argparse.Namespace(repeats=repeats, threads=1)
+        found = benchmark.measure(replace(cell, **changes), options, CPU, None, lambda: None)
+        machine = {"processor": "p", "device": "d", "threads": 1}
+        about = {"preset": "cpu", "dry_run": True, "machine": machine, "versions": {}, "command": "c"}
+        return {**about, "cells": [json.loads(json.dumps(found))]}
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("ragged", {}),
+        pytest.param("ragged, estimators", {}, marks=pytest.mark.slow),
+        pytest.param("ragged, LoRA", {}, marks=pytest.mark.slow),
+        ("ragged, combined", {}),
+    ],
+)
+def test_every_loss_is_what_its_objective_has_on_the_rollouts(measured, name, changes):
+    from scripts.studies.benchmark import report as report
+
+    results = measured(name, repeats=2, **changes)
+    (cell,) = results["cells"]
+    assert report.disagreeing(results) == []
+    for found in cell["contenders"].values():
+        assert len(found["update_s"]) == 2
+        assert all(seconds > 0 for seconds in found["shares"].values())
+    for _, _, ours, theirs in report.pairs(results):
+        value = report.ratio(ours, theirs, "float32", "update_s")
+        assert value["least"] <= value["median"] <= value["most"]
+    if name == "ragged":
+        losses = [cell["contenders"][one]["loss"] for one in ("ours", "distillation", "gkd")]
+        assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_no_ratio_where_a_loss_is_another(measured, monkeypatch):
+    from trl import DistillationTrainer
+
+    from scripts.studies.benchmark import report as report
+
+    honest = DistillationTrainer.compute_loss
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", lambda *a, **k: honest(*a, **k) * 1.0001)
+    results = measured("uniform")
+    rows = {row[2]: row for row in report.speed(results)[2]}
+    assert report.REFUSED in rows["`DistillationTrainer`"]
+    assert report.REFUSED not in rows["`GKDTrainer`"]
+    assert report.REFUSED in report.markdown(results)
+    (line,) = report.disagreeing(results)
+    assert "`DistillationTrainer`" in line
+
+
+def test_no_ratio_at_all_where_ours_is_wrong(measured, monkeypatch):
+    from scripts.studies.benchmark import report as report
+    from trl_distill import OPDTrainer
+
+    honest = OPDTrainer.compute_loss
+    monkeypatch.setattr(OPDTrainer, "compute_loss", lambda *a, **k: honest(*a, **k) * 1.0001)
+    results = measured("uniform", contenders=("ours", "distillation"), generates=True)
+    assert all(row[5] == report.REFUSED for row in report.speed(results)[2])
+
+
+def test_generation_counts_for_the_step_alone(measured):
+    results = measured("uniform", contenders=("ours", "gkd"), generates=True, tokens=12)
+    for found in results["cells"][0]["contenders"].values():
+        assert found["generation_s"] > 0
+        assert found["step_s"][0] > found["generation_s"]
+
+
+def test_an_optimizer_that_is_forgotten_is_gone_and_made_anew(cells, tmp_path):
+    from scripts.studies.benchmark.contenders import Contender, Parts
+
+    cell = cells.preset("cpu", dry_run=True)[0]
+    contender = Contender("ours", Parts(cell, cells.make_rollouts(cell), tmp_path, CPU))
+    before = contender.turn(0).loss
+    inner = weakref.ref(contender.trainer.optimizer.optimizer)
+    contender.forget_optimizer()
+    gc.collect()
+    assert inner() is None
+    assert contender.turn(0).loss == before
+
+
+def test_ragged_lengths_reach_ten_medians(cells):
+    cell = replace(cells.cpu_cells()[0], ragged=True, tokens=100, rows=64)
+    lengths = sorted(cell.lengths())
+    median = (lengths[31] + lengths[32]) / 2
+    assert median == pytest.approx(100, rel=0.02)
+    assert lengths[-1] == 10 * 100
+    rollouts = cells.make_rollouts(cell, seed=3)
+    assert sorted(map(len, rollouts.completions)) == lengths
+    assert all(ids[-1] == cells.EOS and cells.EOS not in ids[:-1] for ids in rollouts.completions)
+
+
+def test_prompts_as_text_are_the_same_ids(cells):
+    rollouts = cells.make_rollouts(replace(cells.cpu_cells()[0], vocab=500))
+    tokenizer = cells.make_tokenizer(500)
+    for prompt in rollouts.prompts:
+        assert tokenizer(" ".join(f"w{i}" for i in prompt))["input_ids"] == prompt
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_floor_counts_what_a_step_must_multiply(cells, lora):
+    from scripts.studies.benchmark.reference import products
+
+    cell = replace(cells.cpu_cells()[0], rows=4, micro_batch=2, tokens=24, prompt=8, lora=lora)
+    rollouts = cells.make_rollouts(cell)
+    counted = sum(p.count * p.batch * p.m * p.k * p.n for p in products(cell, rollouts))
+    tokens, judged = 4 * 32, 4 * 24
+    sizes = {size: sum(map(math.prod, cells.projections(size))) for size in (cell.student, cell.teacher)}
+    expected = tokens * ((2 if lora else 3) * sizes[cell.student] + sizes[cell.teacher])
+    expected += judged * cell.vocab * ((2 if lora else 3) * cell.student.hidden + cell.teacher.hidden)
+    for size, passes in ((cell.student, 3), (cell.teacher, 1)):
+        expected += passes * 4 * size.layers * size.heads * 32 * 32 * size.head_dim  # half of two products
+    assert counted == expected
+
+
+def test_peak_memory_sees_what_was_there_for_a_moment():
+    from scripts.studies.benchmark.clocks import peak_memory
+
+    kept: list[torch.Tensor] = [torch.ones(2**24)]  # there before: does not count
+    peak = peak_memory(CPU, lambda: torch.ones(2**25).sum().item())  # 128 MiB, let go at once
+    assert 120 < peak < 150
+    assert peak_memory(CPU, lambda: kept[0].sum().item()) < 20
+
+
+def test_docs_are_written_between_the_markers_of_their_preset(measured, tmp_path):
+    from scripts.studies.benchmark import report as report
+
+    results = measured("uniform", contenders=("ours",))
+    page = tmp_path / "page.md"
+    begin, end = "<!-- benchmark cpu: begin -->", "<!-- benchmark cpu: end -->"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    report.write_docs(results, page)
+    text = page.read_text()
+    assert text.startswith(f"before\n{begin}")
+    assert text.endswith(f"{end}\nafter\n")
+    assert "old" not in text
+    assert "rehearsal" in text
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="Put them there"):
+        report.write_docs(results, page)
+    assert page.read_text() == "no markers"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cells", "oval"], "There are no cells"),
+        (["--repeats", "0"], "no median"),
+        pytest.param(
+            ["--preset", "gpu"],
+            "needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run"),
+        ),
+    ],
+)
+def test_bad_arguments(benchmark, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        benchmark.main(benchmark.parse([*arguments, "--output_dir", str(tmp_path)]))
+
+
+@pytest.mark.slow
+def test_the_gpu_preset_rehearsed(cells, tmp_path):
+    command = [sys.executable, SCRIPTS / "benchmark.py", "--preset", "gpu", "--dry_run", "--repeats", "1"]
+    succeeds([*command, "--threads", "1", "--output_dir", tmp_path])
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [cell["name"] for cell in results["cells"]] == [cell.name for cell in cells.preset("gpu", True)]
+    for cell in results["cells"]:
+        for found in cell["contenders"].values():
+            assert "failed" not in found
+            assert found["peak_mib"] > 0
+    assert (tmp_path / "benchmark_growth.png").exists()

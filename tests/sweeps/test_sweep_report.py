@@ -1,0 +1,121 @@
+"""What is made of a sweep's results: means, the Pareto front, tables and pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("sweeps.run")
+pytest.importorskip("matplotlib")
+
+
+def test_means_skip_what_is_no_number():
+    from trl_distill.sweeps.results import last_means
+
+    log = [{"step": 1, "a": 1.0, "b": None}, {"step": 2, "a": float("nan"), "b": 2}, {"step": 3, "a": 3.0, "c": "x"}]
+    assert last_means(log, 2) == {"a": 2.0, "b": 2.0}
+    assert last_means(log, 1) == {"a": 3.0, "b": 2.0}
+
+
+def test_the_front_is_what_no_other_run_beats():
+    from hypothesis import given
+    from hypothesis import strategies as st
+
+    from trl_distill.sweeps.figures import Point, pareto_front
+
+    numbers = st.integers(0, 5).map(float)
+
+    @given(st.lists(st.builds(Point, st.just(""), numbers, numbers), max_size=12))
+    def check(points):
+        front = pareto_front(points)
+        for point in points:
+            beaten = any(
+                other.x <= point.x and other.y >= point.y and (other.x, other.y) != (point.x, point.y)
+                for other in points
+            )
+            assert (point in front) != beaten
+
+    check()
+
+
+def test_labels_cover_neither_points_nor_each_other():
+    from trl_distill.sweeps.figures import Point, pareto_figure
+
+    near = [(0.5, 0.21), (0.48, 0.215), (0.52, 0.207), (0.53, 0.2), (0.59, 0.217), (1.8, 0.86), (6.9, 0.98)]
+    figure = pareto_figure([Point(f"beta={i}", x, y) for i, (x, y) in enumerate(near)], "KL", "reward")
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    boxes = [text.get_window_extent() for text in axis.texts if text.get_text()]
+    assert len(boxes) == 7
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+        assert not any(box.contains(*axis.transData.transform(point)) for point in near)
+
+
+def sweep_of(tmp_path: Path, metric: str, goal: str, runs: list[tuple[dict, dict]]) -> Path:
+    from trl_distill.sweeps.results import RESULT, SWEEP
+
+    state = {"sweep": {"name": "toy", "metric": {"name": metric, "goal": goal}}, "last": 5}
+    (tmp_path / SWEEP).write_text(json.dumps(state))
+    for index, (settings, metrics) in enumerate(runs):
+        (tmp_path / f"{index:03d}").mkdir()
+        (tmp_path / f"{index:03d}" / RESULT).write_text(json.dumps({"settings": settings, "metrics": metrics}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("metric", "runs", "picture", "texts"),
+    [
+        (
+            "train/reward",
+            [({"beta": b}, {"reward": 1 - b, "distill/reverse_kl": 1 / b}) for b in (0.1, 0.5, 1.0)],
+            "pareto.png",
+            {"beta=0.1", "beta=0.5", "beta=1", "reward", "distill/reverse_kl, nats per token"},
+        ),
+        (
+            "train/distill/reverse_kl",
+            [({"learning_rate": lr}, {"distill/reverse_kl": lr}) for lr in (1e-5, 1e-4, 1e-3)],
+            "metric.png",
+            {"learning_rate", "distill/reverse_kl", "best: learning_rate=0.001"},
+        ),
+        (
+            "train/reward",
+            [({"divergence": d, "kl_estimator": "full"}, {"reward": 0.5}) for d in ("jsd", "mixed")],
+            "metric.png",
+            {"jsd, full", "mixed, full", "reward", "0.5"},
+        ),
+    ],
+)
+def test_each_kind_of_sweep_has_its_picture(tmp_path, monkeypatch, metric, runs, picture, texts):
+    import matplotlib.figure
+    from matplotlib.text import Text
+    from rich.console import Console
+
+    from trl_distill.sweeps.report import report
+
+    drawn: list[str] = []
+    save = matplotlib.figure.Figure.savefig
+
+    def saving(figure, *arguments, **options):
+        save(figure, *arguments, **options)
+        drawn.extend(text.get_text() for text in figure.findobj(Text))
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", saving)
+    report(sweep_of(tmp_path, metric, "maximize", runs), Console())
+    assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert texts <= set(drawn)
+    assert {"metric.png", "pareto.png"} - {picture} == {"metric.png", "pareto.png"} - {
+        path.name for path in tmp_path.glob("*.png")
+    }
+
+
+def test_a_metric_that_no_run_logged_is_said(tmp_path, capsys):
+    from rich.console import Console
+
+    from trl_distill.sweeps.report import report
+
+    report(sweep_of(tmp_path, "train/reward", "maximize", [({"x": 1}, {"loss": 1.0})]), Console())
+    assert "no run has logged train/reward" in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,1 @@
+"""What would otherwise fail late, or train on a wrong number."""

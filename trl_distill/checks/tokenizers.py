@@ -1,0 +1,164 @@
+"""Checks of tokenizers: ids, stop tokens, chat templates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .findings import Finding
+
+
+def same_tokenizer(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase | None,
+    assume_same: bool = False,
+    served: bool = False,
+) -> Finding:
+    """
+    The divergence compares probabilities id by id, so an id must be the same token for both.
+
+    Args:
+        student: the student's tokenizer.
+        teacher: the teacher's, or `None` where it is not known.
+        assume_same (`bool`): a difference is no error.
+        served (`bool`): the teacher is behind a server, so its tokenizer can only be found by the model's name.
+    """
+    if teacher is None and served:
+        return Finding(
+            "tokenizer",
+            "warning",
+            "The served teacher's name leads to no tokenizer here, so it was not checked that its token ids mean what "
+            "they mean to the student.",
+            "Serve it under its hub name or folder (`--served-model-name`) to have this checked.",
+        )
+    if teacher is None:
+        return Finding(
+            "tokenizer",
+            "warning",
+            "The teacher came without a tokenizer, so it was not checked that its token ids mean what they mean to the "
+            "student.",
+            "Load the teacher from a folder or hub name that holds its tokenizer to have this checked.",
+        )
+    of_student = {index: token for token, index in student.get_vocab().items()}
+    of_teacher = {index: token for token, index in teacher.get_vocab().items()}
+    differing = [i for i in sorted(of_student.keys() | of_teacher.keys()) if of_student.get(i) != of_teacher.get(i)]
+    moved = {of_student.get(i) for i in differing} & {of_teacher.get(i) for i in differing} - {None}
+    clashing = [i for i in differing if i in of_student and i in of_teacher]
+    if differing and not clashing and not moved:
+        shown = ", ".join(f"{i}: {of_student.get(i, of_teacher.get(i))!r}" for i in differing[:5])
+        return Finding(
+            "tokenizer",
+            "warning",
+            f"{len(differing)} ids are known to only one of the two tokenizers; all others agree. The first: {shown}.",
+            "Make sure that prompts and answers do without them.",
+        )
+    if differing:
+        shown = "; ".join(f"{i}: {of_student.get(i)!r} against {of_teacher.get(i)!r}" for i in differing[:5])
+        found = (
+            f"The tokenizers of student and teacher differ in {len(differing)} of {len(of_student)} ids. The first, "
+            f"student against teacher: {shown}."
+        )
+        if assume_same:
+            return Finding("tokenizer", "warning", found, "Going on, as `assume_same_tokenizer=True` asks.")
+        advice = (
+            "The divergence compares probabilities id by id, so it would compare different tokens. Use a teacher with "
+            "the student's tokenizer, or set `assume_same_tokenizer=True` if these ids do not matter."
+        )
+        return Finding("tokenizer", "error", found, advice)
+    special = [
+        f"{name} {getattr(student, name)!r} against {getattr(teacher, name)!r}"
+        for name in ("bos_token", "unk_token")  # padding is never attended to
+        if getattr(student, name) != getattr(teacher, name)
+    ]
+    if special:
+        return Finding(
+            "tokenizer",
+            "warning",
+            f"Same ids, other special tokens, student against teacher: {', '.join(special)}.",
+            "The teacher reads what the student's tokenizer writes: make sure that it was trained to.",
+        )
+    return Finding("tokenizer", "ok", f"The same {len(of_student)} ids and special tokens.")
+
+
+def vocabulary(
+    tokenizer: PreTrainedTokenizerBase, student_size: int, teacher_size: int, assume_same: bool = False
+) -> Finding:
+    """Every id that the tokenizer can produce must have a row in the teacher's embedding; padding may differ."""
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > teacher_size and not assume_same:
+        return Finding(
+            "vocabulary",
+            "error",
+            f"The tokenizer produces ids up to {needed - 1}, but the teacher's vocabulary ends at {teacher_size - 1}.",
+            "Use a teacher for this tokenizer, or set `assume_same_tokenizer=True` if those ids never occur.",
+        )
+    if student_size == teacher_size:
+        return Finding("vocabulary", "ok", f"{student_size} rows each.")
+    return Finding(
+        "vocabulary",
+        "ok",
+        f"{student_size} rows against the teacher's {teacher_size}, {needed} ids in use; the shared rows count.",
+    )
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, student: set[int], teacher: set[int], merge: bool) -> Finding:
+    """Whether student and teacher end a turn with the same ids."""
+    if student == teacher:
+        return Finding("stop tokens", "ok", f"Both end with {_named(tokenizer, student)}.")
+    found = f"The student ends with {_named(tokenizer, student)}, the teacher with {_named(tokenizer, teacher)}."
+    if merge:
+        return Finding("stop tokens", "ok", f"{found} They are compared as one class.")
+    return Finding(
+        "stop tokens",
+        "warning",
+        f"{found} The teacher charges the student for every stop, and completions will grow.",
+        "Leave `merge_stop_tokens` on, or give both the same stop tokens.",
+    )
+
+
+def _named(tokenizer: PreTrainedTokenizerBase, ids: set[int]) -> str:
+    return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in sorted(ids)) or "nothing"
+
+
+PROBE_CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 2 + 2?"},
+]
+
+
+def chat_templates(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, conversational: bool = True
+) -> Finding:
+    """Whether both render a conversation alike: the teacher reads prompts in the student's template."""
+    if not conversational and getattr(teacher, "chat_template", None) and getattr(student, "chat_template", None):
+        return Finding(
+            "chat template",
+            "warning",
+            "Prompts are text, so no chat template is used, although both models have one.",
+            "If they were trained to chat, give them messages: `[{'role': 'user', 'content': ...}]` as the prompt.",
+        )
+    if not conversational:
+        return Finding("chat template", "ok", "Prompts are text; none is used.")
+    if teacher is None or getattr(teacher, "chat_template", None) is None:
+        return Finding("chat template", "ok", "The teacher brings none of its own; it reads the student's.")
+
+    def rendered(tokenizer: Any) -> str:
+        for messages in (PROBE_CONVERSATION, PROBE_CONVERSATION[1:]):  # some templates take no system message
+            try:
+                return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except Exception:  # templates are programs, and raise what they like
+                continue
+        return ""
+
+    of_student, of_teacher = rendered(student), rendered(teacher)
+    if of_student == of_teacher:
+        return Finding("chat template", "ok", "Both render a conversation alike.")
+    return Finding(
+        "chat template",
+        "warning",
+        f"The teacher reads prompts in the student's chat template, which is not its own: {of_student!r} against "
+        f"{of_teacher!r}.",
+        "Distil in the format that the teacher was trained on: give the student's tokenizer its template "
+        "(`processing_class.chat_template`), thinking mode included (`chat_template_kwargs`).",
+    )

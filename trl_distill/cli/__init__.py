@@ -1,0 +1,1 @@
+"""The console command `trl-distill`, and the scripts' mains."""

@@ -1,0 +1,1 @@
+"""Datasets, completions, rewards, and sampling from a model."""

@@ -1,0 +1,90 @@
+"""The exact divergence, over the whole vocabulary."""
+
+from __future__ import annotations
+
+import torch
+
+from .._trl import has_triton
+from ..heads.comparison import where_to_look
+from ..heads.fused import Form, fused_divergence
+from ..heads.lm_head import LMHead
+from ..heads.projections import kernel_divergence, log_probs_of, logits_of
+from ..objective import divergences
+from ..signals import HiddenStates
+from .base import Measured
+from .log_probs import _log_p
+
+
+# Divergences that TRL's kernel has, as the value of its `beta`; `None`: that is the divergence's alpha
+KERNEL_BETA = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": None}
+
+
+def uses_kernel(device: torch.device, divergence: str) -> bool:
+    """Whether TRL's kernel computes a divergence: where it runs in Triton."""
+    return divergence in KERNEL_BETA and has_triton(device)
+
+
+class Full:
+    """The exact divergence over the whole vocabulary: no noise of its own, and right on any prefix."""
+
+    needs_log_probs = False
+    takes: tuple[type, ...] = (HiddenStates,)
+
+    def __init__(
+        self,
+        divergence: str,
+        alpha: float,
+        temperature: float,
+        stops: list[int],
+        log_p_temperature: float | None = None,
+    ):
+        self.divergence, self.alpha, self.temperature, self.stops = divergence, alpha, temperature, stops
+        self.log_p_temperature = log_p_temperature
+
+    def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> Measured:
+        if uses_kernel(hidden.device, self.divergence):
+            return self._by_kernel(hidden, head, signal, sampled, log_q)
+        form = Form(self.divergence, self.alpha, self.temperature, tuple(self.stops))
+        look = where_to_look(sampled)
+        found = fused_divergence(hidden, head, signal.hidden, signal.head, form, sampled, slopes, look)
+        measured = {"divergence": found.divergence, "entropy": found.entropy, "looked": found.looked}
+        if slopes is not None and slopes.log_q is not None:
+            measured["own_log_q"] = found.log_q
+        if self.log_p_temperature == self.temperature:
+            measured["log_p"] = found.log_p
+        elif self.log_p_temperature is not None and log_q is not None:
+            shared = min(head.vocab_size, signal.head.vocab_size)
+            measured["log_p"] = _log_p(signal, sampled, shared, self.log_p_temperature)
+        return measured
+
+    def _by_kernel(self, hidden, head, signal, sampled, log_q) -> Measured:
+        kernel_beta = KERNEL_BETA[self.divergence]
+        beta = self.alpha if kernel_beta is None else kernel_beta
+        divergence, entropy = kernel_divergence(hidden, head, signal, beta, self.temperature)
+        shared = min(head.vocab_size, signal.head.vocab_size)
+        if self.stops:
+            of_student = _log_probs_of_few(hidden, head, self.stops, shared, self.temperature)
+            with torch.no_grad():
+                of_teacher = _log_probs_of_few(signal.hidden, signal.head, self.stops, shared, self.temperature)
+            of_teacher = of_teacher.to(of_student.device)
+            divergence = divergences.as_one_class(divergence, of_student, of_teacher, self.divergence, self.alpha)
+        measured = {"divergence": divergence, "entropy": entropy}
+        if self.log_p_temperature is not None and log_q is not None:  # for the log: do reward and teacher agree?
+            measured["log_p"] = _log_p(signal, sampled, shared, self.log_p_temperature)
+        return measured
+
+    def shares_logits(self, device) -> bool:
+        return self.log_p_temperature == self.temperature and not uses_kernel(device, self.divergence)
+
+    def term(self, measured, log_q, ratio, weight) -> torch.Tensor:
+        return measured["divergence"]
+
+
+def _log_probs_of_few(
+    hidden: torch.Tensor, head: LMHead, ids: list[int], vocab_size: int, temperature: float
+) -> torch.Tensor:
+    """Log-probabilities of the same few ids at each position, `(N, |ids|)`, by one projection for the normaliser."""
+    columns = torch.tensor(ids, device=hidden.device).expand(len(hidden), -1)
+    logits = logits_of(hidden, head, columns, temperature)
+    first = log_probs_of(hidden, head, columns[:, 0], vocab_size, temperature)
+    return logits - (logits[:, 0] - first)[:, None]

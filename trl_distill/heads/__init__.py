@@ -1,0 +1,1 @@
+"""From hidden states to divergences, without a (B, T, V) tensor."""

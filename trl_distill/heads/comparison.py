@@ -1,0 +1,97 @@
+"""How student and teacher differ at a few tokens, for the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..objective.divergences import as_one_class, summands
+from ..signals import HiddenStates
+from .lm_head import LMHead
+
+
+# Metrics look at whole logits of every so many-th token, at most so many in a micro-step, and at so many likeliest ids
+LOOK_EVERY, LOOK_MOST, TOP = 61, 128, 16
+
+COMPARED = ("reverse_kl", "forward_kl", "teacher_entropy", "top1_agreement", "top_overlap")
+
+
+def where_to_look(sampled: torch.Tensor) -> slice:
+    """
+    Which of the judged tokens are looked at: every so many-th, from one on that the tokens themselves draw.
+
+    The step is odd, or completions that are cut at one length would show the same places; with a fixed start, batches
+    of few tokens would show little but first tokens. One is looked at wherever there is one.
+
+    Args:
+        sampled (`torch.Tensor` of shape `(N,)`): their ids.
+    """
+    step = max(LOOK_EVERY, -(-len(sampled) // LOOK_MOST)) | 1
+    start = int(sampled.sum()) % min(step, len(sampled)) if len(sampled) else 0
+    return slice(start, None, step)
+
+
+@torch.no_grad()
+def differences(log_q: torch.Tensor, log_p: torch.Tensor, stops: Sequence[int] = ()) -> torch.Tensor:
+    """
+    How student and teacher differ at a few tokens, for the log.
+
+    Args:
+        log_q, log_p (`torch.Tensor` of shape `(n, V)`): log-probabilities of student and teacher.
+        stops (`Sequence[int]`): ids that count as one, but for the entropy.
+
+    Returns:
+        `torch.Tensor` of shape `(len(COMPARED), n)`, fp32, in the order of `COMPARED`: both KLs and the teacher's
+        entropy in nats, agreement on the likeliest id (0 or 1), and the share of both models' `TOP` likeliest ids in
+        common.
+    """
+    kls = [summands(name, log_q, log_p).sum(-1) for name in ("reverse_kl", "forward_kl")]
+    ranked = [log_q, log_p]
+    if stops:
+        ours, theirs = (x[:, list(stops)] for x in ranked)
+        kls = [as_one_class(kl, ours, theirs, name) for kl, name in zip(kls, ("reverse_kl", "forward_kl"), strict=True)]
+        ranked = [x.index_fill(1, torch.tensor(stops, device=x.device), -torch.inf) for x in ranked]
+        for x, merged in zip(ranked, (ours, theirs), strict=True):
+            x[:, stops[0]] = merged.logsumexp(-1)
+    likeliest = [x.topk(min(TOP, x.shape[1])).indices for x in ranked]
+    common = (likeliest[0][:, :, None] == likeliest[1][:, None]).any(-1)
+    return torch.stack(
+        [
+            *kls,
+            -(log_p.exp() * log_p).sum(-1),
+            (likeliest[0][:, 0] == likeliest[1][:, 0]).float(),
+            common.float().mean(-1),
+        ]
+    )
+
+
+@torch.no_grad()
+def compared(
+    hidden: torch.Tensor,
+    head: LMHead,
+    signal: HiddenStates,
+    temperature: float,
+    sampled: torch.Tensor,
+    stops: Sequence[int] = (),
+) -> torch.Tensor:
+    """
+    [`differences`] where no logits are at hand: [`where_to_look`] says at which tokens.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`): the student's.
+        head ([`LMHead`]): the student's.
+        signal ([`~trl_distill.signals.HiddenStates`]): the teacher's, at the same tokens.
+        temperature (`float`): softmax temperature of both.
+        sampled (`torch.Tensor` of shape `(N,)`): ids of the tokens.
+        stops (`Sequence[int]`): ids that count as one.
+    """
+    chosen = where_to_look(sampled)
+    shared = min(head.vocab_size, signal.head.vocab_size)
+    log_q, log_p = (
+        (which.logits(states[chosen].to(which.parameters()[0].device)).float()[:, :shared] / temperature).log_softmax(
+            -1
+        )
+        for which, states in ((head, hidden), (signal.head, signal.hidden))
+    )
+    return differences(log_q, log_p.to(log_q.device), stops)

@@ -1,0 +1,1 @@
+"""Models: what is read off them, loading, and the forwards that are added."""

@@ -1,0 +1,1 @@
+"""The objective, as pure functions on tensors."""

@@ -1,0 +1,102 @@
+"""The results of an evaluation, as a table and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from rich.table import Table
+
+from .evaluation import Answer, Estimate, difference, summarise
+
+
+SHARES = ("avg@", "pass@", "truncated")  # told in percent, where the verifier says right or wrong
+
+
+def shown(name: str, estimate: Estimate, graded: bool) -> str:
+    """'93.4% (91.2–95.1)'; a graded score is told as it is."""
+    if name.startswith(SHARES) and not (graded and name.startswith("avg@")):
+        return f"{estimate.value:.1%} ({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
+    digits = 1 if name == "length" else 3
+    return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f}–{estimate.high:.{digits}f})"
+
+
+def lines(results: dict[str, dict[str, Estimate]], graded: bool) -> list[list[str]]:
+    """A row for each number, a column for each model; the heading first. Graded scores are no shares."""
+    names = list(dict.fromkeys(name for estimates in results.values() for name in estimates))
+    names = [name for name in names if not (graded and name.startswith("pass@") and " − " in name)]
+    rows = [["", *results]]
+    for name in names:
+        found = [estimates.get(name) for estimates in results.values()]
+        label = {"kl": "KL to the teacher, nats per token", "length": "length, tokens"}.get(name, name)
+        rows.append([label, *("" if one is None else shown(name, one, graded) for one in found)])
+    return rows
+
+
+def told(one: Estimate) -> dict[str, float | None]:
+    """For JSON, which has no word for what is no number."""
+    return {key: value if math.isfinite(value) else None for key, value in one._asdict().items()}
+
+
+class Results:
+    """What is known so far; saved after each model, so that nothing is lost where a later one fails."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.answers: dict[str, list[Answer]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def add(self, name: str, answers: list[Answer], seconds: float) -> None:
+        self.answers[name], self.seconds[name] = answers, seconds
+        self.save()
+
+    @property
+    def graded(self) -> bool:
+        """Whether scores are more than right and wrong."""
+        return any(one.score not in (None, 0.0, 1.0) for found in self.answers.values() for one in found)
+
+    def estimates(self) -> dict[str, dict[str, Estimate]]:
+        found = {
+            name: summarise(answers, self.options.k, self.options.correct_from)
+            for name, answers in self.answers.items()
+        }
+        first, *others = self.answers
+        for name in others if self.options.verifier else ():
+            label = f"avg@{self.options.num_generations} − the first's"
+            found[name][label] = difference(self.answers[name], self.answers[first])
+        return found
+
+    def save(self) -> Path:
+        """Numbers as JSON, and the table as Markdown beside it; returns the table's path."""
+        models = {}
+        for name, estimates in self.estimates().items():
+            scores: dict[int, list[float | None]] = {}
+            for answer in self.answers[name]:
+                scores.setdefault(answer.prompt, []).append(answer.score)
+            models[name] = {
+                "estimates": {key: told(one) for key, one in estimates.items()},
+                "scores": list(scores.values()),
+                "seconds": round(self.seconds[name], 1),
+            }
+        output: Path = self.options.output
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.options).items()}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"settings": settings, "models": models}, indent=1, allow_nan=False) + "\n")
+        head, *rows = lines(self.estimates(), self.graded)
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        path = output.with_suffix(".md")
+        path.write_text("\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows]) + "\n")
+        return path
+
+    def table(self, prompts: int) -> Table:
+        """For a terminal."""
+        title = f"{prompts} prompts, {self.options.num_generations} answers each; 95 % intervals over prompts"
+        made = Table(title=title)
+        head, *body = lines(self.estimates(), self.graded)
+        for label in head:
+            made.add_column(label, justify="right" if label else "left", overflow="fold")
+        for row in body:
+            made.add_row(*row)
+        return made

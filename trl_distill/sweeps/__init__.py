@@ -1,0 +1,1 @@
+"""Sweeps without an account: what is drawn, run and reported."""

@@ -1,0 +1,150 @@
+"""Pictures of a sweep: Pareto front, metric, ranking."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..reporting.curves import BLUE, ORANGE, new_figure, plain
+
+
+_STEPS: dict[str, Any] = {"drawstyle": "steps-post"}  # what lies between two runs is not known to be reachable
+
+
+@dataclass(frozen=True)
+class Point:
+    """One finished run in a picture: what it is called, where it lies."""
+
+    label: str
+    x: float
+    y: float
+
+
+def pareto_front(points: Iterable[Point]) -> list[Point]:
+    """The points to which no other is preferable: none has as little `x` and as much `y`, and more of either."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.x, -p.y)):
+        same = bool(front) and (point.x, point.y) == (front[-1].x, front[-1].y)
+        if not front or point.y > front[-1].y or same:
+            front.append(point)
+    return front
+
+
+def pareto_figure(points: Sequence[Point], x_label: str, y_label: str, title: str = "") -> Any:
+    """
+    Reward against KL: the Pareto front as a line, every run with its label.
+
+    Args:
+        points (`Sequence[Point]`): at least one; `x` the KL in nats, `y` the reward.
+        x_label (`str`): of the KL, with its unit.
+        y_label (`str`): of the reward.
+        title (`str`): above the picture.
+
+    Raises:
+        ValueError: there are no points.
+        ImportError: matplotlib is not installed.
+    """
+    figure, axis = _axis(len(points), title)
+    front = pareto_front(points)
+    rest = [point for point in points if point not in front]
+    axis.plot(*_columns(front), color=BLUE, marker="o", markersize=8, linewidth=2, label="Pareto front", **_STEPS)
+    if rest:
+        hollow = {"color": ORANGE, "marker": "s", "markersize": 8, "markerfacecolor": "none", "linestyle": "none"}
+        axis.plot(*_columns(rest), **hollow, label="another run has less KL and more reward")
+    _decades(axis, [point.x for point in points])
+    axis.margins(0.14)
+    axis.set(xlabel=x_label, ylabel=y_label)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _label(figure, axis, [(point, BLUE) for point in front] + [(point, ORANGE) for point in rest])
+    return figure
+
+
+def metric_figure(points: Sequence[Point], x_label: str, y_label: str, maximize: bool, title: str = "") -> Any:
+    """
+    One number varied, and a metric: a dot for each run, over a logarithmic axis where decades lie between them.
+
+    Args and errors as [`pareto_figure`]; `maximize` says which run is the best one.
+    """
+    figure, axis = _axis(len(points), title)
+    ordered = sorted(points, key=lambda p: p.x)
+    best = (max if maximize else min)(ordered, key=lambda p: p.y)
+    axis.plot(*_columns(ordered), color=BLUE, marker="o", markersize=8, linewidth=1, alpha=0.9)
+    axis.plot(best.x, best.y, color=ORANGE, marker="D", markersize=11, linestyle="none", label=f"best: {best.label}")
+    _decades(axis, [point.x for point in points])
+    axis.margins(0.08)
+    axis.set(xlabel=x_label, ylabel=y_label)
+    figure.legend(loc="outside lower center", frameon=False)
+    return figure
+
+
+def ranking_figure(rows: Sequence[tuple[str, float]], label: str, maximize: bool, title: str = "") -> Any:
+    """
+    Configurations that are no numbers, and a metric: one line for each, the best on top.
+
+    Args and errors as [`pareto_figure`]; a row is a configuration's name and its metric.
+    """
+    figure, axis = _axis(len(rows), title, height=1.6 + 0.36 * len(rows))
+    ordered = sorted(rows, key=lambda row: row[1], reverse=not maximize)
+    names, values = zip(*ordered, strict=True)
+    places = range(len(ordered))
+    axis.plot(values, places, color=BLUE, marker="o", markersize=8, linestyle="none")
+    axis.plot(values[-1], places[-1], color=ORANGE, marker="D", markersize=11, linestyle="none")
+    for place, value in zip(places, values, strict=True):
+        axis.annotate(f"{value:.3g}", (value, place), (10, 0), textcoords="offset points", va="center", fontsize=9)
+    axis.set_yticks(places, names)
+    axis.margins(x=0.14)
+    axis.set(xlabel=label)
+    return figure
+
+
+def _axis(size: int, title: str, height: float = 4.8) -> tuple[Any, Any]:
+    if size == 0:
+        raise ValueError("There is nothing to draw: no run has logged what the picture shows.")
+    figure = new_figure(7.5, height)
+    axis = figure.subplots()
+    axis.set_title(title, fontsize=11)
+    plain(axis)
+    return figure, axis
+
+
+def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [point.x for point in points], [point.y for point in points]
+
+
+def _decades(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis where the values span a decade, with ticks that read as plain numbers."""
+    decades = math.log10(max(values) / min(values)) if min(values) > 0 else 0
+    if decades < 1:
+        return
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _label(figure: Any, axis: Any, points: Sequence[tuple[Point, str]]) -> None:
+    """Write each label at the nearest place where it covers no point and no other label, with a line if that is far."""
+    figure.draw_without_rendering()  # settles where the points are on the page
+    inside = axis.get_window_extent()
+    taken: list[Any] = []
+    dots = [axis.transData.transform((point.x, point.y)) for point, _ in points]
+    for point, colour in points:
+        style = {"ha": "center", "va": "center", "color": colour, "fontsize": 10, "textcoords": "offset points"}
+        text = axis.annotate(point.label, (point.x, point.y), (0, 0), **style)
+        for distance, angle in itertools.product(range(14, 110, 12), (120, 90, 60, 150, 30, 270, 300, 240, 330, 210)):
+            turned = math.radians(angle)
+            offset = (1.7 * distance * math.cos(turned), distance * math.sin(turned))  # letters are wide
+            text.set_position(offset)
+            box = text.get_window_extent().padded(6)
+            within = inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1
+            if within and not any(box.contains(*dot) for dot in dots) and not any(map(box.overlaps, taken)):
+                break
+        taken.append(box)
+        if distance > 14:
+            line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 7, "shrinkB": 5}
+            axis.annotate("", (point.x, point.y), offset, textcoords="offset points", arrowprops=line)

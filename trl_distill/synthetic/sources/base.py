@@ -1,0 +1,51 @@
+"""What a source of completions is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ..records import Answer
+from ..text import Text
+
+
+if TYPE_CHECKING:
+    from ..config import GenerateConfig
+
+
+class Source(Protocol):
+    """Completes prompts."""
+
+    def complete(self, prompts: list[Text], seed: int) -> list[Answer]:
+        """
+        Completions of each prompt, or why there are none; as many answers as prompts.
+
+        Raises:
+            TeacherUnavailable: no answer for a reason that may pass.
+            ValueError, TeacherAnswerError: no prompt at all can be answered.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back memory and connections."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """
+    Attributes:
+        n (`int`): completions of a prompt.
+        max_tokens (`int`): of one completion.
+        temperature (`float`): 0 is greedy.
+        top_p (`float`): nucleus.
+    """
+
+    n: int = 1
+    max_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: GenerateConfig) -> Sampling:
+        return cls(config.completions_per_prompt, config.max_completion_length, config.temperature, config.top_p)

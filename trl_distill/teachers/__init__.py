@@ -1,0 +1,1 @@
+"""Teachers: who judges, and how a judgement is obtained."""

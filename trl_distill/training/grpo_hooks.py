@@ -1,0 +1,342 @@
+"""Public hooks in the place of the private methods and attributes of `GRPOTrainer`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers.trainer_utils import rotate_checkpoints
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from ..errors import CheckpointError, NonFiniteLossError
+from ..objective.weights import leave_one_out
+from .checkpoints import last_complete, mark_complete, unmark, what_is_missing
+from .micro_batches import by_length, trimmed
+
+
+class ReplayingSampler(RepeatSampler):
+    """
+    TRL's sampler, which on its first pass skips the permutations of the epochs that were trained before a resume.
+
+    TRL's own begins each resumed run with the first epoch's order again.
+
+    Args:
+        sampler (`RepeatSampler`): whose settings and generator are taken over.
+        epochs_done (`Callable[[], int]`): asked at the first pass, when the checkpoint's state is known.
+    """
+
+    def __init__(self, sampler: Sampler, epochs_done: Callable[[], int]):
+        self.__dict__.update(vars(sampler))
+        self._epochs_done: Callable[[], int] | None = epochs_done
+
+    def __iter__(self) -> Iterator[int]:
+        if self._epochs_done is not None and self.shuffle:
+            for _ in range(self._epochs_done()):
+                torch.randperm(self.num_samples, generator=self.generator)
+        self._epochs_done = None
+        yield from super().__iter__()
+
+
+class Seams(GRPOTrainer):
+    """
+    `GRPOTrainer` with public names for the private ones that this package needs.
+
+    A subclass overrides [`~Seams.rollout_loss`] (what is minimised on a micro-batch) and
+    [`~Seams.rollouts_written`] (what else travels with the rollouts), and sets `has_rewards`, `leave_one_out` where a
+    row's baseline shall not contain its own reward, `saves_padding` where micro-batches may be cut to their longest
+    row, and `trims_prompts` where that holds for the left side too.
+    """
+
+    has_rewards: bool = True
+    saves_padding: bool = False
+    trims_prompts: bool = False
+    leave_one_out: bool = False
+    num_generations: Any
+    num_generations_eval: Any
+    _rewards_per_func: torch.Tensor | None
+    args: Any  # a `GRPOConfig`; `Trainer` declares less
+    model: Any
+    current_gradient_accumulation_steps: int
+    _buffered_inputs: Any
+    max_completion_length: int
+    _logs: dict[str, Any]
+
+    # -- hooks: TRL calls the private name, subclasses override the public one ---------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        loss = self.rollout_loss(model, inputs)
+        self.loss_computed(loss, inputs)
+        return loss
+
+    def loss_computed(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Called with each micro-batch and its loss, before anything is learnt from it."""
+
+    def rollout_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Loss of one micro-batch, scaled for gradient accumulation. Here: TRL's policy loss."""
+        return self.policy_loss(model, inputs)
+
+    def policy_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """TRL's own loss, entropy bonus and MoE loss included. `model` is only ever called, once."""
+        return super()._compute_loss(model, inputs)
+
+    def _calculate_rewards(self, inputs: Any, prompts: list, completions: list, completion_ids_list: list):
+        if self.has_rewards:
+            found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            endless = found.isinf().any(0).tolist()  # of all processes, so that all stop
+            if any(endless):
+                name = self.reward_func_names[endless.index(True)]
+                raise NonFiniteLossError(
+                    f"The reward function {name!r} returned an infinite reward after step {self.state.global_step}; "
+                    "its advantages would be no numbers. Return a number, or `None` where it has no opinion."
+                )
+            self._rewards_per_func = found
+            return found
+        rows = len(prompts) * self.accelerator.num_processes  # TRL expects the rewards of all processes
+        return torch.zeros(rows, len(self.reward_funcs), device=self.accelerator.device)
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's rollouts, with advantages over the mean of the others, and each row's reward beside them."""
+        self._fresh = True
+        output = self.given_batch(inputs)
+        if output is None:
+            self._rewards_per_func = None
+            output = super()._generate_and_score_completions(inputs)
+            if self._rewards_per_func is not None:
+                self._add_rewards(output, len(inputs))
+        else:
+            output |= self._counted(output)
+        self.rollouts_written(inputs, output)
+        return output
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """TRL's micro-batch, without padding that none of its rows needs."""
+        self._fresh = False
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.saves_padding:
+            return inputs
+        if self._fresh and self.mode == "train":
+            arranged = by_length(list(self._buffered_inputs or []), self.micro_batches_alike)
+            self._buffered_inputs, inputs = arranged, arranged[self._step % self.args.steps_per_generation]
+        return trimmed(inputs, self.trims_prompts)
+
+    @property
+    def micro_batches_alike(self) -> int:
+        """How many consecutive micro-batches may exchange rows without changing the update; 1 where none may."""
+        by_micro_batch = self.loss_type == "bnpo" or self.has_side_terms or self.top_entropy_quantile < 1.0
+        accumulation, steps = self.args.gradient_accumulation_steps, self.args.steps_per_generation
+        if by_micro_batch or (accumulation % steps and steps % accumulation):
+            return 1
+        return min(accumulation, steps)
+
+    def given_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """
+        A generation batch that need not be generated; `None`, as here, where the student shall write it.
+
+        Args:
+            rows (`list` of `dict`): as in [`~Seams.rollouts_written`].
+
+        Returns:
+            `dict` of `torch.Tensor`, *optional*: "prompt_ids", "completion_ids" and their masks at least.
+        """
+        return None
+
+    def _counted(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What TRL derives from the tokens of a batch: their number, for the loss and for the log; advantages of 0."""
+        read = batch["completion_mask"].any(1, keepdim=True)  # equal rows count once
+        counts = torch.stack([(batch["prompt_mask"] * read).sum(), batch["completion_mask"].sum()])
+        prompt, completion = self.accelerator.reduce(counts, reduction="sum").tolist()
+        self.state.num_input_tokens_seen += prompt + completion
+        self._metrics[self.mode]["num_tokens"] = [self.state.num_input_tokens_seen]
+        device = batch["prompt_ids"].device
+        return {
+            "num_items_in_batch": torch.tensor(completion, device=device),
+            "advantages": torch.zeros(len(batch["prompt_ids"]), device=device),
+        }
+
+    def rollouts_written(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+        """
+        Called with each generation batch before it is shuffled and split.
+
+        Args:
+            rows (`list` of `dict`): examples of the dataset, one per rollout of this process.
+            batch (`dict`): TRL's tensors of this process. What is added to it, one row per rollout, travels along.
+        """
+
+    def _add_rewards(self, output: dict[str, Any], local: int) -> None:
+        rewards = self._rewards_per_func  # (all rows, functions)
+        assert rewards is not None
+        rows = slice(self.accelerator.process_index * local, (self.accelerator.process_index + 1) * local)
+        weights = self.reward_weights.to(rewards.device)
+        unscored = rewards.isnan().all(1)
+        output["rewards"] = (rewards * weights).nansum(1).masked_fill(unscored, torch.nan)[rows]
+        if self.leave_one_out:
+            group = self.num_generations if self.mode == "train" else self.num_generations_eval
+            everyone = leave_one_out(self.accelerator.gather(output["advantages"]), ~unscored, group)
+            output["advantages"] = everyone[rows]
+            logged = self._logs["advantages"]  # a deque that TRL has just extended: the table shows what is trained on
+            for _ in range(min(len(everyone), len(logged))):
+                logged.pop()
+            logged.extend(everyone.tolist())
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return ReplayingSampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
+
+    def end_rollouts_with(self, ids: list[int]) -> None:
+        """Let any of these ids end a completion, whoever generates it."""
+        self.eos_token_ids = ids
+        if not self.use_vllm:
+            self.generation_config.eos_token_id = ids
+            self.generation_kwargs["eos_token_id"] = ids
+            return
+        kwargs = self.vllm_generation.generation_kwargs
+        kwargs["stop_token_ids"] = sorted({*(kwargs.get("stop_token_ids") or []), *ids})
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """TRL's checkpoint, marked once it is complete; older ones are deleted only then."""
+        folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if self.args.should_save:
+            unmark(folder)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.checkpoint_written(folder)
+        except Exception as error:  # a full disk has many names: OSError, SafetensorError, RuntimeError
+            self.args.save_total_limit = limit
+            if self.args.should_save and os.path.isfile(os.path.join(folder, "trainer_state.json")):
+                raise  # nothing that belongs to the checkpoint
+            whose, deleted = f" by process {self.accelerator.process_index}", ""
+            if self.args.should_save:
+                whose, deleted = "", "What there was of it is deleted. "
+                shutil.rmtree(folder, ignore_errors=True)  # makes room, where the disk is full
+            last = last_complete(self.args.output_dir)
+            raise CheckpointError(
+                f"The checkpoint of step {self.state.global_step} could not be written{whose}: {error}. {deleted}"
+                f"{f'The last complete one is {last}' if last else 'There is no earlier one'}. Make room and start "
+                "again with `resume_from_checkpoint=True` (`auto` on the command line)."
+            ) from error
+        self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if limit is not None:  # it was written without
+                torch.save(self.args, os.path.join(folder, "training_args.bin"))
+            mark_complete(folder)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(
+                self._get_output_dir(trial), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True
+            )
+
+    def checkpoint_written(self, folder: str) -> None:
+        """Called on every process when TRL has written its part of a checkpoint; what is added belongs to it."""
+
+    def save_now(self) -> str:
+        """Write a checkpoint of the current step, whatever the save strategy, and say where it lies."""
+        folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        # the first process says for all: another one may look while the last file is being written
+        missing = float(self.accelerator.is_main_process and what_is_missing(folder) is not None)
+        if self.accelerator.reduce(torch.tensor(missing, device=self.accelerator.device), reduction="sum") > 0:
+            self._save_checkpoint(self.model_wrapped, trial=None)
+        return folder
+
+    # -- attributes --------------------------------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> str:
+        """ "train" or "eval", as TRL tells them apart."""
+        return "train" if self.model.training else "eval"
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    @property
+    def has_environments(self) -> bool:
+        """Whether environments own or extend the prompts, so that none can be rendered before an episode begins."""
+        return self.environment_factories is not None
+
+    def token_ids_of(self, prompts: list[Any]) -> list[list[int]]:
+        """Prompts, text or messages, as TRL renders and tokenises them for generation."""
+        return self._tokenize_prompts(prompts)[0]
+
+    @property
+    def has_side_terms(self) -> bool:
+        """Whether TRL's loss holds a term that needs no reward: the entropy bonus or the MoE load-balancing loss."""
+        return self._entropy_bonus_enabled or self.aux_loss_enabled
+
+    def record(self, name: str, value: float) -> None:
+        """Add one value to the metric `name`; TRL logs the mean of what was added since the last log."""
+        self._metrics[self.mode][name].append(value)
+
+    def last_recorded(self, name: str) -> float:
+        """What was added to the metric `name` last."""
+        return self._metrics[self.mode][name][-1]
+
+    def forget(self, *prefixes: str) -> None:
+        """Drop all metrics whose name starts with one of `prefixes` from the next log."""
+        for metrics in self._metrics.values():
+            for name in [name for name in metrics if name.startswith(prefixes)]:
+                del metrics[name]
+
+    def forget_completions(self) -> None:
+        """Empty the completions table, where rollouts would be shown again that are not trained on."""
+        for column in (*self._logs.values(), *self._logs["rewards"].values(), *self._logs["extra"].values()):
+            if isinstance(column, deque):
+                column.clear()
+
+    @property
+    def between_generations(self) -> bool:
+        """Whether all micro-steps of the last generation batch have been made."""
+        return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+
+    def drop_reward_column(self, name: str) -> None:
+        """Leave the reward function `name` out of the completions table."""
+        self._logs["rewards"].pop(name, None)
+
+    @property
+    def averages_over_rows(self) -> bool:
+        """Whether the loss is divided by a number of rows, instead of tokens."""
+        return self.loss_type in ("grpo", "sapo", "dr_grpo", "luspo")
+
+    # -- the normaliser ----------------------------------------------------------------------------------------------
+
+    def reduce_per_token(
+        self, per_token: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any], loss_type: str | None = None
+    ) -> torch.Tensor:
+        """
+        Sum a per-token loss as TRL sums its policy loss under the same `loss_type`, accumulation included.
+
+        Args:
+            per_token (`torch.Tensor` of shape `(B, C)`): a value for each completion token.
+            mask (`torch.Tensor` of shape `(B, C)`): 1 where a token counts.
+            inputs (`dict`): the micro-batch, for its `num_items_in_batch`.
+            loss_type (`str`, *optional*): another than the run's.
+
+        Returns:
+            `torch.Tensor`: scalar.
+        """
+        loss_type = loss_type or self.loss_type
+        training = self.mode == "train"
+        accumulation = self.current_gradient_accumulation_steps if training else 1
+        per_token = per_token * mask
+        if loss_type in ("grpo", "sapo"):
+            return (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).mean() / accumulation
+        if loss_type == "bnpo":
+            return per_token.sum() / mask.sum().clamp(min=1) / accumulation
+        if loss_type == "dr_grpo":
+            return per_token.sum() / (per_token.size(0) * self.max_completion_length) / accumulation
+        if loss_type == "luspo":
+            return per_token.sum(-1).mean() / accumulation
+        if loss_type in ("dapo", "cispo", "vespo"):
+            tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+            if training:  # the count spans the generation batch: rescale it to one optimizer step
+                tokens = tokens * accumulation / self.args.steps_per_generation
+            return per_token.sum() / tokens
+        raise ValueError(
+            f"loss_type={loss_type!r} is not known to this version of trl_distill. Use one of: dapo, dr_grpo, "
+            "grpo, bnpo, luspo, cispo, sapo, vespo."
+        )
