@@ -17,7 +17,7 @@ def main(monkeypatch, saved, prompts):
     (saved / "my_verifier.py").write_text(
         "def short(completions, **kwargs):\n    return [float(len(c) < 6) for c in completions]\n"
     )
-    evaluate = importlib.import_module("evaluate")
+    evaluate = importlib.import_module("trl_distill.cli.evaluate")
 
     def call(*words: str) -> dict:
         usual = "--prompts prompts.jsonl --device cpu --max_completion_length 6 --output out/found.json"

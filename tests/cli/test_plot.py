@@ -35,7 +35,7 @@ def main(monkeypatch, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": LOG}))
-    return importlib.import_module("plot").main
+    return importlib.import_module("trl_distill.cli.plot").main
 
 
 def test_a_run_s_picture_lies_in_its_folder(main, capsys, tmp_path):
@@ -49,7 +49,7 @@ def test_the_newest_checkpoint_s_log_is_found(main, tmp_path):
         folder = tmp_path / "c" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": LOG[:step]}))
-    module = importlib.import_module("plot")
+    module = importlib.import_module("trl_distill.cli.plot")
     assert len(module.log_of(tmp_path / "c")) == 10
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 import trl_distill
 from trl_distill import OPDTrainer, _trl
@@ -273,7 +274,7 @@ def test_sampler_repeats_trls_order_and_can_start_at_a_later_epoch(grpo):
     assert orders(trainer, 1) == expected[2:]
     unshuffled = grpo(shuffle_dataset=False)
     unshuffled.state.epoch = 2.0
-    assert isinstance(unshuffled._get_train_sampler(), _trl.RepeatSampler)
+    assert isinstance(unshuffled._get_train_sampler(), RepeatSampler)
     assert orders(unshuffled, 1)[0] == list(GRPOTrainer._get_train_sampler(unshuffled))
     assert not isinstance(unshuffled._get_train_sampler(), SequentialSampler)
 

@@ -16,11 +16,11 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 @pytest.fixture
 def module(monkeypatch):
     pytest.importorskip("matplotlib")
-    return importlib.import_module("reproduce")
+    return importlib.import_module("scripts.studies.reproduce.run")
 
 
 def test_the_orders_verifier(module):
-    tasks = importlib.import_module("reproduce_tasks")
+    tasks = importlib.import_module("scripts.studies.tasks.table")
     rows = tasks.orders(50, 1)
     assert tasks.in_any_order(rows["solution"], rows["answer"]) == [1.0] * 50
     assert tasks.in_any_order(["12345", "11345", "1234", "123456"], ["54321"] * 4) == [1.0, 0.0, 0.0, 0.0]
@@ -28,7 +28,7 @@ def test_the_orders_verifier(module):
 
 
 def test_the_last_number_of_a_text_is_its_answer(module):
-    tasks = importlib.import_module("reproduce_tasks")
+    tasks = importlib.import_module("scripts.studies.tasks.table")
     texts = ["3 + 4 = 7\n#### 1,007", "no number", "It is -2.50.", "12 of 13"]
     assert tasks.ends_with(texts, ["1007", "1", "-2.5", "12"]) == [1.0, 0.0, 1.0, 0.0]
 
@@ -46,11 +46,11 @@ def test_the_last_number_of_a_text_is_its_answer(module):
 )
 def test_the_larger_preset_with_small_models_in_their_place(module, tmp_path, monkeypatch, claim, arm):
     """In its own precision and micro-batches; models and problems are the demo's, since the hub's are out of reach."""
-    tasks = importlib.import_module("reproduce_tasks")
+    tasks = importlib.import_module("scripts.studies.tasks.table")
     small = dataclasses.replace(tasks.TASKS["additions"], name="gsm8k", limit=16)
     monkeypatch.setitem(tasks.TASKS, "gsm8k", small)
     monkeypatch.setitem(module.PRESETS, "gpu", dataclasses.replace(module.PRESETS["gpu"], device="cpu"))
-    monkeypatch.setattr(importlib.import_module("reproduce_claims"), "measured", lambda *_, **__: {"avg@4": 0.5})
+    monkeypatch.setattr(importlib.import_module("scripts.studies.reproduce.claims"), "measured", lambda *_, **__: {"avg@4": 0.5})
     module.prepare(claim, tmp_path, "gpu")
     module.run(claim, arm, 0, tmp_path, 0.02, "gpu")
     found = json.loads(module.path_of(tmp_path, claim, arm, 0).read_text())
@@ -85,7 +85,7 @@ def test_the_larger_preset_without_a_gpu(module, capsys, monkeypatch):
 
 
 def test_tables_are_means_with_their_ends(module):
-    report = importlib.import_module("reproduce_report")
+    report = importlib.import_module("scripts.studies.reproduce.report")
     assert report.spread([0.9, 0.8, 1.0], ".0%") == "90% (80%–100%)"
     assert report.spread([float("inf"), 4.0], ".0f") == "4 on 1 of 2 seeds"
     assert report.spread([float("inf")] * 2, ".0f") == "not reached"
@@ -108,7 +108,7 @@ def test_tables_are_means_with_their_ends(module):
 
 
 def test_the_page_is_filled_in_place(module, tmp_path):
-    report = importlib.import_module("reproduce_report")
+    report = importlib.import_module("scripts.studies.reproduce.report")
     (tmp_path / "images").mkdir()
     page = "before\n<!-- results controls: begin -->\nold\n<!-- results controls: end -->\nafter\n"
     (tmp_path / "results.md").write_text(page)
@@ -125,7 +125,7 @@ def test_the_page_is_filled_in_place(module, tmp_path):
 
 def test_every_claim_has_a_place_on_the_page(module):
     text = (SCRIPTS.parent / "docs" / "results.md").read_text()
-    report = importlib.import_module("reproduce_report")
+    report = importlib.import_module("scripts.studies.reproduce.report")
     for claim in module.CLAIMS:
         assert len(module.CLAIMS[claim].arms) <= len(report.COLOURS) == len(report.MARKERS)
         assert f"<!-- results {claim}: begin -->" in text
