@@ -1,6 +1,6 @@
 """Every contact with the inside of TRL: names that TRL does not document, each held by a test in `tests/contract/`.
 
-[`Seams`] turns the private methods and attributes of `GRPOTrainer` that we build on into public hooks, so that
+[`GRPOHooks`] turns the private methods and attributes of `GRPOTrainer` that we build on into public hooks, so that
 `trainer.py` reads as an ordinary subclass. Nothing here knows about teachers or divergences.
 """
 

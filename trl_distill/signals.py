@@ -78,7 +78,7 @@ Signal = HiddenStates | TokenLogProbs
 
 
 @dataclass
-class Judgement:
+class TeacherScore:
     """
     What one teacher said about a micro-batch.
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from trl_distill.reporting.curves import training_figure
-from trl_distill.reporting.summary_table import ClosingTable, closing_table
+from trl_distill.reporting.summary_table import SummaryTable, closing_table
 
 
 LOG = [
@@ -97,5 +97,5 @@ def test_a_terminal_without_such_signs_does_not_end_a_run(monkeypatch, caplog):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
     state = SimpleNamespace(log_history=LOG, is_world_process_zero=True)
-    ClosingTable().on_train_end(None, state, None)
+    SummaryTable().on_train_end(None, state, None)
     assert "Set PYTHONIOENCODING=utf-8" in caplog.text

@@ -318,7 +318,7 @@ def test_what_is_added_to_a_generation_batch_is_shuffled_and_split_with_it(grpo,
     """A row keeps its place beside its own completion, through both iterations."""
     trainer, seen = grpo(num_iterations=2, gradient_accumulation_steps=2, max_steps=2, top_k=0), []
 
-    def rollouts_written(rows, batch):
+    def on_rollouts(rows, batch):
         assert len(rows) == len(batch["prompt_ids"]) == 8
         batch["first_token"] = batch["completion_ids"][:, 0].clone()
 
@@ -327,7 +327,7 @@ def test_what_is_added_to_a_generation_batch_is_shuffled_and_split_with_it(grpo,
         seen.append(inputs["first_token"].tolist())
         return trainer.policy_loss(model, inputs)
 
-    trainer.rollouts_written, trainer.rollout_loss = rollouts_written, rollout_loss
+    trainer.on_rollouts, trainer.rollout_loss = on_rollouts, rollout_loss
     trainer.train()
     assert seen[:2] == seen[2:]
     assert sorted(map(len, seen)) == [4] * 4

@@ -105,14 +105,14 @@ def test_batches_take_turns_whatever_their_size(make, accumulation, generation, 
         generation_batch_size=generation,
         num_iterations=iterations,
     )
-    seen, given_batch = [], trainer.given_batch
+    seen, dataset_batch = [], trainer.dataset_batch
 
     def watched(rows):
-        batch = given_batch(rows)
+        batch = dataset_batch(rows)
         seen.append(batch is None)
         return batch
 
-    trainer.given_batch = watched
+    trainer.dataset_batch = watched
     trainer.train()
     assert len(seen) == 8 * accumulation // trainer.args.micro_steps_per_generation
     assert seen == [i % 2 == 1 for i in range(len(seen))]
@@ -283,8 +283,8 @@ def test_a_partial_step_at_the_end_of_an_epoch_does_not_shift_the_turns(make, ro
     }
 
     def turns(trainer, **kwargs):
-        seen, given_batch = [], trainer.given_batch
-        trainer.given_batch = lambda batch: (seen.append(given_batch(batch)), seen[-1])[1]
+        seen, dataset_batch = [], trainer.dataset_batch
+        trainer.dataset_batch = lambda batch: (seen.append(dataset_batch(batch)), seen[-1])[1]
         trainer.train(**kwargs)
         return [batch is None for batch in seen]
 

@@ -81,7 +81,7 @@ def test_divergences_against_their_definitions(divergence, alpha, family, merged
     estimator = make_estimator("full", divergence, 0.7, 0, alpha=alpha, stops=STOPS if merged else None)
     weights = torch.rand(5, generator=generator)
     leaves = [hidden, *(x for x in head.parameters() if x is not None)]
-    slopes = fused.Slopes(3 * weights) if how == "in one pass" else None
+    slopes = fused.ExpectedSlopes(3 * weights) if how == "in one pass" else None
     found = estimator.measure(hidden, head, signal, torch.zeros(5).long(), None, slopes)
     log_q = (head.logits(hidden) / 0.7).log_softmax(-1)
     log_p = (signal.head.logits(signal.hidden)[:, :VOCAB] / 0.7).log_softmax(-1).detach()

@@ -13,14 +13,14 @@ from transformers import TrainerCallback
 
 from trl_distill import OPDTrainer
 from trl_distill.heads import fused, tiles
-from trl_distill.heads.comparison import differences
-from trl_distill.heads.fused import Form, Slopes, fused_divergence
+from trl_distill.heads.comparison import comparison
+from trl_distill.heads.fused import DivergenceSpec, ExpectedSlopes, fused_divergence
 from trl_distill.heads.lm_head import LMHead
-from trl_distill.models.student import Asked
+from trl_distill.models.student import ForwardPlan
 
 
 N = 7
-FORMS = [Form(), Form("forward_kl", stops=(1, 5)), Form("jsd", 0.3, temperature=0.7)]
+FORMS = [DivergenceSpec(), DivergenceSpec("forward_kl", stops=(1, 5)), DivergenceSpec("jsd", 0.3, temperature=0.7)]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def given(request):
     return hidden, LMHead(student), teacher_hidden, LMHead(teacher), ids
 
 
-def derived(given, form: Form, upstream: tuple, slopes: Slopes | None) -> list[torch.Tensor]:
+def derived(given, form: DivergenceSpec, upstream: tuple, slopes: ExpectedSlopes | None) -> list[torch.Tensor]:
     """Gradients of Σ upstream · (divergence, log q) in hidden states, weight and bias."""
     hidden, head, teacher_hidden, teacher_head, ids = given
     found = fused_divergence(hidden, head, teacher_hidden, teacher_head, form, ids, slopes)
@@ -62,7 +62,7 @@ def test_all_that_the_logits_tell(given, form):
     assert (found.entropy.requires_grad, found.log_p.requires_grad) == (False, False)
     for look in (slice(start, None, step) for step in range(1, 9) for start in range(step)):
         looked = fused_divergence(hidden, head, teacher_hidden, teacher_head, form, ids, look=look).looked
-        torch.testing.assert_close(looked, differences(log_q[look], log_p[look], form.stops))
+        torch.testing.assert_close(looked, comparison(log_q[look], log_p[look], form.stops))
     assert found.looked.shape == (5, 0)
     leaves = [hidden, *(p for p in head.parameters() if p is not None)]
     weights = torch.linspace(-1, 1, N)
@@ -81,13 +81,13 @@ def test_whatever_was_foreseen_the_gradient_is_right(given, form):
     for upstream in ((d, q), (d, None), (None, q)):
         expected = derived(given, form, upstream, None)
         for slopes in (
-            Slopes(d, q),
-            Slopes(7 * d, 7 * q),
-            Slopes(-d),
-            Slopes(d, torch.zeros(N)),
-            Slopes(half, q),
-            Slopes(torch.zeros(N), torch.zeros(N)),
-            Slopes(torch.randn(N, generator=generator), torch.randn(N, generator=generator)),
+            ExpectedSlopes(d, q),
+            ExpectedSlopes(7 * d, 7 * q),
+            ExpectedSlopes(-d),
+            ExpectedSlopes(d, torch.zeros(N)),
+            ExpectedSlopes(half, q),
+            ExpectedSlopes(torch.zeros(N), torch.zeros(N)),
+            ExpectedSlopes(torch.randn(N, generator=generator), torch.randn(N, generator=generator)),
         ):
             for found, right in zip(derived(given, form, upstream, slopes), expected, strict=True):
                 assert relative_error(found, right) < 1e-4
@@ -106,7 +106,9 @@ def test_autocast_rounds_what_is_multiplied_and_nothing_else(given):
                 for which in (head, teacher_head):
                     which.parameters()[0].copy_(which.parameters()[0].bfloat16())
         with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
-            found[rounded] = fused_divergence(hidden, head, teacher_hidden, teacher_head, Form(), ids, Slopes(d, q))
+            found[rounded] = fused_divergence(
+                hidden, head, teacher_hidden, teacher_head, DivergenceSpec(), ids, ExpectedSlopes(d, q)
+            )
         loss = (d * found[rounded].divergence + q * found[rounded].log_q).sum()
         found[rounded] += torch.autograd.grad(loss, [hidden, head.parameters()[0]])
     for ours, exact in zip(found[True][:4], found[False][:4], strict=True):
@@ -118,15 +120,17 @@ def test_autocast_rounds_what_is_multiplied_and_nothing_else(given):
 def test_slopes_may_be_rounded(given):
     """As autocast may leave them: within what rounding does to them, and right all the same."""
     d, q = torch.linspace(0.1, 1, N), torch.linspace(-1, 1, N)
-    expected = derived(given, Form(), (d, q), None)
-    for found, right in zip(derived(given, Form(), (d, q), Slopes(d.bfloat16(), q.bfloat16())), expected, strict=True):
+    expected = derived(given, DivergenceSpec(), (d, q), None)
+    for found, right in zip(
+        derived(given, DivergenceSpec(), (d, q), ExpectedSlopes(d.bfloat16(), q.bfloat16())), expected, strict=True
+    ):
         assert relative_error(found, right) < 1e-4
 
 
 def test_a_second_backward_pass_is_right_too(given):
     hidden, head, teacher_hidden, teacher_head, ids = given
     d = torch.linspace(0.1, 1, N)
-    found = fused_divergence(hidden, head, teacher_hidden, teacher_head, Form(), ids, Slopes(d))
+    found = fused_divergence(hidden, head, teacher_hidden, teacher_head, DivergenceSpec(), ids, ExpectedSlopes(d))
     first, second = (torch.autograd.grad((d * found.divergence).sum(), hidden, retain_graph=True)[0] for _ in range(2))
     assert relative_error(second, first) < 1e-5
 
@@ -200,7 +204,7 @@ def test_own_log_probabilities_change_nothing(tmp_path, tokenizer, prompts, monk
         )
         in_training(trainer)
         if source == "trl":
-            monkeypatch.setattr(trainer, "_asked", lambda *_, t=trainer: Asked(t.estimator))
+            monkeypatch.setattr(trainer, "_forward_plan", lambda *_, t=trainer: ForwardPlan(t.estimator))
         inputs = {**batch(rows=4), "rewards": torch.arange(4.0), "advantages": torch.tensor([-1.5, -0.5, 0.5, 1.5])}
         loss = trainer.rollout_loss(trainer.model, inputs)
         loss.backward()
@@ -237,13 +241,13 @@ def test_under_zero3_all_processes_take_part_where_one_must(given, monkeypatch, 
     """Gathering is collective: a process whose gradient was foreseen goes along, and adds nothing."""
     head = given[1]
     d = torch.linspace(0.1, 1, N)
-    expected = derived(given, Form(), (d, None), Slopes(d))
+    expected = derived(given, DivergenceSpec(), (d, None), ExpectedSlopes(d))
     runs, run = [], fused._run
     monkeypatch.setattr(fused, "_run", lambda *args: runs.append(args[2]) or run(*args))
     monkeypatch.setattr(fused, "gathered_head", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor.fill_(float(elsewhere)))
     monkeypatch.setattr(head.parameters()[0], "ds_id", 7, raising=False)
-    found = derived(given, Form(), (d, None), Slopes(d))
+    found = derived(given, DivergenceSpec(), (d, None), ExpectedSlopes(d))
     assert len(runs) == 1 + elsewhere
     for ours, right in zip(found, expected, strict=True):
         assert relative_error(ours, right) < 1e-6

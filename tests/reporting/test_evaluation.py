@@ -12,7 +12,7 @@ from helpers import EOS, PAD, VOCAB, make_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, set_seed
 
-from trl_distill.data.sampling import Sampling, answers_with, rollouts_of
+from trl_distill.data.sampling import Sampling, rollouts_of, scorer_of
 from trl_distill.models.hidden_states import add_teacher_forward
 from trl_distill.objective.divergences import reverse_kl
 from trl_distill.reporting.evaluation import Answer, answer_all, difference, distinct, estimate, pass_at_k, summarise
@@ -162,9 +162,9 @@ def test_absolute_positions_do_not_depend_on_the_batch(family):
     add_teacher_forward(model)
     rows = [[2, 3, 4, 5, 6, 7], [8, 9]]
     answers = [[10, 11, 12], [13, 14, 15]]
-    together = answers_with(model)(rollouts_of(rows, answers, PAD, "cpu")).hidden
+    together = scorer_of(model)(rollouts_of(rows, answers, PAD, "cpu")).hidden
     alone = [
-        answers_with(model)(rollouts_of([row], [answer], PAD, "cpu")).hidden
+        scorer_of(model)(rollouts_of([row], [answer], PAD, "cpu")).hidden
         for row, answer in zip(rows, answers, strict=True)
     ]
     torch.testing.assert_close(together, torch.cat(alone))

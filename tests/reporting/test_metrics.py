@@ -10,7 +10,7 @@ from helpers import VOCAB, batch, config, in_training, make_model
 from trl_distill import OPDTrainer
 from trl_distill.heads import comparison
 from trl_distill.heads.comparison import COMPARED, compared
-from trl_distill.heads.fused import Form, fused_divergence
+from trl_distill.heads.fused import DivergenceSpec, fused_divergence
 from trl_distill.heads.lm_head import LMHead
 from trl_distill.reporting.metrics import by_reward, means
 from trl_distill.signals import HiddenStates
@@ -104,10 +104,10 @@ def test_few_tokens_are_looked_at(monkeypatch):
         monkeypatch.setattr(comparison, "LOOK_EVERY", every)
         hidden, ids = torch.randn(length, 16), torch.randint(VOCAB, (length,))
         part = HiddenStates(signal.hidden[:length], signal.head)
-        look = comparison.where_to_look(ids)
+        look = comparison.comparison_of(ids)
         found = compared(hidden, head, part, 1.0, ids)
         assert found.shape[1] in (least, least + 1)
-        fused = fused_divergence(hidden, head, part.hidden, part.head, Form(), ids, look=look).looked
+        fused = fused_divergence(hidden, head, part.hidden, part.head, DivergenceSpec(), ids, look=look).looked
         torch.testing.assert_close(found, fused)
 
 
@@ -116,7 +116,7 @@ def test_no_place_is_preferred():
     seen = torch.zeros(40)
     for seed in range(2000):
         ids = torch.randint(150_000, (40,), generator=torch.Generator().manual_seed(seed))
-        seen[comparison.where_to_look(ids)] += 1
+        seen[comparison.comparison_of(ids)] += 1
     assert seen.sum() == 2000
     assert seen.min() > 20
     assert seen.max() < 90
@@ -126,8 +126,8 @@ def test_stop_tokens_count_as_one():
     """Student and teacher are sure that the answer ends here, and end it with different ids."""
     log_q, log_p = (torch.full((1, VOCAB), -20.0).index_fill_(1, torch.tensor([stop]), 20.0) for stop in (3, 7))
     log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
-    apart = dict(zip(COMPARED, comparison.differences(log_q, log_p)[:, 0].tolist(), strict=True))
-    merged = dict(zip(COMPARED, comparison.differences(log_q, log_p, [3, 7])[:, 0].tolist(), strict=True))
+    apart = dict(zip(COMPARED, comparison.comparison(log_q, log_p)[:, 0].tolist(), strict=True))
+    merged = dict(zip(COMPARED, comparison.comparison(log_q, log_p, [3, 7])[:, 0].tolist(), strict=True))
     assert apart["reverse_kl"] > 39
     assert apart["top1_agreement"] == 0
     assert merged["reverse_kl"] == pytest.approx(0, abs=1e-5)

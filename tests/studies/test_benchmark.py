@@ -109,10 +109,10 @@ def test_generation_counts_for_the_step_alone(measured):
 
 
 def test_an_optimizer_that_is_forgotten_is_gone_and_made_anew(cells, tmp_path):
-    from scripts.studies.benchmark.contenders import Contender, Parts
+    from scripts.studies.benchmark.contenders import Contender, TrainerParts
 
     cell = cells.preset("cpu", dry_run=True)[0]
-    contender = Contender("ours", Parts(cell, cells.make_rollouts(cell), tmp_path, CPU))
+    contender = Contender("ours", TrainerParts(cell, cells.make_rollouts(cell), tmp_path, CPU))
     before = contender.turn(0).loss
     inner = weakref.ref(contender.trainer.optimizer.optimizer)
     contender.forget_optimizer()

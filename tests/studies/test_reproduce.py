@@ -50,7 +50,9 @@ def test_the_larger_preset_with_small_models_in_their_place(module, tmp_path, mo
     small = dataclasses.replace(tasks.TASKS["additions"], name="gsm8k", limit=16)
     monkeypatch.setitem(tasks.TASKS, "gsm8k", small)
     monkeypatch.setitem(module.PRESETS, "gpu", dataclasses.replace(module.PRESETS["gpu"], device="cpu"))
-    monkeypatch.setattr(importlib.import_module("scripts.studies.reproduce.claims"), "measured", lambda *_, **__: {"avg@4": 0.5})
+    monkeypatch.setattr(
+        importlib.import_module("scripts.studies.reproduce.claims"), "measured", lambda *_, **__: {"avg@4": 0.5}
+    )
     module.prepare(claim, tmp_path, "gpu")
     module.run(claim, arm, 0, tmp_path, 0.02, "gpu")
     found = json.loads(module.path_of(tmp_path, claim, arm, 0).read_text())

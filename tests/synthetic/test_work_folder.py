@@ -44,24 +44,24 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
 
 def test_other_settings_are_named(tmp_path):
     work = WorkFolder(tmp_path)
-    work.settle({"a": 1, "b": (1, 2), "c": None})
-    work.settle({"a": 1, "b": [1, 2], "c": None})
+    work.check_settings({"a": 1, "b": (1, 2), "c": None})
+    work.check_settings({"a": 1, "b": [1, 2], "c": None})
     write_lines(work.chunk("completions", 0, 0), [])
     with pytest.raises(ValueError, match=r"`a` was 1, now 2; `c` was None, now 3\..*delete"):
-        work.settle({"a": 2, "b": [1, 2], "c": 3})
+        work.check_settings({"a": 2, "b": [1, 2], "c": 3})
 
 
 def test_before_the_first_answer_other_settings_begin_anew(tmp_path):
     work = WorkFolder(tmp_path)
-    work.settle({"a": 1})
+    work.check_settings({"a": 1})
     write_lines(work.chunk("prompts", 0), [])
-    work.settle({"a": 1})
+    work.check_settings({"a": 1})
     assert work.chunk("prompts", 0).exists()
-    work.settle({"a": 2})
+    work.check_settings({"a": 2})
     assert not (tmp_path / "prompts").exists()
     write_lines(work.chunk("completions", 0, 0), [])
     with pytest.raises(ValueError, match="`a` was 2, now 1"):
-        work.settle({"a": 1})
+        work.check_settings({"a": 1})
 
 
 def test_one_run_at_a_time_and_a_killed_one_does_not_count(tmp_path):

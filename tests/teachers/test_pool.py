@@ -233,7 +233,7 @@ def test_the_moving_average_is_one(make, prompts, peft):
     trainer.train()
     own = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     batch = generated(trainer, [{"prompt": "a b"}] * 2)
-    (judgement,) = trainer.panel.judge(batch, training=True)
+    (judgement,) = trainer.panel.score(batch, training=True)
     for name, parameter in trainer.model.named_parameters():  # the student has its own weights back
         assert torch.equal(parameter, own[name])
         parameter.data = average.get(name, parameter.data)
@@ -356,7 +356,7 @@ def test_teacher_prompts_of_other_lengths_keep_completions_aligned(make, teacher
         {"prompt": "e", "teacher_prompt": None},
     ]
     batch = generated(trainer, rows)
-    (judgement,) = trainer.panel.judge(batch, training=True)
+    (judgement,) = trainer.panel.score(batch, training=True)
     logits = judgement.signal.head.logits(judgement.signal.hidden).split(judgement.mask.sum(1).tolist())
     tokenizer = trainer.tokenizer
     for row, found, completion, mask in zip(rows, logits, batch["completion_ids"], judgement.mask, strict=True):

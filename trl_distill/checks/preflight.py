@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import OPDConfig
-from ..heads.fused import Form, fused_divergence
+from ..heads.fused import DivergenceSpec, fused_divergence
 from ..models.loading import load_tokenizer
 from ..models.properties import context_of, stop_ids
 from ..rollouts import Rollouts
@@ -91,7 +91,7 @@ def probe_kl(student: nn.Module, teacher: Any, accelerator: Any, ids: list[int])
     student.eval()
     with accelerator.autocast():
         states = student(input_ids=input_ids, attention_mask=attention_mask, rollouts=probe)
-        found = fused_divergence(states.hidden, states.head, signal.hidden, signal.head, Form())
+        found = fused_divergence(states.hidden, states.head, signal.hidden, signal.head, DivergenceSpec())
     student.train(training)
     return found.divergence.mean().item()
 

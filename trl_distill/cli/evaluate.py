@@ -29,7 +29,7 @@ from ..data.sampling import Sampling
 from ..reporting.evaluation import Answer, answer_all
 from ..reporting.evaluation_table import Results
 from .arguments import Help, template_kwargs
-from .models import beyond, check_teacher, first_rows, load, stops_of, tokenizer_of
+from .models import check_teacher, first_rows, ids_unknown_to_teacher, load, stop_ids_of_all, tokenizer_of
 
 
 console = Console()
@@ -70,14 +70,14 @@ def evaluated(name: str, model: Any, teacher: Any, rows: list, options: argparse
     """All answers of one model."""
     tokenizer = tokenizer_of(name)
     models = [model, *([teacher] if teacher is not None else [])]
-    stops, merged = stops_of(models, tokenizer)
+    stops, merged = stop_ids_of_all(models, tokenizer)
     how = Sampling(
         options.max_completion_length,
         tuple(stops),
         options.temperature,
         options.num_generations,
         options.seed,
-        suppressed=beyond(model, teacher) if teacher is not None else (),
+        suppressed=ids_unknown_to_teacher(model, teacher) if teacher is not None else (),
     )
     verifiers = [import_reward(options.verifier)] if options.verifier else []
     bar = progress.add_task(name, total=len(rows) * options.num_generations)

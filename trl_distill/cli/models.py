@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..checks import models as model_checks
 from ..checks import tokenizers as tokenizer_checks
 from ..data.datasets import load_splits, with_prompts
-from ..data.sampling import answers_with, rollouts_of
+from ..data.sampling import rollouts_of, scorer_of
 from ..models.hidden_states import add_teacher_forward
 from ..models.loading import check_folder, load_tokenizer, load_whole
 from ..models.properties import stop_ids, unwrap_adapter
@@ -34,7 +34,7 @@ def load(name: str, whose: str, dtype: str, device: str) -> Any:
         probe = rollouts_of([[0]], [[1, 2, 3]], 0, device)
         with torch.no_grad():
             expected = model(input_ids=probe.input_ids).logits[0, :-1]
-            states = answers_with(model)(probe)
+            states = scorer_of(model)(probe)
             model_checks.check_logits(expected, states.head.logits(states.hidden), whose)
     except (OSError, ValueError) as error:
         raise SystemExit(f"The {whose} {name!r} could not be loaded. ({error})") from None
@@ -68,7 +68,7 @@ def first_rows(prompts: str, split: str, most: int) -> list[dict[str, Any]]:
     return list(dataset.select(range(min(most, len(dataset)))))
 
 
-def beyond(student: Any, teacher: Any) -> tuple[int, ...]:
+def ids_unknown_to_teacher(student: Any, teacher: Any) -> tuple[int, ...]:
     """Ids that the student has and the teacher has not: never drawn, as in training."""
     theirs, ours = (unwrap_adapter(m).config.get_text_config().vocab_size for m in (teacher, student))
     return tuple(range(theirs, ours))
@@ -84,7 +84,7 @@ def tokenizer_of(model: str) -> Any:
     return tokenizer
 
 
-def stops_of(models: Sequence[Any], tokenizer: Any) -> tuple[list[int], list[int]]:
+def stop_ids_of_all(models: Sequence[Any], tokenizer: Any) -> tuple[list[int], list[int]]:
     """The ids with which any of the models ends a turn; and those that count as one, since not all have the same."""
     of_each = [stop_ids(model.config, model.generation_config, tokenizer) for model in models]
     stops = sorted(set().union(*of_each))

@@ -26,13 +26,21 @@ from rich.progress import Progress
 from transformers.utils import logging as transformers_logging
 
 from ..data.rewards import import_reward
-from ..data.sampling import Sampling, Written, answers_with, given, prompt_ids, sampled, undisturbed
+from ..data.sampling import (
+    SampledCompletion,
+    Sampling,
+    dataset_completion,
+    preserving_state,
+    prompt_ids,
+    sample_completions,
+    scorer_of,
+)
 from ..reporting.tokens import Summary, TokenTable, page
-from ..reporting.tokens.collect import judged, labels_of, with_rewards
+from ..reporting.tokens.collect import labels_of, scored, with_rewards
 from ..reporting.tokens.table import Completion, summary
 from ..reporting.wandb_run import log_to_wandb
 from .arguments import Help, template_kwargs
-from .models import beyond, check_teacher, first_rows, load, stops_of, tokenizer_of
+from .models import check_teacher, first_rows, ids_unknown_to_teacher, load, stop_ids_of_all, tokenizer_of
 
 
 console = Console()
@@ -83,24 +91,26 @@ class Collector:
         for start in range(0, len(self.rows), size):
             rows = self.rows[start : start + size]
             if from_dataset:
-                yield [given(row, self.tokenizer, how) for row in rows]
+                yield [dataset_completion(row, self.tokenizer, how) for row in rows]
             else:
                 prompts = [self.ids_of(row["prompt"]) for row in rows]
-                yield sampled(writer, rows, prompts, self.tokenizer.pad_token_id, replace(how, seed=how.seed + start))
+                yield sample_completions(
+                    writer, rows, prompts, self.tokenizer.pad_token_id, replace(how, seed=how.seed + start)
+                )
             progress.update(bar, advance=len(rows))
 
     def collect(
         self, writer: Any, judges: list[Any], teacher: Any, how: Sampling, merged: list[int], label: str
     ) -> list[Completion]:
         """`writer` writes, `judges` are compared with the teacher on that; with rewards."""
-        written: list[Written] = []
+        written: list[SampledCompletion] = []
         completions: list[Completion] = []
-        with Progress(console=console) as progress, undisturbed(writer, teacher, *judges):
+        with Progress(console=console) as progress, preserving_state(writer, teacher, *judges):
             for batch in self._batches(writer, how, teacher, label, progress):
-                completions += judged(
+                completions += scored(
                     batch,
-                    [answers_with(judge) for judge in judges],
-                    answers_with(teacher),
+                    [scorer_of(judge) for judge in judges],
+                    scorer_of(teacher),
                     self.tokenizer,
                     self.options.device,
                     merged,
@@ -126,14 +136,14 @@ def main(words: list[str] | None = None) -> None:
     tokenizer = tokenizer_of(options.model)
     check_teacher(tokenizer, options.teacher, teacher, students[0])
 
-    stops, merged = stops_of([*students, teacher], tokenizer)
+    stops, merged = stop_ids_of_all([*students, teacher], tokenizer)
     how = Sampling(
         options.max_completion_length,
         tuple(stops),
         options.temperature,
         options.num_generations,
         options.seed,
-        suppressed=tuple(sorted({one for student in students for one in beyond(student, teacher)})),
+        suppressed=tuple(sorted({one for student in students for one in ids_unknown_to_teacher(student, teacher)})),
     )
     collector = Collector(options, rows, tokenizer, rewards)
     completions = collector.collect(students[0], students, teacher, how, merged, "judging")

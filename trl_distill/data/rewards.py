@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .._trl import REWARD_ARGUMENTS
-from .sampling import Written
+from .sampling import SampledCompletion
 
 
 def import_reward(path: str) -> Callable:
@@ -68,7 +68,7 @@ RewardFunction = Callable[..., list[float | None]]
 
 
 def scores(
-    written: Sequence[Written], functions: Sequence[RewardFunction], tokenizer: PreTrainedTokenizerBase
+    written: Sequence[SampledCompletion], functions: Sequence[RewardFunction], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[float | None]]:
     """
     What functions say of completions, by name; they are called as TRL calls them: prompts, completions, columns.

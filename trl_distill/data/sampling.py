@@ -51,7 +51,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Written:
+class SampledCompletion:
     """
     A completion that is not judged yet.
 
@@ -69,7 +69,7 @@ class Written:
 
 
 @contextmanager
-def undisturbed(*models: Any) -> Iterator[None]:
+def preserving_state(*models: Any) -> Iterator[None]:
     """Eval mode and random numbers of one's own; every module's mode and every generator's state come back after."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     python, numpy = random.getstate(), np.random.get_state()
@@ -110,9 +110,9 @@ def prompt_ids(
     return encoded["input_ids"]
 
 
-def sampled(
+def sample_completions(
     model: Any, rows: Sequence[dict[str, Any]], prompts: Sequence[list[int]], pad: int, how: Sampling
-) -> list[Written]:
+) -> list[SampledCompletion]:
     """
     Let a model write `how.generations` completions of each prompt, in one batch.
 
@@ -144,18 +144,18 @@ def sampled(
         pad_token_id=pad,
         suppress_tokens=list(how.suppressed) or None,
     )
-    with undisturbed(model), _no_settings_of_its_own(model):
+    with preserving_state(model), _no_settings_of_its_own(model):
         set_seed(how.seed)
         output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config)
     written = []
     repeated = [pair for pair in zip(rows, prompts, strict=True) for _ in range(how.generations)]
     for (row, prompt), completion in zip(repeated, output[:, padded.shape[1] :].tolist(), strict=True):
         end = next((place for place, token in enumerate(completion) if token in how.stops), None)
-        written.append(Written(row, prompt, completion[: None if end is None else end + 1], end is None))
+        written.append(SampledCompletion(row, prompt, completion[: None if end is None else end + 1], end is None))
     return written
 
 
-def given(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, how: Sampling) -> Written:
+def dataset_completion(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, how: Sampling) -> SampledCompletion:
     """The dataset's own completion of a row, tokenised as for off-policy batches."""
     if not row.get("completion"):
         raise ValueError(
@@ -163,7 +163,7 @@ def given(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, how: Sampling
             "own were asked for. Drop such rows, or let the student write (`--completions sample`)."
         )
     prompt, completion = token_ids(row, tokenizer, how.stops, how.limit)
-    return Written(row, prompt, completion, completion[-1] not in how.stops)
+    return SampledCompletion(row, prompt, completion, completion[-1] not in how.stops)
 
 
 def rollouts_of(prompts: Sequence[list[int]], completions: Sequence[list[int]], pad: int, device: Any) -> Rollouts:
@@ -177,7 +177,7 @@ def rollouts_of(prompts: Sequence[list[int]], completions: Sequence[list[int]], 
     return Rollouts(ids, attention, masks[1].bool().to(device))
 
 
-def answers_with(model: nn.Module, as_in_training: bool = False) -> Signals:
+def scorer_of(model: nn.Module, as_in_training: bool = False) -> Signals:
     """
     How a model whose forward is extended is asked for its hidden states.
 

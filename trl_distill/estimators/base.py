@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..heads.fused import Slopes
+from ..heads.fused import ExpectedSlopes
 from ..heads.lm_head import LMHead
 
 
@@ -45,12 +45,12 @@ class Estimator(Protocol):
         signal: Any,  # one of `takes`, for the same N tokens
         sampled: torch.Tensor,  # (N,) ids
         log_q: torch.Tensor | None,  # (N,) the student's log-probability of `sampled`, at the sampling temperature
-        slopes: Slopes | None = None,  # what the gradients will be, where that is known
+        slopes: ExpectedSlopes | None = None,  # what the gradients will be, where that is known
     ) -> Measured:
         """
         Per judged token, tensors of shape `(N,)` or `(N, K)`.
 
-        With them may come "own_log_q", where logits are shared, and "looked", the [`~trl_distill.heads.differences`].
+        With them may come "own_log_q", where logits are shared, and "looked", the [`~trl_distill.heads.comparison.comparison`].
         """
         ...
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from .._trl import has_triton
-from ..heads.comparison import where_to_look
-from ..heads.fused import Form, fused_divergence
+from ..heads.comparison import comparison_of
+from ..heads.fused import DivergenceSpec, fused_divergence
 from ..heads.lm_head import LMHead
 from ..heads.projections import kernel_divergence, log_probs_of, logits_of
 from ..objective import divergences
@@ -44,8 +44,8 @@ class Full:
     def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> Measured:
         if uses_kernel(hidden.device, self.divergence):
             return self._by_kernel(hidden, head, signal, sampled, log_q)
-        form = Form(self.divergence, self.alpha, self.temperature, tuple(self.stops))
-        look = where_to_look(sampled)
+        form = DivergenceSpec(self.divergence, self.alpha, self.temperature, tuple(self.stops))
+        look = comparison_of(sampled)
         found = fused_divergence(hidden, head, signal.hidden, signal.head, form, sampled, slopes, look)
         measured = {"divergence": found.divergence, "entropy": found.entropy, "looked": found.looked}
         if slopes is not None and slopes.log_q is not None:

@@ -17,7 +17,7 @@ LOOK_EVERY, LOOK_MOST, TOP = 61, 128, 16
 COMPARED = ("reverse_kl", "forward_kl", "teacher_entropy", "top1_agreement", "top_overlap")
 
 
-def where_to_look(sampled: torch.Tensor) -> slice:
+def comparison_of(sampled: torch.Tensor) -> slice:
     """
     Which of the judged tokens are looked at: every so many-th, from one on that the tokens themselves draw.
 
@@ -33,7 +33,7 @@ def where_to_look(sampled: torch.Tensor) -> slice:
 
 
 @torch.no_grad()
-def differences(log_q: torch.Tensor, log_p: torch.Tensor, stops: Sequence[int] = ()) -> torch.Tensor:
+def comparison(log_q: torch.Tensor, log_p: torch.Tensor, stops: Sequence[int] = ()) -> torch.Tensor:
     """
     How student and teacher differ at a few tokens, for the log.
 
@@ -76,7 +76,7 @@ def compared(
     stops: Sequence[int] = (),
 ) -> torch.Tensor:
     """
-    [`differences`] where no logits are at hand: [`where_to_look`] says at which tokens.
+    [`comparison`] where no logits are at hand: [`compared_positions`] says at which tokens.
 
     Args:
         hidden (`torch.Tensor` of shape `(N, H)`): the student's.
@@ -86,7 +86,7 @@ def compared(
         sampled (`torch.Tensor` of shape `(N,)`): ids of the tokens.
         stops (`Sequence[int]`): ids that count as one.
     """
-    chosen = where_to_look(sampled)
+    chosen = comparison_of(sampled)
     shared = min(head.vocab_size, signal.head.vocab_size)
     log_q, log_p = (
         (which.logits(states[chosen].to(which.parameters()[0].device)).float()[:, :shared] / temperature).log_softmax(
@@ -94,4 +94,4 @@ def compared(
         )
         for which, states in ((head, hidden), (signal.head, signal.hidden))
     )
-    return differences(log_q, log_p.to(log_q.device), stops)
+    return comparison(log_q, log_p.to(log_q.device), stops)

@@ -15,16 +15,16 @@ import torch
 
 from .._trl import gathered_head
 from ..objective import divergences
-from .comparison import COMPARED, differences
+from .comparison import COMPARED, comparison
 from .lm_head import LMHead, check_same_device
-from .tiles import Projection, Room, parts, tiles
+from .tiles import Projection, TileMemory, parts, tiles
 
 
-MATCHES = 1e-5  # relative: how far a gradient may be from what was expected and still count as that
+GRADIENT_TOLERANCE = 1e-5  # relative: how far a gradient may be from what was expected and still count as that
 
 
 @dataclass(frozen=True)
-class Form:
+class DivergenceSpec:
     """
     What is computed from two heads.
 
@@ -41,13 +41,13 @@ class Form:
     stops: tuple[int, ...] = ()
 
 
-class Found(NamedTuple):
+class TokenStatistics(NamedTuple):
     """
     Per judged token, of shape `(N,)`, fp32, in nats.
 
     `divergence` and `log_q`, the student's log-probability of the sampled token, carry gradients; the student's
     `entropy` and the teacher's `log_p` of the sampled token do not. Nor does `looked`: how the models differ at a few
-    tokens, see [`~trl_distill.heads.differences`].
+    tokens, see [`~trl_distill.heads.comparison.comparison`].
     """
 
     divergence: torch.Tensor
@@ -57,7 +57,7 @@ class Found(NamedTuple):
     looked: torch.Tensor
 
 
-class Slopes(NamedTuple):
+class ExpectedSlopes(NamedTuple):
     """Derivatives of the loss by divergence and log-probability of each judged token, `(N,)`, as far as foreseen."""
 
     divergence: torch.Tensor
@@ -69,11 +69,11 @@ def fused_divergence(
     head: LMHead,
     teacher_hidden: torch.Tensor,
     teacher_head: LMHead,
-    form: Form,
+    form: DivergenceSpec,
     sampled: torch.Tensor | None = None,
-    slopes: Slopes | None = None,
+    slopes: ExpectedSlopes | None = None,
     look: slice | None = None,
-) -> Found:
+) -> TokenStatistics:
     """
     Divergence of student and teacher over the ids that both have, and what else the same logits tell.
 
@@ -100,12 +100,12 @@ def fused_divergence(
     expected = [None if slope is None else slope.float() for slope in slopes or (None, None)]
     how = _How(form, head, teacher_head, look)
     found = _Fused.apply(hidden.to(device), weight, bias, teacher_hidden.to(device), ids.to(device), *expected, how)
-    return Found(*found)
+    return TokenStatistics(*found)
 
 
 @dataclass(frozen=True)
 class _How:
-    form: Form
+    form: DivergenceSpec
     student: LMHead
     teacher: LMHead
     look: slice | None
@@ -123,7 +123,7 @@ class _Fused(torch.autograd.Function):
         grads = _Gradients.wanted_by(ctx.needs_input_grad) if forms_gradient else None
         looked = 0 if how.look is None else len(range(len(hidden))[how.look])
         shapes = [(len(hidden),)] * 4 + [(len(COMPARED), looked)]
-        found = Found(*(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes))
+        found = TokenStatistics(*(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes))
         _run(ctx, (hidden, weight, bias, teacher_hidden, ids), found, grads, slope, slope_log_q)
         ctx.save_for_backward(hidden, weight, bias, teacher_hidden, ids, slope, slope_log_q)
         ctx.formed = grads
@@ -172,7 +172,7 @@ def _compared(
             continue
         left = (0 if g is None else g) - (0 if s is None else factor * s)
         assert isinstance(left, torch.Tensor)
-        rest.append(left if left.numel() and left.abs().max().item() > MATCHES * largest else None)
+        rest.append(left if left.numel() and left.abs().max().item() > GRADIENT_TOLERANCE * largest else None)
     return factor, rest
 
 
@@ -229,7 +229,7 @@ def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -
 def _run(
     ctx: Any,
     tensors: Any,
-    found: Found | None,
+    found: TokenStatistics | None,
     grads: _Gradients | None,
     slope: torch.Tensor | None,
     slope_log_q: torch.Tensor | None,
@@ -252,25 +252,25 @@ def _run(
             for part in parts(rows, shared, hidden.device):
                 logits, theirs = (which[part.start - rows.start : part.stop - rows.start] for which in both)
                 of_student = ours.finish(logits, how.form.temperature)
-                block = _Block(of_student, teachers.finish(theirs, how.form.temperature), how.form)
+                block = LogitsTile(of_student, teachers.finish(theirs, how.form.temperature), how.form)
                 if found is not None:
-                    block.tell(found, part, ids[part, None], how.look)
+                    block.record(found, part, ids[part, None], how.look)
                 slopes = [None if s is None else s[part, None] for s in (slope, slope_log_q)]
                 derivative = block.measure(found and found.divergence[part], grads is not None, *slopes)
                 if derivative is not None:
                     if slopes[1] is not None:
                         derivative.scatter_add_(1, ids[part, None], slopes[1])
-                    ours.through(derivative, of_student, how.form.temperature)
+                    ours.backward_through_scale(derivative, of_student, how.form.temperature)
             if grads is not None:
                 grads.add(rows, both[1], states, ours.weight)  # where the derivatives were left
 
 
-class _Block:
+class LogitsTile:
     """Logits of both models at a few tokens, `(n, V)`, and what becomes of them, in the memory of the teacher's."""
 
-    def __init__(self, ours: torch.Tensor, theirs: torch.Tensor, form: Form):
+    def __init__(self, ours: torch.Tensor, theirs: torch.Tensor, form: DivergenceSpec):
         self.ours, self.theirs, self.form = ours, theirs, form
-        self.mass, self.product = (Room(name, ours.device).take(*ours.shape) for name in ("mass", "product"))
+        self.mass, self.product = (TileMemory(name, ours.device).take(*ours.shape) for name in ("mass", "product"))
         highest = theirs.amax(-1, keepdim=True)
         norm = torch.sub(theirs, highest, out=self.product).exp_().sum(-1, keepdim=True)  # (n, 1)
         self.log_norm_p = highest + norm.log_()
@@ -283,7 +283,7 @@ class _Block:
         """Under q: `(n, V)` to `(n, 1)`."""
         return torch.mul(self.mass, values, out=self.product).sum(-1, keepdim=True) / self.norm
 
-    def tell(self, found: Found, rows: slice, at: torch.Tensor, look: slice | None) -> None:
+    def record(self, found: TokenStatistics, rows: slice, at: torch.Tensor, look: slice | None) -> None:
         """Write what is no divergence; `at` are the sampled ids, `(n, 1)`."""
         found.log_q[rows] = (self.ours.gather(1, at) - self.log_norm_q)[:, 0]
         found.log_p[rows] = (self.theirs.gather(1, at) - self.log_norm_p)[:, 0]
@@ -292,7 +292,7 @@ class _Block:
         if look is not None and earlier < upto:
             here = slice(look.start + earlier * look.step - rows.start, None, look.step)
             log_q, log_p = self.ours[here] - self.log_norm_q[here], self.theirs[here] - self.log_norm_p[here]
-            found.looked[:, earlier:upto] = differences(log_q, log_p, self.form.stops)
+            found.looked[:, earlier:upto] = comparison(log_q, log_p, self.form.stops)
 
     def measure(
         self,

@@ -54,12 +54,12 @@ class LMHead:
         return weight, bias
 
     @contextmanager
-    def whole(self) -> Iterator[LMHead]:
+    def gathered(self) -> Iterator[LMHead]:
         """This head with weights that are gathered once, by ZeRO-3 or FSDP2, for as long as the context lasts."""
         weight, bias = self.parameters()
         with gathered_head(weight, bias):
             sharded = isinstance(self._model.get_output_embeddings().weight, DTensor)
-            yield FrozenHead(self._model, weight, bias) if sharded else self
+            yield FixedHead(self._model, weight, bias) if sharded else self
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """All logits `(..., V)`, for a few positions only: what the kernel is taken to compute."""
@@ -70,7 +70,7 @@ class LMHead:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-class FrozenHead(LMHead):
+class FixedHead(LMHead):
     """An output layer with weights that are given, where the model's own are others by the time they are used."""
 
     def __init__(self, model: PreTrainedModel, weight: torch.Tensor, bias: torch.Tensor | None):

@@ -41,7 +41,7 @@ class Projection:
 
     def __init__(self, head: LMHead, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, name: str):
         self.head, self.weight, self.bias = head, weight.detach().to(dtype), bias
-        self.room = Room(name, weight.device)
+        self.room = TileMemory(name, weight.device)
         if not weight.is_cuda:
             self.weight = self.weight.float()  # rounded, and then multiplied in fp32: once for all tiles
 
@@ -64,7 +64,7 @@ class Projection:
             logits.mul_(self.head.logit_scale / temperature)
         return logits
 
-    def through(self, derivative: torch.Tensor, finished: torch.Tensor, temperature: float) -> None:
+    def backward_through_scale(self, derivative: torch.Tensor, finished: torch.Tensor, temperature: float) -> None:
         """A derivative by finished logits as one by what was projected, in place."""
         if self.head.softcap is not None:
             derivative.mul_(1 - (finished * (temperature / self.head.softcap)).square_())
@@ -75,7 +75,7 @@ class Projection:
 _kept = threading.local()
 
 
-class Room:
+class TileMemory:
     """
     Memory that is used again and again: on CPUs every new page costs several times what is done with it.
 

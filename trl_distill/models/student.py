@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 from .._trl import FusedCausalLMOutput
 from ..estimators.base import Estimator
 from ..heads.comparison import compared
-from ..heads.fused import Slopes
+from ..heads.fused import ExpectedSlopes
 from ..heads.lm_head import LMHead
 from ..heads.projections import log_probs_of
 from ..rollouts import Rollouts
-from ..signals import HiddenStates, Judgement
+from ..signals import HiddenStates, TeacherScore
 from .hidden_states import _judged, _last_hidden, _scatter, _unbound_forward, last_hidden_state
 from .properties import unwrap_adapter
 
@@ -37,10 +37,10 @@ class DistilledOutput(FusedCausalLMOutput):
 
     Attributes:
         measured (`list` of `dict[str, torch.Tensor]`): what the estimator measured against each judgement, of shape
-            `(B, C)` or `(B, C, K)`, 0 where `Judgement.mask` is. Only the student receives a gradient. TRL's own
+            `(B, C)` or `(B, C, K)`, 0 where `TeacherScore.mask` is. Only the student receives a gradient. TRL's own
             fields are filled where log-probabilities were asked for, and `None` otherwise.
         looked (`list` of `torch.Tensor`): how both models differ at a few of the tokens, see
-            [`~trl_distill.heads.differences`]; of judgements with hidden states.
+            [`~trl_distill.heads.comparison.comparison`]; of judgements with hidden states.
     """
 
     measured: list[dict[str, torch.Tensor]] | None = None
@@ -48,12 +48,12 @@ class DistilledOutput(FusedCausalLMOutput):
 
 
 @dataclass(frozen=True)
-class Asked:
+class ForwardPlan:
     """
     What a student's forward is asked to do with the judgements.
 
     Attributes:
-        estimator ([`~trl_distill.estimators.Estimator`]): what is measured against each judgement.
+        estimator ([`~trl_distill.estimators.base.Estimator`]): what is measured against each judgement.
         log_probs (`str`): where log-probabilities come from, if they are wanted: "trl", from TRL's forward; "here", of
             the judged tokens alone; "shared", from the logits of the one judgement, which is of all tokens.
         temperature (`float`): of sampling, for "here".
@@ -89,8 +89,8 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
         self: PreTrainedModel,
         *args: Any,
         rollouts: Rollouts | None = None,
-        judgements: list[Judgement] | None = None,
-        asked: Asked | None = None,
+        judgements: list[TeacherScore] | None = None,
+        asked: ForwardPlan | None = None,
         fused_lm_head: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -115,7 +115,7 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
         sampled = rollouts.input_ids[:, -length:].to(device)
         in_fp32: Any = torch.autocast(hidden.device.type, enabled=False) if fp32_head else nullcontext()
         measured, looked = [], []
-        with in_fp32, LMHead(self).whole() as head:
+        with in_fp32, LMHead(self).gathered() as head:
             if fused_lm_head and asked.log_probs == "here":
                 states = _judged(hidden, rollouts.mask)
                 found = log_probs_of(
@@ -153,16 +153,18 @@ def signal_on(signal: Any, device: torch.device) -> Iterator[Any]:
     if not isinstance(signal, HiddenStates):
         yield signal.map(lambda tensor: tensor.to(device))
         return
-    with signal.head.whole() as head:
+    with signal.head.gathered() as head:
         yield replace(signal, head=head)
 
 
-def _slopes(judgement: Judgement, asked: Asked, mask: torch.Tensor) -> Slopes | None:
+def _slopes(judgement: TeacherScore, asked: ForwardPlan, mask: torch.Tensor) -> ExpectedSlopes | None:
     """What is known beforehand of the gradients of one judgement's tokens."""
     if judgement.slope is None:
         return None
     of_policy = asked.policy_slope if asked.log_probs == "shared" else None
-    return Slopes(judgement.slope.to(mask.device)[mask], None if of_policy is None else of_policy.to(mask.device)[mask])
+    return ExpectedSlopes(
+        judgement.slope.to(mask.device)[mask], None if of_policy is None else of_policy.to(mask.device)[mask]
+    )
 
 
 def _as_trls(
@@ -174,7 +176,7 @@ def _as_trls(
     return {name: nn.functional.pad(_scatter(values, mask), (before, 0)) for name, values in found.items()}
 
 
-class JudgedModel:
+class RecordedStudent:
     """
     Calls the student with what teachers said added, once, and remembers the output.
 
@@ -182,7 +184,7 @@ class JudgedModel:
     forward.
     """
 
-    def __init__(self, model: nn.Module, rollouts: Rollouts, judgements: list[Judgement], asked: Asked):
+    def __init__(self, model: nn.Module, rollouts: Rollouts, judgements: list[TeacherScore], asked: ForwardPlan):
         self._model = functools.partial(model, rollouts=rollouts, judgements=judgements, asked=asked)
         self._output: DistilledOutput | None = None
 

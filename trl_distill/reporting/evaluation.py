@@ -16,8 +16,16 @@ import numpy as np
 import torch
 
 from ..data.rewards import RewardFunction, scores
-from ..data.sampling import Sampling, Written, answers_with, prompt_ids, rollouts_of, sampled, undisturbed
-from ..heads.fused import Form, fused_divergence
+from ..data.sampling import (
+    SampledCompletion,
+    Sampling,
+    preserving_state,
+    prompt_ids,
+    rollouts_of,
+    sample_completions,
+    scorer_of,
+)
+from ..heads.fused import DivergenceSpec, fused_divergence
 
 
 DRAWS = 2000  # of the bootstrap
@@ -174,7 +182,7 @@ def answer_all(
         prompts = [prompt_ids(tokenizer, row["prompt"], template_kwargs) for row in part]
         begun: Sequence[Sequence[int]] = prefixes[start : start + size] if prefixes is not None else [[]] * len(part)
         given = [[*prompt, *prefix] for prompt, prefix in zip(prompts, begun, strict=True)]
-        written = sampled(model, part, given, tokenizer.pad_token_id, replace(how, seed=how.seed + start))
+        written = sample_completions(model, part, given, tokenizer.pad_token_id, replace(how, seed=how.seed + start))
         places = [i // how.generations for i in range(len(written))]
         whole = [
             replace(one, prompt=prompts[place], completion=[*begun[place], *one.completion])
@@ -203,7 +211,7 @@ def _total(found: Iterable[float | None]) -> float | None:
 def _sequence_kl(
     model: Any,
     teacher: Any,
-    written: Sequence[Written],
+    written: Sequence[SampledCompletion],
     pad: int,
     temperature: float,
     merged: Sequence[int],
@@ -213,9 +221,9 @@ def _sequence_kl(
     if teacher is None:
         return [None] * len(written)
     rollouts = rollouts_of([one.prompt for one in written], [one.completion for one in written], pad, device)
-    with undisturbed(model, teacher):
-        ours, theirs = answers_with(model)(rollouts), answers_with(teacher)(rollouts)
-        form = Form(temperature=temperature, stops=tuple(merged))
+    with preserving_state(model, teacher):
+        ours, theirs = scorer_of(model)(rollouts), scorer_of(teacher)(rollouts)
+        form = DivergenceSpec(temperature=temperature, stops=tuple(merged))
         found = fused_divergence(ours.hidden, ours.head, theirs.hidden, theirs.head, form).divergence
     return [part.sum().item() for part in found.split([len(one.completion) for one in written])]
 

@@ -23,7 +23,7 @@ def shown(name: str, estimate: Estimate, graded: bool) -> str:
     return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f}–{estimate.high:.{digits}f})"
 
 
-def lines(results: dict[str, dict[str, Estimate]], graded: bool) -> list[list[str]]:
+def table_rows(results: dict[str, dict[str, Estimate]], graded: bool) -> list[list[str]]:
     """A row for each number, a column for each model; the heading first. Graded scores are no shares."""
     names = list(dict.fromkeys(name for estimates in results.values() for name in estimates))
     names = [name for name in names if not (graded and name.startswith("pass@") and " − " in name)]
@@ -35,7 +35,7 @@ def lines(results: dict[str, dict[str, Estimate]], graded: bool) -> list[list[st
     return rows
 
 
-def told(one: Estimate) -> dict[str, float | None]:
+def as_json(one: Estimate) -> dict[str, float | None]:
     """For JSON, which has no word for what is no number."""
     return {key: value if math.isfinite(value) else None for key, value in one._asdict().items()}
 
@@ -76,7 +76,7 @@ class Results:
             for answer in self.answers[name]:
                 scores.setdefault(answer.prompt, []).append(answer.score)
             models[name] = {
-                "estimates": {key: told(one) for key, one in estimates.items()},
+                "estimates": {key: as_json(one) for key, one in estimates.items()},
                 "scores": list(scores.values()),
                 "seconds": round(self.seconds[name], 1),
             }
@@ -84,7 +84,7 @@ class Results:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.options).items()}
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps({"settings": settings, "models": models}, indent=1, allow_nan=False) + "\n")
-        head, *rows = lines(self.estimates(), self.graded)
+        head, *rows = table_rows(self.estimates(), self.graded)
         rule = ["---", *["---:"] * (len(head) - 1)]
         path = output.with_suffix(".md")
         path.write_text("\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows]) + "\n")
@@ -94,7 +94,7 @@ class Results:
         """For a terminal."""
         title = f"{prompts} prompts, {self.options.num_generations} answers each; 95 % intervals over prompts"
         made = Table(title=title)
-        head, *body = lines(self.estimates(), self.graded)
+        head, *body = table_rows(self.estimates(), self.graded)
         for label in head:
             made.add_column(label, justify="right" if label else "left", overflow="fold")
         for row in body:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from ..heads.comparison import COMPARED
 from ..models.student import DistilledOutput
-from ..signals import Judgement
+from ..signals import TeacherScore
 
 
 def means(accelerator: Accelerator, quantities: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
@@ -34,9 +34,9 @@ def means(accelerator: Accelerator, quantities: dict[str, tuple[torch.Tensor, to
 
 
 @torch.no_grad()
-def forces(
+def reward_and_teacher(
     output: DistilledOutput,
-    judgements: list[Judgement],
+    judgements: list[TeacherScore],
     per_token: torch.Tensor,
     mask: torch.Tensor,
     inputs: dict[str, Any],
@@ -47,7 +47,7 @@ def forces(
 
     Args:
         output ([`~trl_distill.forwards.DistilledOutput`]): of the student.
-        judgements (`list` of [`~trl_distill.signals.Judgement`]): what it was measured against.
+        judgements (`list` of [`~trl_distill.signals.TeacherScore`]): what it was measured against.
         per_token (`torch.Tensor` of shape `(B, C)`): KL in nats.
         mask (`torch.Tensor` of shape `(B, C)`): judged tokens.
         inputs (`dict`): the micro-batch, with "rewards" and "advantages" of shape `(B,)` where there are rewards.
@@ -81,7 +81,7 @@ def forces(
 
 
 @torch.no_grad()
-def looked_at(
+def divergence_profile(
     output: DistilledOutput, per_token: torch.Tensor, mask: torch.Tensor, name: str
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """
@@ -97,7 +97,7 @@ def looked_at(
         Quantities with their masks, the same ones on every process: `<name>/quarter1` to `4`, the divergence in the
         quarters of each completion; "distill/concentration", the share of tokens that carry 80 % of it;
         "distill/teacher_log_prob", of the tokens that the student wrote, where it was measured; and what
-        [`~trl_distill.heads.differences`] tells of a few tokens.
+        [`~trl_distill.heads.comparison.comparison`] tells of a few tokens.
     """
     per_token, place, length = per_token.detach(), mask.cumsum(1) - 1, mask.sum(1, keepdim=True)
     quarter = (4 * place).div(length.clamp(min=1), rounding_mode="floor")
@@ -121,7 +121,7 @@ def by_reward(per_token: torch.Tensor, mask: torch.Tensor, advantages: torch.Ten
     The divergence of completions that the reward is for, and of those that it is against.
 
     Args:
-        per_token, mask: as in [`looked_at`].
+        per_token, mask: as in [`divergence_profile`].
         advantages (`torch.Tensor` of shape `(B,)` or `(B, C)`).
 
     Returns:

@@ -52,7 +52,7 @@ def closing_table(log_history: Sequence[dict[str, Any]]) -> Table | None:
     return table
 
 
-class ClosingTable(TrainerCallback):
+class SummaryTable(TrainerCallback):
     """Prints [`closing_table`] when training ends."""
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

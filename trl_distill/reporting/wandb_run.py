@@ -19,7 +19,7 @@ from .curves import training_figure
 logger = logging.getLogger(__name__)
 
 
-def drawn(figure: Any) -> Any:
+def as_image(figure: Any) -> Any:
     """A figure as a picture of Pillow's; wandb takes figures of pyplot alone."""
     from PIL import Image
 
@@ -52,7 +52,7 @@ class WandbExtras(TrainerCallback):
         if wandb.run is None:
             return
         try:
-            picture = drawn(training_figure({"": state.log_history}))
+            picture = as_image(training_figure({"": state.log_history}))
         except (ImportError, ValueError) as error:
             logger.warning(f"No picture of the training is sent to wandb. {error}")
             return

@@ -21,7 +21,7 @@ from .records import Answered, Refusal, Score
 from .sources.base import Sampling, Source
 from .sources.load import check_source, load_source
 from .stages.dedup import check_installed
-from .stages.finish import Finish, publish
+from .stages.finish import DatasetBuilder, publish
 from .stages.human import check_human
 from .stages.ingest import Ingest, Prompts, read_rows
 from .stages.new_prompts import NewPrompts
@@ -77,7 +77,9 @@ class Pipeline:
         for address in self.config.teachers.values():
             check_source(address)
         with self.work.locked(), self.progress:
-            self.work.settle({**{name: settings[name] for name in FIXED}, "dataset_digest": _digest(self.config)})
+            self.work.check_settings(
+                {**{name: settings[name] for name in FIXED}, "dataset_digest": _digest(self.config)}
+            )
             self._read()
             if self.scorer is not None:
                 self.scorer.needs(Prompts(self.work).columns)
@@ -88,7 +90,9 @@ class Pipeline:
             self._write()
             scores = self._score() if self.scorer is not None else None
             task = self.progress.add_task("filtering", total=len(Prompts(self.work)))
-            Finish(self.config, self.work, scores, lambda: self.progress.advance(task)).build(settings, fingerprint)
+            DatasetBuilder(self.config, self.work, scores, lambda: self.progress.advance(task)).build(
+                settings, fingerprint
+            )
             publish(self.work, self.output)
         return read_json(self.output / "counts.json")
 

@@ -9,7 +9,7 @@ from .text import Text, as_completion
 
 
 @dataclass(frozen=True)
-class Found:
+class InputRow:
     """
     One row of an input.
 

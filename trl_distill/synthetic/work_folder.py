@@ -53,7 +53,7 @@ class WorkFolder:
         finally:
             lock.release()
 
-    def settle(self, settings: dict[str, Any]) -> None:
+    def check_settings(self, settings: dict[str, Any]) -> None:
         """
         Note the settings that what is in here hangs on, or compare with those noted before. While no model has answered
         there is nothing to lose: other settings then begin anew.

@@ -84,7 +84,7 @@ class LocalTeacher:
         return accelerator.prepare_model(model, evaluation_mode=True)
 
     @contextmanager
-    def at_work(self) -> Iterator[nn.Module]:
+    def on_device(self) -> Iterator[nn.Module]:
         """The model, where it can be called."""
         yield self.model
 
@@ -103,7 +103,7 @@ class LocalTeacher:
                 f"A rollout holds the id {input_ids.max().item()}, but the teacher's vocabulary ends at "
                 f"{self.vocab_size - 1}. Keep such ids out of prompts and rollouts, or use a teacher that has them."
             )
-        with self.at_work() as model, self.accelerator.autocast():
+        with self.on_device() as model, self.accelerator.autocast():
             return in_parts(
                 lambda part: model(input_ids=part.input_ids, attention_mask=part.attention_mask, rollouts=part),
                 Rollouts(input_ids, rollouts.attention_mask, rollouts.mask),

@@ -14,7 +14,7 @@ from .base import is_sharded
 from .local import LocalTeacher
 
 
-class ParkedTeacher(LocalTeacher):
+class OffloadedTeacher(LocalTeacher):
     """
     A model that lives in CPU memory and visits the accelerator once per generation batch.
 
@@ -66,7 +66,7 @@ class ParkedTeacher(LocalTeacher):
         return homes
 
     @contextmanager
-    def at_work(self) -> Iterator[nn.Module]:
+    def on_device(self) -> Iterator[nn.Module]:
         try:
             for parameter, home in self._parked:
                 parameter.data = self._arrived(home)

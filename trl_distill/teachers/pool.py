@@ -15,14 +15,14 @@ import torch
 
 from ..errors import TeacherUnavailable
 from ..rollouts import Rollouts, teacher_rollouts
-from ..signals import HiddenStates, Judgement, Signal
+from ..signals import HiddenStates, Signal, TeacherScore
 from .base import Teacher
 
 
 _row_ids = itertools.count()  # never the same twice, so that a stale entry cannot be taken for another row's
 
 
-class Panel:
+class TeacherPool:
     """
     One or several teachers.
 
@@ -36,7 +36,7 @@ class Panel:
     def __init__(self, teachers: dict[str, Teacher], accelerator: Any, uses: int = 1, together: bool = False):
         self.teachers, self.names = teachers, list(teachers)
         self.accelerator, self.uses, self.together = accelerator, uses, together
-        self.agreed = False  # whether all processes know that a teacher failed
+        self.failed_everywhere = False  # whether all processes know that a teacher failed
         # names of the same teacher share one forward
         self.members: list[tuple[Teacher, list[int]]] = []
         for column, teacher in enumerate(teachers.values()):
@@ -52,7 +52,7 @@ class Panel:
     def several(self) -> bool:
         return len(self.names) > 1
 
-    def seat(self, rows: list[dict[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
+    def assign(self, rows: list[dict[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
         """
         What travels with each row through shuffling and splitting.
 
@@ -72,7 +72,7 @@ class Panel:
             seats["teacher_weights"] = torch.tensor(weights, device=device)
         return seats
 
-    def prepare(self, inputs: dict[str, Any], training: bool) -> None:
+    def score_ahead(self, inputs: dict[str, Any], training: bool) -> None:
         """
         Ask those teachers that judge whole generation batches.
 
@@ -102,7 +102,7 @@ class Panel:
                 row_id: (piece, uses) for row_id, piece in zip(ids, signal.split(counts), strict=True)
             }
 
-    def judge(self, inputs: dict[str, Any], training: bool) -> list[Judgement]:
+    def score(self, inputs: dict[str, Any], training: bool) -> list[TeacherScore]:
         """What the teachers say about a micro-batch; those without a row in it are left out."""
         rollouts, weights = teacher_rollouts(inputs), self._weights(inputs)
         judgements = []
@@ -110,12 +110,12 @@ class Panel:
             weight = weights[:, columns].sum(1)
             chosen = weight > 0
             if self._at_once(teacher, training):
-                signal = self._recall(member, inputs["row_id"][chosen].tolist())
+                signal = self._take(member, inputs["row_id"][chosen].tolist())
             else:
                 signal = self._ask(teacher, rollouts, chosen)
             if signal is not None:
                 rows = {self.names[i]: weights[:, i] > 0 for i in columns} if self.several else {}
-                judgements.append(Judgement(rollouts.mask & chosen[:, None], weight, signal, rows))
+                judgements.append(TeacherScore(rollouts.mask & chosen[:, None], weight, signal, rows))
         return judgements
 
     def _weights(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -150,7 +150,7 @@ class Panel:
         """Whether a teacher judges whole generation batches."""
         return getattr(teacher, "per_generation", False) or (training and self.uses > 1)
 
-    def _recall(self, member: int, row_ids: list[int]) -> Signal | None:
+    def _take(self, member: int, row_ids: list[int]) -> Signal | None:
         """The signals of these rows, put together; forgotten after their last use."""
         waiting = self._waiting[member]
         pieces: list[Any] = []
@@ -172,7 +172,7 @@ class Panel:
         kinds = [failure is not None, failure is not None and not isinstance(failure, TeacherUnavailable)]
         failed = torch.tensor([float(kind) for kind in kinds], device=self.accelerator.device)
         some, for_good = (self.accelerator.reduce(failed, reduction="sum") > 0).tolist()
-        self.agreed = some
+        self.failed_everywhere = some
         if not some:
             return
         if failure is None or (for_good and isinstance(failure, TeacherUnavailable)):

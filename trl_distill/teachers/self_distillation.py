@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from ..heads.lm_head import FrozenHead
+from ..heads.lm_head import FixedHead
 from ..models.properties import has_relative_positions, unwrap_adapter
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
@@ -71,7 +71,7 @@ class AdapterOff:
         trained = [(parameter, parameter.requires_grad) for parameter in self._student.parameters()]
         try:
             with self._student.disable_adapter():
-                return _looked_at(self._student, self._accelerator, rollouts, self._batch_size)
+                return _score_as_student(self._student, self._accelerator, rollouts, self._batch_size)
         finally:
             for parameter, requires_grad in trained:  # PEFT switches all of the adapter on again
                 parameter.requires_grad_(requires_grad)
@@ -139,10 +139,10 @@ class MovingAverage:
             for name, parameter in self._parameters.items():
                 parameter.data = self.averages[name].to(parameter)
             torch.clear_autocast_cache()  # casts of the student's weights
-            signal = _looked_at(self._student, self._accelerator, rollouts, self._batch_size)
+            signal = _score_as_student(self._student, self._accelerator, rollouts, self._batch_size)
             weight, bias = signal.head.parameters()
             # detached: the averages themselves, not the parameters that will hold the student's values again
-            head = FrozenHead(unwrap_adapter(self._student), weight.detach(), None if bias is None else bias.detach())
+            head = FixedHead(unwrap_adapter(self._student), weight.detach(), None if bias is None else bias.detach())
             return HiddenStates(signal.hidden, head)
         finally:
             for name, parameter in self._parameters.items():
@@ -159,7 +159,7 @@ class FollowStudent(TrainerCallback):
         self.teacher.follow()
 
 
-def _looked_at(
+def _score_as_student(
     student: nn.Module, accelerator: Accelerator, rollouts: Rollouts, batch_size: int | None
 ) -> HiddenStates:
     """Judgement of the student as it stands, in eval mode and back."""

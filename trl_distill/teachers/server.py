@@ -35,7 +35,7 @@ from ..errors import TeacherAnswerError, TeacherUnavailable
 from ..http_client import LONGEST_CONNECT, LONGEST_PAUSE, PassingError, retry_after, server_message
 from ..rollouts import Rollouts
 from ..signals import TokenLogProbs
-from .server_answers import Row, TokenJudgement, read_answer, read_models
+from .server_answers import Row, TokenScore, read_answer, read_models
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-SHUNNED = 30.0  # seconds during which a URL that failed comes after the others
+FAILED_RECENTLY_SECONDS = 30.0  # seconds during which a URL that failed comes after the others
 
 
 ADVICE = {  # what to do about a server's complaint
@@ -156,7 +156,7 @@ class ServedTeacher:
         """Close the connections. Nothing can be asked afterwards."""
         self._client.close()
 
-    def _judge(self, rows: list[Row], halt: threading.Event, urls: list[str] | None = None) -> list[TokenJudgement]:
+    def _judge(self, rows: list[Row], halt: threading.Event, urls: list[str] | None = None) -> list[TokenScore]:
         body = {
             "model": self.model,
             "prompt": [row.ids for row in rows],
@@ -187,7 +187,7 @@ class ServedTeacher:
         """All URLs, each in turn first, those that failed lately last."""
         start, now = next(self._turn) % len(self.urls), time.monotonic()
         urls = self.urls[start:] + self.urls[:start]
-        return sorted(urls, key=lambda url: now - self._failed.get(url, -math.inf) < SHUNNED)
+        return sorted(urls, key=lambda url: now - self._failed.get(url, -math.inf) < FAILED_RECENTLY_SECONDS)
 
     def _all(self, calls: list[Callable[[threading.Event], T]]) -> list[T]:
         """The results of all calls, made in threads. The first error ends the waiting of the others and is raised."""

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import TeacherAnswerError
 
 
-TokenJudgement = tuple[float, list[int], list[float]]  # log p of the token; the K likeliest ids; their log p
+TokenScore = tuple[float, list[int], list[float]]  # log p of the token; the K likeliest ids; their log p
 
 
 IMPOSSIBLE = -9999.0  # what vLLM writes for a log-probability of -inf, which JSON lacks
@@ -34,7 +34,7 @@ class Row:
     judged: list[int]
 
 
-def read_answer(content: bytes | str, rows: list[Row], model: str, top_k: int) -> list[TokenJudgement]:
+def read_answer(content: bytes | str, rows: list[Row], model: str, top_k: int) -> list[TokenScore]:
     """
     The judgements of all judged tokens, row by row, from the answer of `/v1/completions` about `rows`.
 
@@ -57,7 +57,7 @@ def read_answer(content: bytes | str, rows: list[Row], model: str, top_k: int) -
     ]
 
 
-def _read_choice(choice: Any, number: int, row: Row, top_k: int) -> list[TokenJudgement]:
+def _read_choice(choice: Any, number: int, row: Row, top_k: int) -> list[TokenScore]:
     if not isinstance(choice, dict) or not same(choice.get("index"), number):
         raise TeacherAnswerError(f"row {row.index}: choice {number} should have that index, found {show(choice)}.")
     lists: list[Any] = [choice.get("prompt_token_ids"), choice.get("prompt_logprobs")]
@@ -82,7 +82,7 @@ def _read_choice(choice: Any, number: int, row: Row, top_k: int) -> list[TokenJu
     return judgements
 
 
-def _read_position(entry: Any, token: int, k: int, judged: bool) -> TokenJudgement:
+def _read_position(entry: Any, token: int, k: int, judged: bool) -> TokenScore:
     """Read `{"<id>": {"logprob": ..., "rank": ...}}`: first the token, then the k likeliest ids that it is not."""
     if not isinstance(entry, dict) or not entry:
         raise ValueError(f"an object with log-probabilities was expected, found {show(entry)}")

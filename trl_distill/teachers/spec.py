@@ -15,8 +15,8 @@ from ..models.loading import load_config, load_tokenizer, load_whole
 from ..models.properties import unwrap_adapter
 from .base import Teacher, is_sharded
 from .local import LocalTeacher
-from .offloaded import ParkedTeacher
-from .pool import Panel
+from .offloaded import OffloadedTeacher
+from .pool import TeacherPool
 from .self_distillation import ADAPTER_OFF, AdapterOff, MovingAverage
 from .server import ServedTeacher
 
@@ -68,9 +68,9 @@ def _checked_spec(spec: Any) -> str | nn.Module | Teacher:
     )
 
 
-def make_panel(
+def load_pool(
     specs: dict[str, Any], args: OPDConfig, accelerator: Any, student: nn.Module, student_vocab_size: int
-) -> Panel:
+) -> TeacherPool:
     """
     Load or bind every teacher once, whatever the number of its names.
 
@@ -93,7 +93,7 @@ def make_panel(
                 if hasattr(spec, "bind"):
                     spec.bind(student, accelerator, args.teacher_batch_size or args.per_device_train_batch_size)
         teachers[name] = made[key]
-    return Panel(teachers, accelerator, uses=args.num_iterations, together=is_sharded(accelerator))
+    return TeacherPool(teachers, accelerator, uses=args.num_iterations, together=is_sharded(accelerator))
 
 
 def teacher_generation(spec: Any, args: OPDConfig) -> GenerationConfig | None:
@@ -124,7 +124,7 @@ def load_teacher(spec: str | nn.Module, args: OPDConfig, accelerator: Accelerato
         model: Any = load_whole(create_model_from_path, spec, "teacher", **kwargs)
     else:
         model = spec
-    kind = ParkedTeacher if args.teacher_offload else LocalTeacher
+    kind = OffloadedTeacher if args.teacher_offload else LocalTeacher
     return kind(model, accelerator, student_vocab_size, args.teacher_batch_size or args.per_device_train_batch_size)
 
 

@@ -43,12 +43,12 @@ class ReplayingSampler(RepeatSampler):
         yield from super().__iter__()
 
 
-class Seams(GRPOTrainer):
+class GRPOHooks(GRPOTrainer):
     """
     `GRPOTrainer` with public names for the private ones that this package needs.
 
-    A subclass overrides [`~Seams.rollout_loss`] (what is minimised on a micro-batch) and
-    [`~Seams.rollouts_written`] (what else travels with the rollouts), and sets `has_rewards`, `leave_one_out` where a
+    A subclass overrides [`~GRPOHooks.rollout_loss`] (what is minimised on a micro-batch) and
+    [`~GRPOHooks.on_rollouts`] (what else travels with the rollouts), and sets `has_rewards`, `leave_one_out` where a
     row's baseline shall not contain its own reward, `saves_padding` where micro-batches may be cut to their longest
     row, and `trims_prompts` where that holds for the left side too.
     """
@@ -103,7 +103,7 @@ class Seams(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's rollouts, with advantages over the mean of the others, and each row's reward beside them."""
         self._fresh = True
-        output = self.given_batch(inputs)
+        output = self.dataset_batch(inputs)
         if output is None:
             self._rewards_per_func = None
             output = super()._generate_and_score_completions(inputs)
@@ -111,7 +111,7 @@ class Seams(GRPOTrainer):
                 self._add_rewards(output, len(inputs))
         else:
             output |= self._counted(output)
-        self.rollouts_written(inputs, output)
+        self.on_rollouts(inputs, output)
         return output
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -134,12 +134,12 @@ class Seams(GRPOTrainer):
             return 1
         return min(accumulation, steps)
 
-    def given_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    def dataset_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         """
         A generation batch that need not be generated; `None`, as here, where the student shall write it.
 
         Args:
-            rows (`list` of `dict`): as in [`~Seams.rollouts_written`].
+            rows (`list` of `dict`): as in [`~GRPOHooks.on_rollouts`].
 
         Returns:
             `dict` of `torch.Tensor`, *optional*: "prompt_ids", "completion_ids" and their masks at least.
@@ -159,7 +159,7 @@ class Seams(GRPOTrainer):
             "advantages": torch.zeros(len(batch["prompt_ids"]), device=device),
         }
 
-    def rollouts_written(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+    def on_rollouts(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
         """
         Called with each generation batch before it is shuffled and split.
 

@@ -28,7 +28,7 @@ from ..errors import (
 )
 from ..reporting.metrics import means
 from .checkpoints import MARKER, last_complete, what_is_missing
-from .grpo_hooks import Seams
+from .grpo_hooks import GRPOHooks
 from .runaway import Guard, repetition, written
 
 
@@ -39,7 +39,7 @@ class _FinishedError(Exception):
     """A run was resumed that had come to its end."""
 
 
-class Watched(Seams):
+class Safeguards(GRPOHooks):
     """
     `GRPOTrainer` that resumes from complete checkpoints, checks each loss, and watches completions.
 
@@ -71,14 +71,14 @@ class Watched(Seams):
                 "`resume_from_checkpoint=True` find it."
             )
         self._agree_on(checkpoint)
-        self.begins(checkpoint)
+        self.on_run_start(checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except _FinishedError:
             logger.warning(f"The run was finished already, after step {self.state.global_step}: nothing is trained.")
             return TrainOutput(self.state.global_step, 0.0, {})
         except Exception as error:
-            if self.state.global_step == 0 or not self.known_to_all(error):
+            if self.state.global_step == 0 or not self.raised_everywhere(error):
                 if not isinstance(error, CheckpointError | NonFiniteLossError):  # those say it themselves
                     error.add_note(f"After step {self.state.global_step}. {self._where_to_go_on()}")
                 raise  # nothing to save, or not all processes would take part in saving it
@@ -94,7 +94,7 @@ class Watched(Seams):
                 raise
             raise kind(f"{error} {advice}") from error
         finally:
-            self.ended()
+            self.on_run_end()
 
     def _agree_on(self, checkpoint: str | None) -> None:
         """See that all processes go on from the same step: nodes that share no folder find different checkpoints."""
@@ -112,13 +112,13 @@ class Watched(Seams):
             raise _FinishedError
         return super().training_step(*args, **kwargs)
 
-    def begins(self, checkpoint: str | None) -> None:
+    def on_run_start(self, checkpoint: str | None) -> None:
         """Called before training begins, or goes on from `checkpoint`."""
 
-    def ended(self) -> None:
+    def on_run_end(self) -> None:
         """Called when training has ended, for whatever reason."""
 
-    def known_to_all(self, error: Exception) -> bool:
+    def raised_everywhere(self, error: Exception) -> bool:
         """Whether all processes have met this error at the same place, so that all can write a checkpoint."""
         return isinstance(error, RunawayError | StoppedBySignal)
 

@@ -29,35 +29,35 @@ from ..heads.lm_head import LMHead
 from ..models.hidden_states import last_hidden_state
 from ..models.properties import context_of, has_relative_positions, name_of, real_stops, unwrap_adapter
 from ..models.student import add_student_forward
-from ..reporting.summary_table import ClosingTable
+from ..reporting.summary_table import SummaryTable
 from ..reporting.tokens.callback import TokenReport
 from ..reporting.wandb_run import WandbExtras
 from ..signals import HiddenStates
 from ..teachers.base import Teacher
 from ..teachers.local import LocalTeacher
-from ..teachers.pool import Panel
+from ..teachers.pool import TeacherPool
 from ..teachers.self_distillation import ADAPTER_OFF, AdapterOff, FollowStudent, MovingAverage
 from ..teachers.server import ServedTeacher
-from ..teachers.spec import make_panel, student_config, teacher_config
-from .safeguards import Watched
+from ..teachers.spec import load_pool, student_config, teacher_config
+from .safeguards import Safeguards
 
 
 logger = logging.getLogger(__name__)
 
 
-class Assembly(Watched):
+class Assembly(Safeguards):
     """
     A trainer with teachers, an estimator and a student whose forward answers to both.
 
     Attributes:
-        panel ([`~trl_distill.panel.Panel`], *optional*): the teachers; `None` where the trainer is plain GRPO.
-        estimator ([`~trl_distill.estimators.Estimator`]): of the divergence.
-        off_policy_estimator ([`~trl_distill.estimators.Estimator`]): of that on the dataset's completions.
-        preflight ([`~trl_distill.preflight.Report`]): what was found before the first step.
+        panel ([`~trl_distill.teachers.pool.TeacherPool`], *optional*): the teachers; `None` for plain GRPO.
+        estimator ([`~trl_distill.estimators.base.Estimator`]): of the divergence.
+        off_policy_estimator ([`~trl_distill.estimators.base.Estimator`]): of that on the dataset's completions.
+        preflight ([`~trl_distill.checks.findings.Report`]): what was found before the first step.
         same_vocabulary (`bool`): whether the divergence is taken over all ids of the student.
     """
 
-    panel: Panel | None = None
+    panel: TeacherPool | None = None
     estimator: Estimator
     off_policy_estimator: Estimator
     preflight: Report
@@ -90,7 +90,7 @@ class Assembly(Watched):
     def track(self, specs: dict[str, Any]) -> None:
         """Tables and pictures of the run; where wandb is logged to, it says who was distilled from whom, with what."""
         if not self.args.disable_tqdm:
-            self.add_callback(ClosingTable())
+            self.add_callback(SummaryTable())
         if "wandb" in self.args.report_to:
             facts = {
                 "student": name_of(self.model),
@@ -166,14 +166,14 @@ class Assembly(Watched):
         self.off_policy_estimator = make("full", off_policy, alpha=args.alpha_of(off_policy))
         self.saves_padding = True
         self.trims_prompts = has_relative_positions(student.config)
-        self.panel = make_panel(specs, args, self.accelerator, self.model, text_config.vocab_size)
+        self.panel = load_pool(specs, args, self.accelerator, self.model, text_config.vocab_size)
         check_signals(args.kl_estimator, self.estimator, self.panel.teachers, args.kl_temperature or args.temperature)
         if isinstance(self.teacher, LocalTeacher):
             self.ref_model = self.teacher.model  # where TRL keeps the model that the KL is taken to
         add_student_forward(student, fp32_head=args.cast_lm_head_to_fp32)
         for teacher, columns in self.panel.members:
             if isinstance(teacher, LocalTeacher):
-                with teacher.at_work() as model:
+                with teacher.on_device() as model:
                     self._check_head(model, "teacher")
             if isinstance(teacher, MovingAverage):
                 if self.panel.several:

@@ -28,11 +28,11 @@ from ..data.rewards import check_rewards
 from ..errors import TeacherAnswerError, TeacherUnavailable
 from ..estimators.base import Estimator
 from ..heads.tiles import release_memory
-from ..models.student import Asked, DistilledOutput, JudgedModel
+from ..models.student import DistilledOutput, ForwardPlan, RecordedStudent
 from ..objective import terms, weights
-from ..reporting.metrics import by_reward, forces, looked_at, means
+from ..reporting.metrics import by_reward, divergence_profile, means, reward_and_teacher
 from ..rollouts import Rollouts
-from ..signals import Judgement
+from ..signals import TeacherScore
 from ..teachers.base import Teacher
 from ..teachers.self_distillation import MovingAverage
 from ..teachers.spec import read_specs
@@ -206,7 +206,7 @@ class OPDTrainer(Assembly):
         steps = args.beta_schedule_steps or self.state.max_steps
         return weights.scheduled_beta(args.beta_schedule, args.beta, args.beta_end, step, steps)
 
-    def given_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    def dataset_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         """The dataset's completions, where `lmbda` says that it is their turn."""
         args = self.args
         if args.lmbda == 1 or self.mode == "eval" or self.beta_at(self.state.global_step) == 0:
@@ -229,15 +229,15 @@ class OPDTrainer(Assembly):
         )
         return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
-    def rollouts_written(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+    def on_rollouts(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
         """Say who judges which row, with which prompt, and ask those teachers that judge whole generation batches."""
         if self.mode == "train" and "row_weight" not in batch:
             self.watch(batch)
         if self.panel is None or self.beta_at(self.state.global_step) == 0:  # a weight of 0 stays 0
             return
         batch |= self._teacher_prompts(rows, batch)
-        batch |= self.panel.seat(rows, batch["prompt_ids"].device)
-        self.panel.prepare(batch, self.mode == "train")
+        batch |= self.panel.assign(rows, batch["prompt_ids"].device)
+        self.panel.score_ahead(batch, self.mode == "train")
 
     def _teacher_prompts(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Prompts of the teacher's own, `(B, P')`, left-padded; rows without one keep the student's."""
@@ -270,8 +270,10 @@ class OPDTrainer(Assembly):
         if beta == 0.0:
             return self.policy_loss(model, for_policy)
         rollouts = Rollouts.from_inputs(inputs)
-        judgements = self.panel.judge(inputs, self.mode == "train")
-        judged = JudgedModel(model, rollouts, judgements, self._asked(for_policy, rollouts, judgements, beta))
+        judgements = self.panel.score(inputs, self.mode == "train")
+        judged = RecordedStudent(
+            model, rollouts, judgements, self._forward_plan(for_policy, rollouts, judgements, beta)
+        )
         if rewarded or self.has_side_terms:
             policy = self.policy_loss(judged, for_policy)
         else:
@@ -284,12 +286,12 @@ class OPDTrainer(Assembly):
         if self.has_rewards and not self.has_side_terms:  # with side terms TRL logs it itself
             losses["policy_loss"] = policy
         kl = f"distill/{self.args.divergence}"
-        of_tokens, of_rows = forces(judged.output, judgements, per_token, rollouts.mask, inputs, beta)
+        of_tokens, of_rows = reward_and_teacher(judged.output, judgements, per_token, rollouts.mask, inputs, beta)
         quantities = {name: (values, rollouts.mask) for name, values in {**of_tokens, kl: per_token}.items()}
         # rows that no reward function could score have no objective
         quantities |= {name: (values, ~values.isnan()) for name, values in of_rows.items()}
         quantities |= {f"{kl}/{name}": found for name, found in by_teacher.items()}
-        quantities = looked_at(judged.output, per_token, rollouts.mask, kl) | quantities
+        quantities = divergence_profile(judged.output, per_token, rollouts.mask, kl) | quantities
         if self.has_rewards:
             parts = by_reward(per_token, rollouts.mask, inputs["advantages"])
             quantities |= {f"{kl}/{name}": found for name, found in parts.items()}
@@ -304,15 +306,15 @@ class OPDTrainer(Assembly):
     def _off_policy_loss(self, model: Any, inputs: dict[str, Any], beta: float) -> torch.Tensor:
         """Beta times the divergence on completions of the dataset; rewards, entropy bonus and MoE loss have no part."""
         rollouts = Rollouts.from_inputs(inputs)
-        judgements = self.panel.judge(inputs, training=True) if self.panel is not None else []
+        judgements = self.panel.score(inputs, training=True) if self.panel is not None else []
         estimator = self.off_policy_estimator
-        self._foresee(inputs, rollouts, judgements, beta)
-        judged = JudgedModel(model, rollouts, judgements, Asked(estimator))
+        self._expected_slopes(inputs, rollouts, judgements, beta)
+        judged = RecordedStudent(model, rollouts, judgements, ForwardPlan(estimator))
         with self.accelerator.autocast():
             judged(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask)
         per_token, by_teacher = self._kl_term(estimator, judged.output, judgements, rollouts, inputs)
         loss = beta * self._reduced(per_token, rollouts, inputs)
-        of_tokens, _ = forces(judged.output, judgements, per_token, rollouts.mask, {}, beta)
+        of_tokens, _ = reward_and_teacher(judged.output, judgements, per_token, rollouts.mask, {}, beta)
         kl = f"distill/off_policy/{self.args.off_policy_divergence}"
         quantities = {kl: (per_token, rollouts.mask)} | {f"{kl}/{name}": found for name, found in by_teacher.items()}
         quantities["distill/off_policy/entropy"] = (of_tokens["entropy"], rollouts.mask)
@@ -330,8 +332,8 @@ class OPDTrainer(Assembly):
         kind = "dapo" if self.loss_type == "bnpo" else self.loss_type
         return self.reduce_per_token(per_token, rollouts.mask, inputs, kind)
 
-    def _foresee(
-        self, inputs: dict[str, Any], rollouts: Rollouts, judgements: list[Judgement], beta: float
+    def _expected_slopes(
+        self, inputs: dict[str, Any], rollouts: Rollouts, judgements: list[TeacherScore], beta: float
     ) -> torch.Tensor:
         """
         Note in each judgement what its divergence will weigh in the loss, which is known before the forward pass.
@@ -347,18 +349,20 @@ class OPDTrainer(Assembly):
             judgement.slope = beta * judgement.weight[:, None] * slope
         return slope
 
-    def _asked(self, inputs: dict[str, Any], rollouts: Rollouts, judgements: list[Judgement], beta: float) -> Asked:
+    def _forward_plan(
+        self, inputs: dict[str, Any], rollouts: Rollouts, judgements: list[TeacherScore], beta: float
+    ) -> ForwardPlan:
         """What the student's forward shall do, with as few projections as these rollouts allow."""
-        slope, estimator = self._foresee(inputs, rollouts, judgements, beta), self.estimator
+        slope, estimator = self._expected_slopes(inputs, rollouts, judgements, beta), self.estimator
         # a ratio to log-probabilities that TRL computed needs TRL's own, rounded alike; its side terms need more of it
         known = ("old_per_token_logps", "importance_sampling_ratio", "tool_mask")
         if self.has_side_terms or any(name in inputs for name in known):
-            return Asked(estimator)
+            return ForwardPlan(estimator)
         whole = len(judgements) == 1 and bool((judgements[0].mask == rollouts.mask).all())
         if whole and self.same_vocabulary and estimator.shares_logits(rollouts.mask.device):
             # of fresh rollouts the policy loss is -A log q; where it is not, the backward pass makes up for it
-            return Asked(estimator, "shared", policy_slope=-inputs["advantages"].view(len(slope), -1) * slope)
-        return Asked(estimator, "here", self.args.temperature)
+            return ForwardPlan(estimator, "shared", policy_slope=-inputs["advantages"].view(len(slope), -1) * slope)
+        return ForwardPlan(estimator, "here", self.args.temperature)
 
     def _student_inputs(self, rollouts: Rollouts) -> dict[str, Any]:
         """Arguments of the student's forward where there is no policy loss to call it."""
@@ -374,7 +378,7 @@ class OPDTrainer(Assembly):
         self,
         estimator: Estimator,
         output: DistilledOutput,
-        judgements: list[Judgement],
+        judgements: list[TeacherScore],
         rollouts: Rollouts,
         inputs: dict[str, Any],
     ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -431,21 +435,21 @@ class OPDTrainer(Assembly):
         same = self.same_vocabulary and self.args.kl_temperature in (None, self.args.temperature)
         return "entropy" if same else "distill/entropy"
 
-    def begins(self, checkpoint: str | None) -> None:
+    def on_run_start(self, checkpoint: str | None) -> None:
         self._generations = self._generations_until(checkpoint)
         self.show_to_reports()  # those that were added since
         for teacher, _ in self.panel.members if self.panel is not None and checkpoint else ():
             if isinstance(teacher, MovingAverage):
                 teacher.load(str(checkpoint))
 
-    def ended(self) -> None:
+    def on_run_end(self) -> None:
         release_memory()
 
-    def known_to_all(self, error: Exception) -> bool:
+    def raised_everywhere(self, error: Exception) -> bool:
         of_teacher = isinstance(error, TeacherUnavailable | TeacherAnswerError)
         return (
-            super().known_to_all(error)
-            or (self.panel is not None and self.panel.agreed)
+            super().raised_everywhere(error)
+            or (self.panel is not None and self.panel.failed_everywhere)
             or (of_teacher and self.accelerator.num_processes == 1)
         )
 

@@ -33,7 +33,7 @@ BETA = 0.1  # weight of the teacher beside a reward
 
 
 @dataclass(frozen=True)
-class Turn:
+class StepTime:
     """One optimizer step; seconds."""
 
     update: float
@@ -42,7 +42,7 @@ class Turn:
 
 
 @dataclass
-class Parts:
+class TrainerParts:
     """What a trainer is made of; each contender gets models of its own, since trainers change them in place."""
 
     cell: Cell
@@ -98,7 +98,7 @@ def reward(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
     return [float(ids[0] % 2) for ids in completion_ids]
 
 
-def ours(parts: Parts, **changes: Any) -> Any:
+def ours(parts: TrainerParts, **changes: Any) -> Any:
     args = OPDConfig(**parts.online(), **changes)
     return OPDTrainer(
         model=parts.student(),
@@ -109,21 +109,21 @@ def ours(parts: Parts, **changes: Any) -> Any:
     )
 
 
-def ours_unmeasured(parts: Parts) -> Any:
+def ours_unmeasured(parts: TrainerParts) -> Any:
     """Without the metrics that are there for the log alone; the divergence itself is still logged."""
     trainer = ours(parts)
     loss = trainer.rollout_loss
 
     def without_metrics(*args: Any, **kwargs: Any) -> Any:
-        nothing: Any = patch("trl_distill.training.trainer.looked_at", lambda *_: {})
-        with nothing, patch("trl_distill.estimators.full.where_to_look", lambda _: None):
+        nothing: Any = patch("trl_distill.training.trainer.divergence_profile", lambda *_: {})
+        with nothing, patch("trl_distill.estimators.full.compared_positions", lambda _: None):
             return loss(*args, **kwargs)
 
     trainer.rollout_loss = without_metrics
     return trainer
 
 
-def ours_combined(parts: Parts) -> Any:
+def ours_combined(parts: TrainerParts) -> Any:
     args = OPDConfig(**parts.online(), beta=BETA, num_generations=parts.cell.group)
     return OPDTrainer(
         model=parts.student(),
@@ -135,7 +135,7 @@ def ours_combined(parts: Parts) -> Any:
     )
 
 
-def distillation(parts: Parts) -> Any:
+def distillation(parts: TrainerParts) -> Any:
     args = DistillationConfig(**parts.online())
     return DistillationTrainer(
         model=parts.student(),
@@ -146,7 +146,7 @@ def distillation(parts: Parts) -> Any:
     )
 
 
-def grpo(parts: Parts) -> Any:
+def grpo(parts: TrainerParts) -> Any:
     """GRPO loads its reference model by the name in the student's configuration: the teacher's folder, here."""
     folder = parts.folder / "reference"
     parts.teacher().save_pretrained(folder)
@@ -156,7 +156,7 @@ def grpo(parts: Parts) -> Any:
     return GRPOTrainer(model=student, reward_funcs=reward, args=args, train_dataset=parts.prompts(), **parts.given())
 
 
-def gkd(parts: Parts) -> Any:
+def gkd(parts: TrainerParts) -> Any:
     """GKD counts the tokens of a step before it generates, so its dataset holds the completions that it will write."""
     both = list(zip(parts.rollouts.prompts, parts.rollouts.completions, strict=True))
     rows = {
@@ -180,11 +180,11 @@ class Kind:
 
     label: str
     objective: str
-    build: Callable[[Parts], Any]
+    build: Callable[[TrainerParts], Any]
     is_ours: bool = False
 
 
-KINDS = {
+CONTENDERS = {
     "ours": Kind("`OPDTrainer`", "reverse KL", ours, True),
     "distillation": Kind("`DistillationTrainer`", "reverse KL", distillation),
     "gkd": Kind("`GKDTrainer`", "reverse KL", gkd),
@@ -220,8 +220,8 @@ class Contender:
         parts ([`Parts`]): what it is made of.
     """
 
-    def __init__(self, name: str, parts: Parts):
-        self.kind, self.parts = KINDS[name], parts
+    def __init__(self, name: str, parts: TrainerParts):
+        self.kind, self.parts = CONTENDERS[name], parts
         self.trainer = self.kind.build(parts)
         model = self.trainer.model
         self.student = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -289,14 +289,14 @@ class Contender:
         finally:
             self.park()
 
-    def step(self, seed: int, generating: bool = False) -> Turn:
+    def step(self, seed: int, generating: bool = False) -> StepTime:
         """One optimizer step; rows are shuffled by the seed."""
         self.generated, self._really = 0.0, generating
         set_seed(seed)
         loss = self.trainer.train().training_loss
-        return Turn(self.clock.seconds - self.generated, self.generated, loss)
+        return StepTime(self.clock.seconds - self.generated, self.generated, loss)
 
-    def turn(self, seed: int, generating: bool = False) -> Turn:
+    def turn(self, seed: int, generating: bool = False) -> StepTime:
         """A measured step. On a GPU the optimizer's state is made in a step before it, which is not measured."""
         with self.on_device():
             if self.parts.device.type != "cpu":
@@ -319,7 +319,7 @@ class Contender:
 def memory_of(name: str, cell: Cell, folder: str, device: str, threads: int) -> dict[str, float] | None:
     """Peak of a step above what models and optimizer hold, MiB, and its loss; `None` where memory did not suffice."""
     torch.set_num_threads(threads)
-    parts = Parts(cell, make_rollouts(cell), Path(folder), torch.device(device))
+    parts = TrainerParts(cell, make_rollouts(cell), Path(folder), torch.device(device))
     losses = []
     try:
         contender = Contender(name, parts)

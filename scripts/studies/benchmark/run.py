@@ -38,7 +38,7 @@ from transformers.utils import logging as transformers_logging
 
 from scripts.studies.benchmark import report as report
 from scripts.studies.benchmark.cells import Cell, make_rollouts, preset
-from scripts.studies.benchmark.contenders import KINDS, Contender, Parts, memory_of
+from scripts.studies.benchmark.contenders import CONTENDERS, Contender, TrainerParts, memory_of
 from scripts.studies.benchmark.reference import floor_seconds, reference_losses
 
 
@@ -66,10 +66,10 @@ def measure(
     expected = reference_losses(cell, rollouts, device)
     found: dict[str, Any] = {
         name: {
-            "label": KINDS[name].label,
-            "ours": KINDS[name].is_ours,
-            "objective": KINDS[name].objective,
-            "expected": expected[KINDS[name].objective],
+            "label": CONTENDERS[name].label,
+            "ours": CONTENDERS[name].is_ours,
+            "objective": CONTENDERS[name].objective,
+            "expected": expected[CONTENDERS[name].objective],
             "scale": expected["scale"],
         }
         for name in cell.contenders
@@ -78,7 +78,7 @@ def measure(
     result |= {"tokens_in_all": rollouts.tokens, "completion_tokens": rollouts.completion_tokens}
     with tempfile.TemporaryDirectory() as folder:
         if cell.timed:
-            parts = {name: Parts(cell, rollouts, Path(folder) / str(i), device) for i, name in enumerate(found)}
+            parts = {name: TrainerParts(cell, rollouts, Path(folder) / str(i), device) for i, name in enumerate(found)}
             result["floor_s"] = take_turns(cell, parts, found, options.repeats * cell.turns, advance)
         for name in cell.contenders:
             if pool is None:
@@ -92,7 +92,9 @@ def measure(
     return result
 
 
-def take_turns(cell: Cell, parts: dict[str, Parts], found: dict[str, Any], repeats: int, advance: Any) -> list[float]:
+def take_turns(
+    cell: Cell, parts: dict[str, TrainerParts], found: dict[str, Any], repeats: int, advance: Any
+) -> list[float]:
     """Time the contenders of a cell one after another, `repeats` times; returns the floor's seconds in each round."""
     contenders: dict[str, Contender] = {}
     floor = []

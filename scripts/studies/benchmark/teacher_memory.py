@@ -66,8 +66,8 @@ def run(options: argparse.Namespace, parked: bool) -> dict[str, float]:
         return result
 
     class Measured(OPDTrainer):
-        def rollouts_written(self, rows: list, batch: dict) -> None:
-            peak_of("judging", lambda: OPDTrainer.rollouts_written(self, rows, batch))
+        def on_rollouts(self, rows: list, batch: dict) -> None:
+            peak_of("judging", lambda: OPDTrainer.on_rollouts(self, rows, batch))
 
         def rollout_loss(self, *args: Any) -> Any:
             return peak_of("update", lambda: OPDTrainer.rollout_loss(self, *args))

@@ -16,9 +16,9 @@ from datasets import Dataset
 
 from scripts.studies.reproduce.runs import (
     BATCH,
-    Bench,
     Cost,
-    Place,
+    RunContext,
+    TaskModels,
     distil,
     fine_tune,
     make_order_models,
@@ -35,7 +35,7 @@ from trl_distill.reporting.evaluation import answer_all
 Result = dict[str, Any]
 
 
-Arm = Callable[[Place, int, float], Result]
+Arm = Callable[[RunContext, int, float], Result]
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,20 @@ class Claim:
 
     sentence: str
     arms: dict[str, Arm]
-    prepare: Callable[[Place], None] | None = None
+    prepare: Callable[[RunContext], None] | None = None
 
 
-def _ended(bench: Bench, model: Any, seed: int, cost: Cost, **how: int) -> Result:
+def _ended(bench: TaskModels, model: Any, seed: int, cost: Cost, **how: int) -> Result:
     return {"final": measured(bench, model, seed, **how), "cost": asdict(cost)}
 
 
-def _gap(kind: str, place: Place, seed: int, size: float, then: str | None = None) -> Result:
+def _gap(kind: str, place: RunContext, seed: int, size: float, then: str | None = None) -> Result:
     """
     The same problems, and as many answers generated and trained on, whoever writes them.
 
     `then` is the learning rate of an on-policy half after one of SFT; without it there is none.
     """
-    bench, cost, steps = Bench("one", place), Cost(), round(150 * size)
+    bench, cost, steps = TaskModels("one", place), Cost(), round(150 * size)
     student = bench.student()
     if kind == "on-policy":
         distil(bench, student, steps, seed, cost)
@@ -83,7 +83,7 @@ def _gap(kind: str, place: Place, seed: int, size: float, then: str | None = Non
     return _ended(bench, student, seed, cost)
 
 
-def _saved(place: Place, kind: str, seed: int, size: float) -> Path:
+def _saved(place: RunContext, kind: str, seed: int, size: float) -> Path:
     """Where a model of this claim is kept for the next one."""
     return place.folder / "models" / f"gap-{kind}-{seed}-{size:g}"
 
@@ -91,9 +91,9 @@ def _saved(place: Place, kind: str, seed: int, size: float) -> Path:
 OWN = (4, 12, 20, 28, 36, 43)  # tokens that the student writes itself; what comes before is a right answer's
 
 
-def _mismatch(kind: str, place: Place, seed: int, size: float) -> Result:
+def _mismatch(kind: str, place: RunContext, seed: int, size: float) -> Result:
     """Accuracy where right answers are continued from the middle; the models are those of "gap"."""
-    bench = Bench("one", place)
+    bench = TaskModels("one", place)
     path = Path(bench.student_path) if kind == "before" else _saved(place, kind, seed, size)
     if not path.exists():
         _gap(kind, place, seed, size)
@@ -119,9 +119,9 @@ def _mismatch(kind: str, place: Place, seed: int, size: float) -> Result:
     return {"own": curve}
 
 
-def _divergence(kind: str, student: str, place: Place, seed: int, size: float) -> Result:
+def _divergence(kind: str, student: str, place: RunContext, seed: int, size: float) -> Result:
     """On orders, which have many right answers; 16 answers to each of 100 problems are looked at."""
-    bench, cost, steps = Bench("many", place, student), Cost(), round(300 * size)
+    bench, cost, steps = TaskModels("many", place, student), Cost(), round(300 * size)
     model = bench.student()
     if kind == "SFT":
         rows, texts, tokens = teacher_samples(bench, BATCH * steps, seed)
@@ -132,13 +132,13 @@ def _divergence(kind: str, student: str, place: Place, seed: int, size: float) -
     return _ended(bench, model, seed, cost, prompts=100, generations=16)
 
 
-def _teacher_of_orders(place: Place, seed: int, size: float) -> Result:
-    bench = Bench("many", place)
+def _teacher_of_orders(place: RunContext, seed: int, size: float) -> Result:
+    bench = TaskModels("many", place)
     return _ended(bench, bench.teacher(), seed, Cost(), prompts=100, generations=16)
 
 
-def _reward(changes: dict[str, Any], place: Place, seed: int, size: float) -> Result:
-    bench, cost, steps = Bench("one", place), Cost(), round(150 * size)
+def _reward(changes: dict[str, Any], place: RunContext, seed: int, size: float) -> Result:
+    bench, cost, steps = TaskModels("one", place), Cost(), round(150 * size)
     student, changes = bench.student(), dict(changes)
     rewards = None if changes.pop("teacher_only", False) else [bench.task.verifier]
     if changes.pop("then", False):
@@ -149,15 +149,15 @@ def _reward(changes: dict[str, Any], place: Place, seed: int, size: float) -> Re
     return _ended(bench, student, seed, cost)
 
 
-def _estimator(changes: dict[str, Any], place: Place, seed: int, size: float) -> Result:
-    bench, cost = Bench("one", place), Cost()
+def _estimator(changes: dict[str, Any], place: RunContext, seed: int, size: float) -> Result:
+    bench, cost = TaskModels("one", place), Cost()
     student = bench.student()
     distil(bench, student, round(100 * size), seed, cost, **changes)
     return _ended(bench, student, seed, cost)
 
 
-def _control(kind: str, place: Place, seed: int, size: float) -> Result:
-    bench, cost, steps = Bench("one", place), Cost(), round(60 * size)
+def _control(kind: str, place: RunContext, seed: int, size: float) -> Result:
+    bench, cost, steps = TaskModels("one", place), Cost(), round(60 * size)
     student, changes = bench.student(), {}
     if kind == "random teacher":
         changes["teacher"] = type(student)(bench.load(bench.teacher_path).config)
@@ -170,9 +170,9 @@ def _control(kind: str, place: Place, seed: int, size: float) -> Result:
     return _ended(bench, student, seed, cost)
 
 
-def _collapse(kind: str, place: Place, seed: int, size: float) -> Result:
+def _collapse(kind: str, place: RunContext, seed: int, size: float) -> Result:
     """Each round: 1,000 own answers at temperature 1, then 40 steps of SFT on them."""
-    bench, rounds, count = Bench("many", place), round(6 * size), 1000
+    bench, rounds, count = TaskModels("many", place), round(6 * size), 1000
     model = bench.load(bench.teacher_path)
     found = [measured(bench, model, seed, prompts=100, generations=16)]
     for turn in range(rounds):

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from scripts.studies.reproduce import report as report
 from scripts.studies.reproduce.claims import CLAIMS
-from scripts.studies.reproduce.runs import PRESETS, Place, be_quiet
+from scripts.studies.reproduce.runs import PRESETS, RunContext, be_quiet
 
 
 ROOT = Path(__file__).parents[3]
@@ -51,7 +51,7 @@ def run(claim: str, arm: str, seed: int, folder: Path, size: float, preset: str 
     be_quiet()
     begun = time.perf_counter()
     try:
-        result = CLAIMS[claim].arms[arm](Place(folder, PRESETS[preset]), seed, size)
+        result = CLAIMS[claim].arms[arm](RunContext(folder, PRESETS[preset]), seed, size)
     except Exception as error:  # as plain text: not every error survives the way to the other process
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
     path = path_of(folder, claim, arm, seed)
@@ -70,7 +70,7 @@ def prepare(claim: str, folder: Path, preset: str) -> None:
     be_quiet()
     make = CLAIMS[claim].prepare
     if make is not None:
-        make(Place(folder, PRESETS[preset]))
+        make(RunContext(folder, PRESETS[preset]))
 
 
 def collected(folder: Path, claims: list[str], size: float, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:

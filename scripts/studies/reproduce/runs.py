@@ -28,7 +28,7 @@ from scripts.studies.tasks.make_models import make_model
 from scripts.studies.tasks.seeds import GLANCE_AT, HELD_OUT, HUMAN, TRAIN
 from scripts.studies.tasks.table import SHIPPED, TASKS, Task
 from trl_distill import OPDConfig, OPDTrainer
-from trl_distill.data.sampling import Sampling, prompt_ids, sampled
+from trl_distill.data.sampling import Sampling, prompt_ids, sample_completions
 from trl_distill.models.hidden_states import add_teacher_forward
 from trl_distill.reporting.evaluation import Answer, answer_all, summarise
 
@@ -79,7 +79,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Place:
+class RunContext:
     """Where runs keep what they make, and with what they are made."""
 
     folder: Path
@@ -95,7 +95,7 @@ class Cost:
     curve: list[tuple[int, int, float]] = field(default_factory=list)
 
 
-class Bench:
+class TaskModels:
     """
     A task with its models.
 
@@ -105,7 +105,7 @@ class Bench:
         student (`str`): which one: "student", or one of `SIZES` where students are made.
     """
 
-    def __init__(self, kind: str, place: Place, student: str = "student"):
+    def __init__(self, kind: str, place: RunContext, student: str = "student"):
         self.task: Task = TASKS[place.preset.tasks[kind]]
         self.folder, self.preset = place.folder, place.preset
         made = self.folder / "models"
@@ -140,13 +140,13 @@ def be_quiet() -> None:
     logging.getLogger("trl_distill").setLevel(logging.ERROR)
 
 
-def make_order_models(place: Place, steps: int = 800) -> None:
+def make_order_models(place: RunContext, steps: int = 800) -> None:
     """
     The teacher of the orders learns from right answers, students of several sizes a little from the teacher's.
 
     Made once; what is there is kept.
     """
-    bench = Bench("many", place)
+    bench = TaskModels("many", place)
     if bench.task.teacher is not None:
         return
     if not Path(bench.teacher_path, "config.json").exists():
@@ -156,7 +156,7 @@ def make_order_models(place: Place, steps: int = 800) -> None:
         fine_tune(bench, teacher, rows, list(rows["solution"]), steps, 0, Cost(), rate="many")
         save_whole(teacher, Path(bench.teacher_path), bench.tokenizer)
     for name in ("student", "small", "tiny"):
-        path = Bench("many", place, name).student_path
+        path = TaskModels("many", place, name).student_path
         if not Path(path, "config.json").exists():
             set_seed(1)
             student = small_model(bench, name)
@@ -176,14 +176,14 @@ def save_whole(model: Any, folder: Path, tokenizer: Any = None) -> None:
     part.replace(folder)
 
 
-def small_model(bench: Bench, name: str) -> Any:
+def small_model(bench: TaskModels, name: str) -> Any:
     """Weights of variance 1 / width: from Qwen's initialisation models this narrow take thousands of steps to begin."""
     model = make_model(bench.tokenizer, *SIZES[name])
     model.config.initializer_range = model.config.hidden_size**-0.5
     return type(model)(model.config)
 
 
-def teacher_samples(bench: Bench, size: int, seed: int) -> tuple[Dataset, list[str], int]:
+def teacher_samples(bench: TaskModels, size: int, seed: int) -> tuple[Dataset, list[str], int]:
     """Problems, the teacher's answers, and how many tokens these have; kept on disk for the other runs of the seed."""
     path = bench.folder / "samples" / f"{bench.task.name}-{size}-{seed}.json"
     rows = bench.task.problems(size, TRAIN + seed)
@@ -197,27 +197,31 @@ def teacher_samples(bench: Bench, size: int, seed: int) -> tuple[Dataset, list[s
     return rows, found["texts"], found["tokens"]
 
 
-def write(bench: Bench, model: Any, rows: Dataset, seed: int, batch: int = 250) -> tuple[list[str], int]:
+def write(bench: TaskModels, model: Any, rows: Dataset, seed: int, batch: int = 250) -> tuple[list[str], int]:
     """One answer to each problem at temperature 1, as text, and the tokens of all."""
     texts: list[str] = []
     tokens = 0
     for start in range(0, len(rows), batch):
         part = [rows[i] for i in range(start, min(start + batch, len(rows)))]
         prompts = [prompt_ids(bench.tokenizer, row["prompt"]) for row in part]
-        written = sampled(model, part, prompts, bench.tokenizer.pad_token_id, bench.sampling(1, seed + start))
+        written = sample_completions(
+            model, part, prompts, bench.tokenizer.pad_token_id, bench.sampling(1, seed + start)
+        )
         texts += [bench.tokenizer.decode(one.completion, skip_special_tokens=True) for one in written]
         tokens += sum(len(one.completion) for one in written)
     return texts, tokens
 
 
-def answers(bench: Bench, model: Any, rows: Dataset, generations: int, seed: int, teacher: Any = None) -> list[Answer]:
+def answers(
+    bench: TaskModels, model: Any, rows: Dataset, generations: int, seed: int, teacher: Any = None
+) -> list[Answer]:
     """All answers to some problems, in the form that `summarise` takes."""
     how = bench.sampling(generations, seed)
     found = answer_all(model, list(rows), bench.tokenizer, how, [bench.task.verifier], teacher, batch_size=250)
     return list(itertools.chain.from_iterable(found))
 
 
-def measured(bench: Bench, model: Any, seed: int, prompts: int = 250, generations: int = 4) -> dict[str, float]:
+def measured(bench: TaskModels, model: Any, seed: int, prompts: int = 250, generations: int = 4) -> dict[str, float]:
     """
     The estimates of a model on new problems, without their intervals: those are told by the seeds.
 
@@ -235,10 +239,12 @@ def measured(bench: Bench, model: Any, seed: int, prompts: int = 250, generation
     }
 
 
-class Glance(TrainerCallback):
+class AccuracyProbe(TrainerCallback):
     """Notes the accuracy on a few problems, and what it has cost so far, at the start and several times on the way."""
 
-    def __init__(self, bench: Bench, seed: int, steps: int, cost: Cost, generated: int, per_step: int | None = None):
+    def __init__(
+        self, bench: TaskModels, seed: int, steps: int, cost: Cost, generated: int, per_step: int | None = None
+    ):
         self.bench, self.seed, self.cost = bench, seed, cost
         self.every, self.per_step = max(1, steps // GLANCES), per_step
         self.cost.generated += generated
@@ -265,7 +271,7 @@ class Glance(TrainerCallback):
             self._look(model)
 
 
-def settings(bench: Bench, steps: int, seed: int, rate: str) -> dict[str, Any]:
+def settings(bench: TaskModels, steps: int, seed: int, rate: str) -> dict[str, Any]:
     """What both trainers are given; `rate` is a key of the preset's rates."""
     return {
         **bench.preset.training,
@@ -284,7 +290,7 @@ def settings(bench: Bench, steps: int, seed: int, rate: str) -> dict[str, Any]:
 
 
 def fine_tune(
-    bench: Bench,
+    bench: TaskModels,
     student: Any,
     rows: Dataset,
     texts: list[str],
@@ -302,13 +308,13 @@ def fine_tune(
         args=SFTConfig(**settings(bench, steps, seed, rate)),
         train_dataset=Dataset.from_dict(both),
         processing_class=bench.tokenizer,
-        callbacks=[Glance(bench, seed, steps, cost, generated, per_step=BATCH * tokens // len(texts))],
+        callbacks=[AccuracyProbe(bench, seed, steps, cost, generated, per_step=BATCH * tokens // len(texts))],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
 
 
-def distil(bench: Bench, student: Any, steps: int, seed: int, cost: Cost, **changes: Any) -> Any:
+def distil(bench: TaskModels, student: Any, steps: int, seed: int, cost: Cost, **changes: Any) -> Any:
     """`OPDTrainer` on fresh problems; `changes` are settings, or `teacher` (model or name), `rows`, `rate`."""
     teacher = changes.pop("teacher", bench.teacher_path)
     rows = changes.pop("rows", None)
@@ -325,7 +331,7 @@ def distil(bench: Bench, student: Any, steps: int, seed: int, cost: Cost, **chan
         args=args,
         train_dataset=rows if rows is not None else bench.task.problems(BATCH * steps, TRAIN + seed),
         processing_class=bench.tokenizer,
-        callbacks=[Glance(bench, seed, steps, cost, generated, per_step)],
+        callbacks=[AccuracyProbe(bench, seed, steps, cost, generated, per_step)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()

@@ -9,11 +9,18 @@ import pytest
 import torch
 from helpers import EOS, PAD, make_model
 
-from trl_distill.data.sampling import Sampling, Written, answers_with, given, sampled, undisturbed
+from trl_distill.data.sampling import (
+    SampledCompletion,
+    Sampling,
+    dataset_completion,
+    preserving_state,
+    sample_completions,
+    scorer_of,
+)
 from trl_distill.models.hidden_states import add_teacher_forward
 from trl_distill.objective.divergences import as_one_class, reverse_kl, summands
 from trl_distill.reporting.tokens import collect
-from trl_distill.reporting.tokens.collect import judged, with_rewards
+from trl_distill.reporting.tokens.collect import scored, with_rewards
 
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
@@ -28,9 +35,9 @@ def pair(student, teacher):
     return student, teacher
 
 
-def written(**columns) -> list[Written]:
+def written(**columns) -> list[SampledCompletion]:
     rows = [{"prompt": "a", **{name: values[i] for name, values in columns.items()}} for i in range(len(PROMPTS))]
-    return [Written(row, p, c, c[-1] != EOS) for row, p, c in zip(rows, PROMPTS, COMPLETIONS, strict=True)]
+    return [SampledCompletion(row, p, c, c[-1] != EOS) for row, p, c in zip(rows, PROMPTS, COMPLETIONS, strict=True)]
 
 
 def enumerated(model, prompt, completion):
@@ -44,7 +51,7 @@ def enumerated(model, prompt, completion):
 def test_numbers_are_those_of_whole_logits_row_by_row(pair, tokenizer, monkeypatch, tile, merged):
     monkeypatch.setattr(collect, "LOGITS_TILE", tile)
     student, teacher = pair
-    found = judged(written(), [answers_with(student)], answers_with(teacher), tokenizer, "cpu", merged, 0.7)
+    found = scored(written(), [scorer_of(student)], scorer_of(teacher), tokenizer, "cpu", merged, 0.7)
     for completion, prompt, ids in zip(found, PROMPTS, COMPLETIONS, strict=True):
         q, p = (enumerated(model, prompt, ids) / 0.7 for model in pair)
         log_q, log_p = q.log_softmax(-1), p.log_softmax(-1)
@@ -73,7 +80,7 @@ def test_vocabularies_of_different_size_are_compared_over_what_both_have(student
     teacher = make_model(seed=2, vocab_size=40)
     for model in (student, teacher):
         add_teacher_forward(model.eval())
-    found = judged(written(), [answers_with(student)], answers_with(teacher), tokenizer, "cpu")
+    found = scored(written(), [scorer_of(student)], scorer_of(teacher), tokenizer, "cpu")
     expected = reverse_kl(*(enumerated(model, PROMPTS[0], COMPLETIONS[0]) for model in (student, teacher)))
     torch.testing.assert_close(torch.tensor(found[0].views[0].kl), expected, rtol=1e-4, atol=1e-5)
 
@@ -82,7 +89,7 @@ def test_vocabularies_of_different_size_are_compared_over_what_both_have(student
 def test_the_teacher_reads_its_own_prompt(pair, tokenizer):
     student, teacher = pair
     rows = written(teacher_prompt=["b c", None, "d"])
-    found = judged(rows, [answers_with(student)], answers_with(teacher), tokenizer, "cpu")
+    found = scored(rows, [scorer_of(student)], scorer_of(teacher), tokenizer, "cpu")
     for index, prompt in ((0, tokenizer("b c")["input_ids"]), (1, PROMPTS[1]), (2, tokenizer("d")["input_ids"])):
         q = enumerated(student, PROMPTS[index], COMPLETIONS[index])
         p = enumerated(teacher, prompt, COMPLETIONS[index])
@@ -92,14 +99,14 @@ def test_the_teacher_reads_its_own_prompt(pair, tokenizer):
 @torch.no_grad()
 def test_two_students_on_the_same_completions(pair, tokenizer):
     student, teacher = pair
-    found = judged(written(), [answers_with(student), answers_with(teacher)], answers_with(teacher), tokenizer, "cpu")
+    found = scored(written(), [scorer_of(student), scorer_of(teacher)], scorer_of(teacher), tokenizer, "cpu")
     assert all(max(completion.views[1].kl) < 1e-6 < min(completion.views[0].kl) for completion in found)
 
 
 def test_sampling_ends_at_stops_and_repeats_with_its_seed(student):
     how = Sampling(limit=12, stops=(EOS, 5, 6, 7), generations=3, seed=4)
     rows = [{"prompt": str(i)} for i in range(3)]
-    first, again = (sampled(student, rows, PROMPTS, PAD, how) for _ in range(2))
+    first, again = (sample_completions(student, rows, PROMPTS, PAD, how) for _ in range(2))
     assert first == again
     assert [row.row["prompt"] for row in first] == ["0"] * 3 + ["1"] * 3 + ["2"] * 3
     assert len({tuple(row.completion) for row in first}) > 3
@@ -111,11 +118,11 @@ def test_sampling_ends_at_stops_and_repeats_with_its_seed(student):
 
 def test_sampling_ignores_the_checkpoints_own_generation_settings(student):
     how, rows = Sampling(limit=12, stops=(EOS,), seed=4), [{}] * 3
-    plain = sampled(student, rows, PROMPTS, PAD, how)
+    plain = sample_completions(student, rows, PROMPTS, PAD, how)
     settings = {"top_k": 1, "top_p": 0.1, "temperature": 0.1, "repetition_penalty": 3.0, "min_p": 0.9}
     for name, value in {**settings, "do_sample": True}.items():
         setattr(student.generation_config, name, value)
-    assert sampled(student, rows, PROMPTS, PAD, how) == plain
+    assert sample_completions(student, rows, PROMPTS, PAD, how) == plain
 
 
 def test_nothing_is_left_changed(student):
@@ -133,8 +140,8 @@ def test_nothing_is_left_changed(student):
         seed(3)
 
     def fails():
-        with undisturbed(student):
-            sampled(student, [{}] * 3, PROMPTS, PAD, Sampling(limit=4, stops=(EOS,)))
+        with preserving_state(student):
+            sample_completions(student, [{}] * 3, PROMPTS, PAD, Sampling(limit=4, stops=(EOS,)))
             assert not any(module.training for module in student.modules())
             raise RuntimeError("on purpose")
 
@@ -145,18 +152,18 @@ def test_nothing_is_left_changed(student):
 
 def test_completions_of_the_dataset(tokenizer):
     how = Sampling(limit=3, stops=(EOS,))
-    found = given({"prompt": "a b", "completion": "c d"}, tokenizer, how)
+    found = dataset_completion({"prompt": "a b", "completion": "c d"}, tokenizer, how)
     assert (found.completion, found.truncated) == ([*tokenizer("c d")["input_ids"], EOS], False)
-    assert given({"prompt": "a", "completion": "c d e f"}, tokenizer, how).truncated
+    assert dataset_completion({"prompt": "a", "completion": "c d e f"}, tokenizer, how).truncated
     with pytest.raises(ValueError, match="--completions sample"):
-        given({"prompt": "a", "completion": ""}, tokenizer, how)
+        dataset_completion({"prompt": "a", "completion": ""}, tokenizer, how)
 
 
 @torch.no_grad()
 def test_rewards_are_asked_as_trl_asks(pair, tokenizer):
     student, teacher = pair
     rows = written(answer=["b", "e", "i"])
-    found = judged(rows, [answers_with(student)], answers_with(teacher), tokenizer, "cpu")
+    found = scored(rows, [scorer_of(student)], scorer_of(teacher), tokenizer, "cpu")
 
     def right(prompts, completions, completion_ids, answer, **_):
         assert (len(prompts), completion_ids) == (3, COMPLETIONS)
@@ -165,12 +172,12 @@ def test_rewards_are_asked_as_trl_asks(pair, tokenizer):
     def sometimes(completions, **_):
         return [None, 2, None]
 
-    scored = with_rewards(found, rows, [right, sometimes], tokenizer)
-    assert [row.rewards for row in scored] == [
+    rewarded = with_rewards(found, rows, [right, sometimes], tokenizer)
+    assert [row.rewards for row in rewarded] == [
         {"right": 1.0, "sometimes": None},
         {"right": 1.0, "sometimes": 2.0},
         {"right": 1.0, "sometimes": None},
     ]
-    assert [row.reward for row in scored] == [1.0, 3.0, 1.0]
+    assert [row.reward for row in rewarded] == [1.0, 3.0, 1.0]
     with pytest.raises(ValueError, match=r"returned \[1.0\] for 3 completions"):
         with_rewards(found, rows, [lambda **_: [1.0]], tokenizer)

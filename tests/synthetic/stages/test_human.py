@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trl_distill.synthetic.records import Found
+from trl_distill.synthetic.records import InputRow
 from trl_distill.synthetic.stages.human import human_needed, mixed, read_human
 
 
@@ -28,7 +28,7 @@ USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "conte
     ],
 )
 def test_shapes(row, text, expected):
-    assert read_human(Found("row 1", row), text) == expected
+    assert read_human(InputRow("row 1", row), text) == expected
 
 
 def test_needed():

@@ -16,11 +16,11 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from ...data.rewards import RewardFunction
-from ...data.sampling import Sampling, Written, answers_with, sampled, undisturbed
+from ...data.sampling import SampledCompletion, Sampling, preserving_state, sample_completions, scorer_of
 from ...signals import HiddenStates
 from ...teachers.base import is_sharded
 from ..wandb_run import log_to_wandb
-from .collect import judged, labels_of, with_rewards
+from .collect import labels_of, scored, with_rewards
 from .page import page
 from .table import Completion, TokenTable
 
@@ -168,16 +168,16 @@ class TokenReport(TrainerCallback):
         )
         teacher, device = trainer.panel.teachers[self._name], trainer.accelerator.device
         completions: list[Completion] = []
-        written: list[Written] = []
+        written: list[SampledCompletion] = []
         prompts = trainer.token_ids_of([row["prompt"] for row in self._rows])
-        with undisturbed(trainer.model), trainer.accelerator.autocast():
+        with preserving_state(trainer.model), trainer.accelerator.autocast():
             size = max(1, self.batch_size // self.num_generations)
             for start in range(0, len(self._rows), size):
                 part = slice(start, start + size)
-                batch = sampled(trainer.model, self._rows[part], prompts[part], tokenizer.pad_token_id, how)
-                student = answers_with(trainer.model, as_in_training=True)
+                batch = sample_completions(trainer.model, self._rows[part], prompts[part], tokenizer.pad_token_id, how)
+                student = scorer_of(trainer.model, as_in_training=True)
                 how_judged = (tokenizer, device, merged, temperature, self._ids_of)
-                completions += judged(batch, [student], teacher.score, *how_judged)
+                completions += scored(batch, [student], teacher.score, *how_judged)
                 written += batch
             completions = with_rewards(completions, written, self.reward_funcs, tokenizer)
         return TokenTable(

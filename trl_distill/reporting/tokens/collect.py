@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...data.rewards import RewardFunction, scores
-from ...data.sampling import Signals, Written, prompt_ids, rollouts_of
+from ...data.sampling import SampledCompletion, Signals, prompt_ids, rollouts_of
 from ...objective.divergences import as_one_class, summands
 from ...signals import HiddenStates
 from .table import TOP, Completion, Opinion, View
@@ -74,8 +74,8 @@ def _log_probs(signal: HiddenStates, part: slice, shared: int, temperature: floa
 
 
 @torch.no_grad()
-def judged(
-    written: Sequence[Written],
+def scored(
+    written: Sequence[SampledCompletion],
     students: Sequence[Signals],
     teacher: Signals,
     tokenizer: PreTrainedTokenizerBase,
@@ -137,7 +137,7 @@ def readable(prompt: Any) -> str:
 
 def with_rewards(
     completions: Sequence[Completion],
-    written: Sequence[Written],
+    written: Sequence[SampledCompletion],
     functions: Sequence[RewardFunction],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Completion]:

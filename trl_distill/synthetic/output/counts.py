@@ -28,7 +28,7 @@ class Stage:
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
-    def judge(self, reason: str | None) -> bool:
+    def count(self, reason: str | None) -> bool:
         """Count one that came in; whether it goes on, which it does without a reason against it."""
         self.seen += 1
         if reason is None:

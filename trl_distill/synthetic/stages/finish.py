@@ -25,7 +25,7 @@ from .ingest import Prompts, read_rows
 from .select import filter_fault, pair_of, pair_row, selection_faults
 
 
-class Finish:
+class DatasetBuilder:
     """
     Makes the dataset of what is finished in a work folder.
 
@@ -118,21 +118,21 @@ class Finish:
         for number in range(len(self.prompts)):
             for candidates in self._answered(number):
                 for row in self._selected(candidates):
-                    if self.unique.judge(duplicates.fault(*text_of(row))):
+                    if self.unique.count(duplicates.fault(*text_of(row))):
                         yield row
             self.advance()
 
     def _selected(self, candidates: list[Candidate]) -> Iterator[dict[str, Any]]:
         """Rows made of one prompt's completions."""
         config = self.config
-        passed = [c for c in candidates if self.filtered.judge(filter_fault(c, config))]
+        passed = [c for c in candidates if self.filtered.count(filter_fault(c, config))]
         if config.pairs:
             pair = pair_of(passed, config)
-            if self.paired.judge(pair if isinstance(pair, str) else None) and not isinstance(pair, str):
+            if self.paired.count(pair if isinstance(pair, str) else None) and not isinstance(pair, str):
                 yield pair_row(*pair)
             return
         for candidate, fault in zip(passed, selection_faults(passed, config), strict=True):
-            if self.selected.judge(fault):
+            if self.selected.count(fault):
                 yield candidate.as_row(self.scores is not None)
 
     def _answered(self, number: int) -> Iterator[list[Candidate]]:
@@ -147,13 +147,13 @@ class Finish:
                 row, score = rows[answer["id"]], next(scores) if scores else {"scores": None}
                 where = f"prompt {row['id']}, teacher {teacher}"
                 refusal: dict[str, str] | None = answer.get("refusal")
-                if not self.asked.judge(refusal["kind"] if refusal else None):
+                if not self.asked.count(refusal["kind"] if refusal else None):
                     self._skip("ask the teachers", where, refusal or {})
                     continue
                 values = score["scores"] or [None] * len(answer["completions"])
                 for completion, value in zip(answer["completions"], values, strict=True):
                     unscored = value if isinstance(value, dict) else None
-                    if not self.written.judge(unscored["kind"] if unscored else None):
+                    if not self.written.count(unscored["kind"] if unscored else None):
                         self._skip("verify", where, unscored or {})
                         continue
                     made = (completion["text"], completion["stop_reason"], teacher, value, _columns(row))
@@ -169,7 +169,7 @@ class Finish:
                 self._skip("read human data", found.where, {"detail": fault})
             elif isinstance(row, dict):
                 fault = duplicates.fault(*text_of(row))
-            if self.human.judge(fault) and isinstance(row, dict):
+            if self.human.count(fault) and isinstance(row, dict):
                 yield {**row, "teacher": HUMAN}
 
     def _skip(self, stage: str, where: str, refusal: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from ..records import Found
+from ..records import InputRow
 from ..text import Text, content, fault_of, flat
 from .ingest import read_rows
 
@@ -18,7 +18,7 @@ from .ingest import read_rows
 HUMAN = "human"  # what the column `teacher` says
 
 
-def read_human(found: Found, text: bool) -> dict[str, Any] | str:
+def read_human(found: InputRow, text: bool) -> dict[str, Any] | str:
     """
     A row with `prompt` and `completion`, or why there is none.
 

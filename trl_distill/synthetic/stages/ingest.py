@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetGenerationError
 from ...data.datasets import load_splits, take_split
 from ..output.counts import Skip, Stage
 from ..output.parquet import BATCH, Columns, groups
-from ..records import Found
+from ..records import InputRow
 from ..text import fault_of, flat, normal
 from ..work_folder import WorkFolder, digest, dump, read_json, read_lines, write_json, write_lines
 from .dedup import Seen
@@ -26,7 +26,7 @@ from .dedup import Seen
 RESERVED = ("completion", "teacher", "score", "chosen", "rejected", "messages")  # not taken over from the input
 
 
-def read_rows(name: str, config: str | None = None, split: str = "train") -> Iterator[Found]:
+def read_rows(name: str, config: str | None = None, split: str = "train") -> Iterator[InputRow]:
     """
     The rows of a dataset, one at a time.
 
@@ -44,12 +44,12 @@ def read_rows(name: str, config: str | None = None, split: str = "train") -> Ite
         rows = rows.to_iterable_dataset()  # one that `save_to_disk` wrote; it stays on disk
     try:
         for number, row in enumerate(rows, start=1):
-            yield Found(f"row {number}", row)
+            yield InputRow(f"row {number}", row)
     except DatasetGenerationError as error:
         raise ValueError(f"The dataset {name!r} could not be read: {error.__cause__ or error}.") from None
 
 
-def _read_json_lines(path: Path) -> Iterator[Found]:
+def _read_json_lines(path: Path) -> Iterator[InputRow]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"line {number}"
@@ -57,15 +57,15 @@ def _read_json_lines(path: Path) -> Iterator[Found]:
                 row = json.loads(line.decode("utf-8-sig"))
                 json.dumps(row, ensure_ascii=False).encode()  # halves of surrogate pairs pass the reader, but no file
             except UnicodeError:
-                yield Found(where, None, "not UTF-8 text")
+                yield InputRow(where, None, "not UTF-8 text")
                 continue
             except (ValueError, RecursionError):
-                yield Found(where, None, "broken JSON" if line.strip() else "empty line")
+                yield InputRow(where, None, "broken JSON" if line.strip() else "empty line")
                 continue
-            yield Found(where, row) if isinstance(row, dict) else Found(where, None, "no JSON object")
+            yield InputRow(where, row) if isinstance(row, dict) else InputRow(where, None, "no JSON object")
 
 
-def read_prompt(found: Found) -> tuple[Any, dict[str, Any], str | None]:
+def read_prompt(found: InputRow) -> tuple[Any, dict[str, Any], str | None]:
     """A row's prompt, its other columns, and why it cannot be used (or `None`)."""
     if found.row is None:
         return None, {}, found.fault
@@ -90,7 +90,7 @@ class Ingest:
     def __init__(self, work: WorkFolder, chunk_size: int, routed: Collection[str] | None = None):
         self.work, self.chunk_size, self.routed = work, chunk_size, routed
 
-    def run(self, rows: Iterator[Found], limit: int | None = None) -> None:
+    def run(self, rows: Iterator[InputRow], limit: int | None = None) -> None:
         """
         Read, unless it was done before.
 
@@ -119,12 +119,12 @@ class Ingest:
             counts = {"stages": stages, "chunks": chunks, "columns": columns, "text": self.text}
             write_json(folder / "counts.json", counts)
 
-    def _prompts(self, rows: Iterator[Found], limit: int | None) -> Iterator[dict[str, Any]]:
+    def _prompts(self, rows: Iterator[InputRow], limit: int | None) -> Iterator[dict[str, Any]]:
         for group in groups(self._judged(rows, limit), BATCH):
             self.columns.add([{"prompt": row["prompt"], **row["columns"]} for row in group])
             yield from group
 
-    def _judged(self, rows: Iterator[Found], limit: int | None) -> Iterator[dict[str, Any]]:
+    def _judged(self, rows: Iterator[InputRow], limit: int | None) -> Iterator[dict[str, Any]]:
         for found in rows:
             if limit is not None and self.unique.kept >= limit:
                 return
@@ -134,11 +134,11 @@ class Ingest:
                 fault = None if columns["teacher"] in self.routed else "column `teacher` names none of the teachers"
             if fault is None and self.text not in (None, isinstance(prompt, str)):
                 fault = f"prompt is {'text' if isinstance(prompt, str) else 'messages'}, unlike those before"
-            if not self.read.judge(fault):
+            if not self.read.count(fault):
                 self._skip(found, str(fault))
                 continue
             self.text = isinstance(prompt, str)
-            if self.unique.judge(None if self.seen.add(_key(prompt)) else "equal to an earlier prompt"):
+            if self.unique.count(None if self.seen.add(_key(prompt)) else "equal to an earlier prompt"):
                 row = {"id": self.unique.kept - 1, "prompt": prompt, "columns": columns}
                 try:
                     dump(row)
@@ -149,7 +149,7 @@ class Ingest:
                     ) from None
                 yield row
 
-    def _skip(self, found: Found, fault: str) -> None:
+    def _skip(self, found: InputRow, fault: str) -> None:
         self.skips.write(dump(Skip("read", found.where, fault).as_dict()) + "\n")
         if len(self.examples) < 3:
             columns = f" (columns: {', '.join(found.row)})" if found.row is not None else ""

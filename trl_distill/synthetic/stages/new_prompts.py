@@ -93,7 +93,7 @@ class NewPrompts:
                     fault = "more than asked for"
                 if fault is None:
                     fault = index.fault(text, "")
-                if not self.stage.judge(fault):
+                if not self.stage.count(fault):
                     if "refusal" in answer:
                         why = answer["refusal"]["detail"]
                         self.skips.write(dump(Skip("new prompts", f"round {number}", why).as_dict()) + "\n")
