@@ -26,7 +26,9 @@ class ChatServer:
         refuse (`Callable[[str], int | None]`): the status with which a prompt is refused.
         finish_reason (`str`): of all completions.
         at_most (`int`): completions in one answer, whatever is asked for.
-        key (`str`): what requests must carry, if not empty.
+        key (`str`): what requests must carry, if not empty; a refusal repeats what they carry.
+        headers (`dict[str, str]`): of the last request.
+        retry_after (`str`): sent with each refusal, if not empty.
     """
 
     def __init__(self, answer: Callable[[str, int], str]):
@@ -34,6 +36,8 @@ class ChatServer:
         self.asked: list[dict[str, Any]] = []
         self.refuse: Callable[[str], int | None] = lambda text: None
         self.finish_reason, self.at_most, self.key = "stop", 100, ""
+        self.headers: dict[str, str] = {}
+        self.retry_after = ""
         handler = type("Handler", (_Handler,), {"server_of": self})
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._http.daemon_threads = True
@@ -73,13 +77,17 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server_of
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         status, content = 404, {"error": {"message": "no such path"}}
-        if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
-            status, content = 401, {"error": {"message": "wrong key"}}
+        server.headers = dict(self.headers)
+        carried = self.headers.get("Authorization")
+        if server.key and carried != f"Bearer {server.key}":
+            status, content = 401, {"error": {"message": f"wrong key {carried}"}}
         elif self.path in ("/v1/chat/completions", "/v1/completions"):
             status, content = server.respond(self.path, body)
         data = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        if status != 200 and server.retry_after:
+            self.send_header("Retry-After", server.retry_after)
         self.end_headers()
         self.wfile.write(data)
 

@@ -1,8 +1,41 @@
-"""Requests to a server, with retries: shared by the served teacher and the endpoints of the data engine."""
+"""One HTTP client with retries, for the served teacher and for the endpoints of the data engine.
+
+It sends a request to one of several servers that serve the same, again and with growing pauses while the fault may
+pass, and several requests at once until one fails. What an answer means is left to the caller, who also says what its
+users call the settings. Passwords and keys stand in no message; headers are never printed.
+"""
 
 from __future__ import annotations
 
+import email.utils
+import itertools
 import json
+import logging
+import math
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx2 as httpx
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_attempt,
+    stop_when_event_set,
+)
+
+
+logger = logging.getLogger(__name__)
+
+
+T = TypeVar("T")
 
 
 LONGEST_PAUSE = 30.0  # seconds between two attempts, whatever the server asks for
@@ -11,12 +44,291 @@ LONGEST_PAUSE = 30.0  # seconds between two attempts, whatever the server asks f
 LONGEST_CONNECT = 5.0  # seconds
 
 
+FAILED_RECENTLY_SECONDS = 30.0  # seconds during which a URL that failed comes after the others
+
+
+PASSING = (408, 409, 425, 429)  # statuses that another attempt may mend, beside 5xx
+
+
 class PassingError(Exception):
     """A failure that another attempt may mend; `retry_after` is what the server asks to wait, in seconds."""
 
     def __init__(self, message: str, retry_after: float = 0.0):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class NoAnswerError(Exception):
+    """No answer after all attempts. The message names the addresses, what was tried, and the settings to change."""
+
+
+class StatusError(Exception):
+    """The server refuses the request, and would refuse it again; `status` is its HTTP status."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    How requests are sent, and what to say where they fail.
+
+    Attributes:
+        timeout (`float`): seconds without a byte from the server after which a request has failed.
+        retries (`int`): further attempts after a failed one.
+        backoff (`float`): seconds of the first pause, about; doubled from each to the next, at most 30.
+        concurrency (`int`): requests under way at once.
+        who (`str`): what the servers are to the user, such as "the teacher".
+        names (`dict[str, str]`): what the user calls "timeout", "retries" and "concurrency".
+        key_advice (`str`): where to put a key, said where the server wants another one.
+        last_words (`str`): the end of the message where no answer comes.
+    """
+
+    timeout: float
+    retries: int
+    backoff: float
+    concurrency: int
+    who: str
+    names: dict[str, str]
+    key_advice: str
+    last_words: str = ""
+
+    def advice(self) -> str:
+        """Which settings to change where no answer comes."""
+        names = self.names
+        return (
+            "See whether the server still runs there and what its log says; a busy one needs a longer "
+            f"{names['timeout']} (now {self.timeout:g} s), a smaller {names['concurrency']} (now {self.concurrency}) "
+            f"or more {names['retries']} (now {self.retries}). {self.last_words}"
+        ).rstrip()
+
+
+@dataclass(frozen=True)
+class ServerURL:
+    """
+    A URL taken apart.
+
+    Attributes:
+        base (`str`): without a login, and without a slash at the end.
+        login (`tuple[str, str]`, *optional*): user and password that stood in it.
+    """
+
+    base: str
+    login: tuple[str, str] | None = None
+
+    def __repr__(self) -> str:
+        return f"ServerURL({self.base!r})"
+
+
+class HTTPClient:
+    """
+    Connections to servers that serve the same.
+
+    Args:
+        settings ([`Settings`]): time-outs, attempts, and names for messages.
+        servers (`list[ServerURL]`): all that will be asked, for their logins. One in a URL counts before `api_key`.
+        api_key (`str`, *optional*): sent as a bearer token. White space at its ends is taken off.
+
+    Raises:
+        ValueError: the key cannot be sent in a header.
+    """
+
+    def __init__(self, settings: Settings, servers: Sequence[ServerURL], api_key: str | None = None):
+        self.settings = settings
+        key = clean_key(api_key, settings.key_advice)
+        self._logins = {server.base: httpx.BasicAuth(*server.login) for server in servers if server.login}
+        passwords = [server.login[1] for server in servers if server.login]
+        self._secrets = [secret for secret in (key, *passwords) if secret]
+        self._failed: dict[str, float] = {}  # URL: when it failed last, by time.monotonic()
+        self._client = httpx.Client(
+            timeout=httpx.Timeout(settings.timeout, connect=min(settings.timeout, LONGEST_CONNECT)),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency),
+            headers={"Authorization": f"Bearer {key}"} if key else None,
+        )
+
+    def ask(
+        self,
+        urls: Sequence[str],
+        path: str,
+        body: dict[str, Any] | None,
+        read: Callable[[str, bytes], T],
+        halt: threading.Event | None = None,
+    ) -> T:
+        """
+        Put one question to one server after the other until an answer comes.
+
+        Without a pause until all of them were asked once; then pauses grow, and are as long as the server's
+        `Retry-After` asks for, up to 30 seconds.
+
+        Args:
+            urls (`list[str]`): bases of the servers. Those that failed lately are asked last.
+            path (`str`): appended to a base.
+            body (`dict`, *optional*): posted as JSON; without one the request is a GET.
+            read (`Callable[[str, bytes], T]`): what becomes of an answer, given its URL and content. It may raise
+                [`PassingError`] for one that another attempt may mend.
+            halt (`threading.Event`, *optional*): ends pauses and further attempts when it is set.
+
+        Raises:
+            NoAnswerError: all attempts failed.
+            StatusError: the server refuses the request.
+        """
+        start, halt = time.monotonic(), halt or threading.Event()
+        urls = self.in_turn(urls)
+        turn, settings = itertools.cycle(urls), self.settings
+
+        def attempt() -> T:
+            url = next(turn)
+            if halt.is_set():
+                raise PassingError(f"{url}: given up, because another request failed")
+            try:
+                content = self._send(url, path, body)
+            except PassingError:
+                self._failed[url] = time.monotonic()
+                raise
+            self._failed.pop(url, None)
+            return read(url + path, content)
+
+        def say(state: RetryCallState) -> None:
+            error = state.outcome and state.outcome.exception()
+            logger.warning(f"{error}. Attempt {state.attempt_number + 1} of {settings.retries + 1} follows.")
+
+        attempts = Retrying(
+            stop=stop_after_attempt(settings.retries + 1) | stop_when_event_set(halt),
+            retry=retry_if_exception_type(PassingError),
+            wait=lambda state: self._pause(state, len(urls)),
+            sleep=sleep_using_event(halt),
+            before_sleep=say,
+            reraise=True,
+        )
+        try:
+            return attempts(attempt)
+        except PassingError as error:
+            raise NoAnswerError(
+                f"No answer from {settings.who} at {', '.join(urls)}, tried {attempts.statistics['attempt_number']} "
+                f"times in {time.monotonic() - start:.1f} s. The last error: {error}. {settings.advice()}"
+            ) from error
+
+    def all(self, calls: Sequence[Callable[[threading.Event], T]]) -> list[T]:
+        """
+        The results of all calls, made in threads, in their order.
+
+        Each call is given an event and passes it to [`ask`]. The first error sets it, which ends the pauses of the
+        others and lets no further call begin, and is raised without waiting for requests under way.
+        """
+        halt, errors = threading.Event(), list[BaseException]()
+
+        def guarded(call: Callable[[threading.Event], T]) -> T:
+            try:
+                return call(halt)
+            except BaseException as error:
+                errors.append(error)  # before the event is set: later errors may follow from it
+                halt.set()
+                raise
+
+        pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="requests")
+        try:
+            futures = [pool.submit(guarded, call) for call in calls]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            if errors:
+                raise errors[0]
+            return [future.result() for future in futures]
+        finally:
+            halt.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def in_turn(self, urls: Sequence[str]) -> list[str]:
+        """The URLs in their order, those that failed lately last."""
+        now = time.monotonic()
+        return sorted(urls, key=lambda url: now - self._failed.get(url, -math.inf) < FAILED_RECENTLY_SECONDS)
+
+    def close(self) -> None:
+        """Close the connections. Nothing can be asked afterwards."""
+        self._client.close()
+
+    def _pause(self, state: RetryCallState, servers: int) -> float:
+        """Seconds before the next attempt."""
+        if state.attempt_number < servers:
+            return 0.0  # another server has not been asked yet
+        longest = self.settings.backoff * 2.0 ** min(state.attempt_number - servers, 99)
+        error: Any = state.outcome and state.outcome.exception()
+        return min(max(longest * random.uniform(0.5, 1.0), error.retry_after), LONGEST_PAUSE)
+
+    def _send(self, base: str, path: str, body: dict[str, Any] | None) -> bytes:
+        url, auth = base + path, self._logins.get(base, httpx.USE_CLIENT_DEFAULT)
+        try:
+            response = self._client.request("GET" if body is None else "POST", url, json=body, auth=auth)
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            raise PassingError(self._hidden(f"{url}: {type(error).__name__} {error}".rstrip())) from error
+        status = response.status_code
+        if status == 200:
+            return response.content
+        refusal = self._hidden(f"{url} answered HTTP {status}: {server_message(response.content)}").rstrip(".")
+        if status in PASSING or status >= 500:
+            raise PassingError(refusal, retry_after(response.headers.get("Retry-After")))
+        if status in (401, 403):
+            refusal = f"{refusal}. {self.settings.key_advice}"
+        elif 300 <= status < 400:
+            refusal = f"{refusal}. Redirects are not followed: name the server's final URL"
+        raise StatusError(f"{refusal.rstrip('.')}.", status)
+
+    def _hidden(self, text: str) -> str:
+        """A text without secrets: some servers repeat the key that they refuse."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+def read_url(url: str, setting: str) -> ServerURL:
+    """
+    Check a URL and take the login out of it.
+
+    Args:
+        url (`str`): such as "http://localhost:8000/v1" or "https://user:password@host".
+        setting (`str`): what the user calls it, for messages.
+
+    Raises:
+        ValueError: it is no full http URL, or has a query or a fragment, to which no path can be appended.
+    """
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:  # its message may quote a password
+        raise ValueError(
+            f"{setting} holds a URL that cannot be read. Write it as 'http://localhost:8000', and the signs #, / and @ "
+            "of a password as %23, %2F and %40."
+        ) from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError(f"{setting} holds {without_login(url)!r}; write it in full, such as 'http://localhost:8000'.")
+    if parsed.query or parsed.fragment or "?" in url:
+        raise ValueError(
+            f"{setting} holds a URL of {parsed.host} with something after `?` or `#`, but paths such as "
+            "`/chat/completions` are appended to it. Leave that out; a key has a setting of its own."
+        )
+    login = (parsed.username, parsed.password) if parsed.userinfo else None
+    return ServerURL(str(parsed.copy_with(userinfo=b"")).rstrip("/"), login)
+
+
+def without_login(text: str) -> str:
+    """A text in which users and passwords of URLs are replaced by asterisks."""
+    return re.sub(r"([a-z]+://)[^/?#\s]*@", r"\1***@", text)
+
+
+def clean_key(key: str | None, advice: str) -> str | None:
+    """
+    A key as it is sent: without white space at its ends, which often comes with a file or a paste; `None` for none.
+
+    Raises:
+        ValueError: it holds something that cannot stand in a header. The key itself is not shown.
+    """
+    key = (key or "").strip()
+    bad = next((place for place, sign in enumerate(key) if not 33 <= ord(sign) <= 126), None)
+    if bad is not None:
+        raise ValueError(
+            f"The API key holds U+{ord(key[bad]):04X} as character {bad + 1} of {len(key)}; a header takes only "
+            f"printable ASCII without spaces. Copy the key again. {advice}"
+        )
+    return key or None
 
 
 def server_message(content: bytes) -> str:
@@ -28,8 +340,12 @@ def server_message(content: bytes) -> str:
 
 
 def retry_after(header: str | None) -> float:
-    """A `Retry-After` header in seconds; 0 for none, and for a date."""
+    """A `Retry-After` header, a number or a date, as seconds from now; 0 for none, and for anything else."""
     try:
-        return float(header or 0)
+        seconds = float(header or 0)
     except ValueError:
-        return 0.0
+        try:
+            seconds = email.utils.parsedate_to_datetime(header or "").timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return seconds if math.isfinite(seconds) and seconds > 0 else 0.0

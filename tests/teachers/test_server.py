@@ -18,10 +18,10 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from teacher_server import TeacherServer
 
+from trl_distill import http_client
 from trl_distill.errors import TeacherAnswerError, TeacherUnavailable
 from trl_distill.rollouts import Rollouts
 from trl_distill.signals import TokenLogProbs
-from trl_distill.teachers import server as served
 from trl_distill.teachers.server import ServedTeacher
 from trl_distill.teachers.server_answers import Row, read_answer
 
@@ -146,8 +146,8 @@ def test_a_dead_server_is_made_up_for_and_then_avoided(model, server, ask, rollo
     for _ in range(3):
         assert_same(teacher.score(rollouts), expected(model, rollouts, 0))
     assert time.monotonic() - start < 5  # no pause while there is another server to ask
-    assert list(teacher._failed) == [closed_url + "/v1"]
-    assert all(teacher._order()[0] == server.url + "/v1" for _ in range(4))
+    assert list(teacher._client._failed) == [closed_url + "/v1"]
+    assert all(teacher._client.in_turn(teacher._next_urls())[0] == server.url + "/v1" for _ in range(4))
 
 
 # Faults that pass
@@ -170,7 +170,7 @@ def test_a_passing_fault_changes_nothing(model, server, ask, rollouts, fault, va
     ("after", "longest", "least", "most"), [(0.4, 30, 0.4, 2), (3600, 0.2, 0.2, 2), ("soon", 9, 0, 2)]
 )
 def test_retry_after_is_respected_up_to_a_limit(server, ask, rollouts, monkeypatch, after, longest, least, most):
-    monkeypatch.setattr(served, "LONGEST_PAUSE", longest)
+    monkeypatch.setattr(http_client, "LONGEST_PAUSE", longest)
     server.fail("status", 1, (429, after))
     start = time.monotonic()
     ask(server.url).score(rollouts)

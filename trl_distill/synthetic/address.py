@@ -1,12 +1,14 @@
 """Where a model is to be found: a name for transformers, one for vLLM in this process, or an HTTP endpoint.
 
-Only the writing is looked at. Loading and asking are left to `sources.py` and `endpoint.py`.
+Only the writing is looked at. Loading and asking are left to `sources/`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from ..http_client import without_login
 
 
 @dataclass(frozen=True)
@@ -15,12 +17,12 @@ class Address:
     Attributes:
         kind (`str`): "transformers", "vllm" or "endpoint".
         model (`str`): name or folder, or the name that the endpoint serves.
-        url (`str`): of the endpoint, without a slash at the end; empty for the others.
+        url (`str`): of the endpoint, without a slash at the end; empty for the others. It may hold a login.
     """
 
     kind: str
     model: str
-    url: str = ""
+    url: str = field(default="", repr=False)
 
     @property
     def short_name(self) -> str:
@@ -37,10 +39,16 @@ def parse_address(text: str) -> Address:
     """
     if text.startswith(("http://", "https://")):
         url, _, model = text.partition("#")
-        if not model:
+        if "#" in model:
             raise ValueError(
-                f"{text!r} does not say which model to ask for. Append it as the endpoint's `/v1/models` lists it: "
-                f"`{text}#name`."
+                "The address of an endpoint holds more than one `#`, which begins the model's name. Write one that "
+                "belongs to a password as %23."
+            )
+        if not model:
+            shown = without_login(text)
+            raise ValueError(
+                f"{shown!r} does not say which model to ask for. Append it as the endpoint's `/v1/models` lists it: "
+                f"`{shown}#name`."
             )
         return Address("endpoint", model, url.rstrip("/"))
     if text.startswith("vllm:"):

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..http_client import without_login
 from .address import Address, parse_address
 
 
@@ -213,7 +214,7 @@ class GenerateConfig:
         if self.judge_prompt and not self.judge:
             yield "`judge_prompt` is given, but there is no `judge` to ask."
         if self.judge and parse_address(self.judge).kind != "endpoint":
-            yield f"`judge` is {self.judge!r}; write it as `http://host:port/v1#model`."
+            yield f"`judge` is {without_login(self.judge)!r}; write it as `http://host:port/v1#model`."
         if self.pairs and self.keep == "best":
             yield "`pairs` takes the best and the worst of each prompt by itself. Leave `keep` out, or use `correct`."
         if self.pairs and self.completions_per_prompt * (len(self.teachers) if self.asks_all else 1) < 2:

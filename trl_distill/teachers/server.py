@@ -11,28 +11,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
-import random
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-import httpx2 as httpx
 import torch
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    sleep_using_event,
-    stop_after_attempt,
-    stop_when_event_set,
-)
 
 from ..errors import TeacherAnswerError, TeacherUnavailable
-from ..http_client import LONGEST_CONNECT, LONGEST_PAUSE, PassingError, retry_after, server_message
+from ..http_client import HTTPClient, NoAnswerError, ServerURL, Settings, StatusError, read_url
 from ..rollouts import Rollouts
 from ..signals import TokenLogProbs
 from .server_answers import Row, TokenScore, read_answer, read_models
@@ -44,11 +32,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-FAILED_RECENTLY_SECONDS = 30.0  # seconds during which a URL that failed comes after the others
-
-
 ADVICE = {  # what to do about a server's complaint
-    "HTTP 401": "Pass the server's key as `api_key`.",
     "max allowed": "Start the server with `--max-logprobs` of at least `top_k` (the run's `kl_top_k`), or lower it.",
     "maximum context length": "Start the server with a larger `--max-model-len`, or shorten prompts and completions.",
     "not JSON compliant": "The teacher computes NaN: look at its weights and at the server's `--dtype`.",
@@ -60,11 +44,12 @@ class ServedTeacher:
     A teacher that one or several vLLM servers run. They must serve the same weights.
 
     Every training process asks for its own rollouts. A request that fails for a passing reason (no connection, a
-    time-out, HTTP 408, 429 or 5xx) is sent again, to another URL if there is one, without a pause until all have been
-    tried once and with exponentially growing ones from then on.
+    time-out, HTTP 408, 409, 425, 429 or 5xx) is sent again, to another URL if there is one, without a pause until all
+    have been tried once and with exponentially growing ones from then on.
 
     Args:
-        urls (`str` or `list[str]`): where the servers listen, with or without `/v1`.
+        urls (`str` or `list[str]`): where the servers listen, with or without `/v1`. A login in one
+            (`http://user:password@host`) is sent, and shown nowhere.
         model (`str`): the first name under which they serve it.
         top_k (`int`): the teacher's likeliest ids to ask for beside the sampled token. The server's `--max-logprobs`
             (20 unless set) must allow it.
@@ -98,23 +83,24 @@ class ServedTeacher:
                 "`top_k`, `retries` and `backoff` cannot be negative, `timeout`, `concurrency` and `rows_per_request` "
                 f"must be positive; found {top_k}, {retries}, {backoff}, {timeout}, {concurrency}, {rows_per_request}."
             )
-        self.urls = list(dict.fromkeys(map(_base_url, [urls] if isinstance(urls, str) else urls)))
+        servers = [_server(url) for url in ([urls] if isinstance(urls, str) else urls)]
+        self.urls = list(dict.fromkeys(server.base for server in servers))
         if not self.urls:
             raise ValueError("`urls` is empty. Name at least one server, such as 'http://localhost:8000'.")
         self.model = model
         self.top_k = top_k
-        self.timeout = timeout
-        self.retries = retries
-        self.backoff = backoff
-        self.concurrency = concurrency
         self.rows_per_request = rows_per_request
         self._turn = itertools.count()
-        self._failed: dict[str, float] = {}  # URL: when it failed last, by time.monotonic()
-        self._client = httpx.Client(
-            timeout=httpx.Timeout(timeout, connect=min(timeout, LONGEST_CONNECT)),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
+        settings = Settings(
+            timeout,
+            retries,
+            backoff,
+            concurrency,
+            who="the teacher",
+            names={name: f"`{name}`" for name in ("timeout", "retries", "concurrency")},
+            key_advice="Pass the server's key as `api_key`.",
         )
+        self._client = HTTPClient(settings, servers, api_key)
 
     def score(self, rollouts: Rollouts) -> TokenLogProbs:
         """
@@ -127,7 +113,7 @@ class ServedTeacher:
         """
         rows, size = _rows(rollouts), self.rows_per_request
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        answers = self._all([partial(self._judge, batch) for batch in batches])
+        answers = self._client.all([partial(self._judge, batch) for batch in batches])
         judgements = list(itertools.chain.from_iterable(answers))  # N
         log_p, top_ids, top_log_p = zip(*judgements, strict=True) if judgements else ((), (), ())
         device, shape = rollouts.input_ids.device, (len(judgements), self.top_k)
@@ -146,7 +132,9 @@ class ServedTeacher:
             TeacherAnswerError: one of them cannot give what `score` will ask for.
             ValueError: one of them does not serve `model`.
         """
-        failures = [failure for failure in self._all([partial(self._visit, url) for url in self.urls]) if failure]
+        failures = [
+            failure for failure in self._client.all([partial(self._visit, url) for url in self.urls]) if failure
+        ]
         if len(failures) == len(self.urls):
             raise TeacherUnavailable(" ".join(map(str, failures)))
         for failure in failures:
@@ -167,7 +155,7 @@ class ServedTeacher:
             "max_tokens": 1,  # the least that vLLM takes
         }
         read = partial(read_answer, rows=rows, model=self.model, top_k=self.top_k)
-        return self._ask(urls or self._order(), "/completions", body, read, halt)
+        return self._ask(urls or self._next_urls(), "/completions", body, read, halt)
 
     def _visit(self, url: str, halt: threading.Event) -> TeacherUnavailable | None:
         """Check one server; the error if it does not answer."""
@@ -183,92 +171,29 @@ class ServedTeacher:
             return error
         return None
 
-    def _order(self) -> list[str]:
-        """All URLs, each in turn first, those that failed lately last."""
-        start, now = next(self._turn) % len(self.urls), time.monotonic()
-        urls = self.urls[start:] + self.urls[:start]
-        return sorted(urls, key=lambda url: now - self._failed.get(url, -math.inf) < FAILED_RECENTLY_SECONDS)
-
-    def _all(self, calls: list[Callable[[threading.Event], T]]) -> list[T]:
-        """The results of all calls, made in threads. The first error ends the waiting of the others and is raised."""
-        halt = threading.Event()
-        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="teacher") as pool:
-            futures = [pool.submit(call, halt) for call in calls]
-            try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-            except BaseException:
-                halt.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            return [future.result() for future in futures]
+    def _next_urls(self) -> list[str]:
+        """All URLs, each in turn first."""
+        start = next(self._turn) % len(self.urls)
+        return self.urls[start:] + self.urls[:start]
 
     def _ask(
         self, urls: list[str], path: str, body: dict[str, Any] | None, read: Callable[[bytes], T], halt: threading.Event
     ) -> T:
-        """One question, put to one URL after the other until an answer comes, and what `read` makes of that."""
-        start, turn = time.monotonic(), itertools.cycle(urls)
+        """What `read` makes of the answer to one question, with the client's errors as the teacher's."""
 
-        def attempt() -> T:
-            url = next(turn)
-            if halt.is_set():
-                raise PassingError(f"{url}: given up, because another request failed")
-            try:
-                content = self._send(url + path, body)
-            except PassingError:
-                self._failed[url] = time.monotonic()
-                raise
-            self._failed.pop(url, None)
+        def understood(url: str, content: bytes) -> T:
             try:
                 return read(content)
             except TeacherAnswerError as error:
-                raise TeacherAnswerError(f"The answer of {url}{path} cannot be used: {error}") from None
+                raise TeacherAnswerError(f"The answer of {url} cannot be used: {error}") from None
 
-        def pause(state: RetryCallState) -> float:
-            if state.attempt_number < len(urls):
-                return 0.0  # somebody else has not been asked yet
-            longest = self.backoff * 2.0 ** min(state.attempt_number - len(urls), 99)
-            error: Any = state.outcome and state.outcome.exception()
-            return min(max(longest * random.uniform(0.5, 1.0), error.retry_after), LONGEST_PAUSE)
-
-        def say(state: RetryCallState) -> None:
-            error = state.outcome and state.outcome.exception()
-            logger.warning(f"{error}. Attempt {state.attempt_number + 1} of {self.retries + 1} follows.")
-
-        attempts = Retrying(
-            stop=stop_after_attempt(self.retries + 1) | stop_when_event_set(halt),
-            retry=retry_if_exception_type(PassingError),
-            wait=pause,
-            sleep=sleep_using_event(halt),
-            before_sleep=say,
-            reraise=True,
-        )
         try:
-            return attempts(attempt)
-        except PassingError as error:
-            raise TeacherUnavailable(
-                f"No answer from the teacher at {', '.join(urls)}, tried {attempts.statistics['attempt_number']} times "
-                f"in {time.monotonic() - start:.1f} s. The last error: {error}. See whether the server still runs "
-                f"there and what its log says; a busy one needs a longer `timeout` (now {self.timeout:g} s), a smaller "
-                f"`concurrency` or more `retries` (now {self.retries})."
-            ) from error
-
-    def _send(self, url: str, body: dict[str, Any] | None) -> bytes:
-        try:
-            response = self._client.request("GET" if body is None else "POST", url, json=body)
-        except httpx.TransportError as error:
-            raise PassingError(f"{url}: {type(error).__name__} {error}".rstrip()) from error
-        except httpx.DecodingError as error:
-            raise TeacherAnswerError(f"The answer of {url} cannot be decoded: {error}.") from error
-        status = response.status_code
-        if status == 200:
-            return response.content
-        refusal = f"{url} answered HTTP {status}: {server_message(response.content)}"
-        if status in (408, 429) or status >= 500:
-            raise PassingError(refusal, retry_after(response.headers.get("Retry-After")))
-        advice = [text for sign, text in ADVICE.items() if sign in refusal]
-        raise TeacherAnswerError(" ".join([f"{refusal.rstrip('.')}.", *advice]))
+            return self._client.ask(urls, path, body, understood, halt)
+        except NoAnswerError as error:
+            raise TeacherUnavailable(str(error)) from error
+        except StatusError as error:
+            advice = [text for sign, text in ADVICE.items() if sign in str(error)]
+            raise TeacherAnswerError(" ".join([str(error), *advice])) from error
 
 
 def _rows(rollouts: Rollouts) -> list[Row]:
@@ -291,7 +216,7 @@ def _rows(rollouts: Rollouts) -> list[Row]:
     return rows
 
 
-def _base_url(url: str) -> str:
-    if not url.startswith(("http://", "https://")) or not httpx.URL(url).host:
-        raise ValueError(f"`urls` holds {url!r}; write it in full, such as 'http://localhost:8000'.")
-    return url.rstrip("/").removesuffix("/v1") + "/v1"
+def _server(url: str) -> ServerURL:
+    """A server's URL with `/v1` at its end."""
+    server = read_url(url, "`urls`")
+    return replace(server, base=server.base.removesuffix("/v1") + "/v1")

@@ -103,6 +103,6 @@ def test_urls_keep_their_path():
 @pytest.mark.parametrize("answer", [{"choices": []}, {"choices": [{"message": None}]}, {}, {"choices": [{"text": 3}]}])
 def test_an_answer_without_text_is_an_error(server, monkeypatch, answer):
     asking = source(server)
-    monkeypatch.setattr(asking.endpoint, "ask", lambda path, body: answer)
+    monkeypatch.setattr(asking.endpoint, "ask", lambda path, body, halt: answer)
     with pytest.raises(TeacherAnswerError, match="gave an answer with"):
         asking.complete(CHAT, 0)

@@ -7,20 +7,17 @@ them an error. What is asked and what becomes of the answers is left to the call
 from __future__ import annotations
 
 import json
-import logging
 import os
-import random
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx2 as httpx
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt
 
 from ...errors import TeacherAnswerError, TeacherUnavailable
-from ...http_client import LONGEST_CONNECT, LONGEST_PAUSE, PassingError, retry_after, server_message
+from ...http_client import HTTPClient, NoAnswerError, PassingError, Settings, StatusError, read_url
 from ..address import Address
 from ..records import Answer, Completion, Refusal
 from ..text import Text
@@ -29,9 +26,6 @@ from .base import Sampling
 
 if TYPE_CHECKING:
     from ..config import GenerateConfig
-
-
-logger = logging.getLogger(__name__)
 
 
 T = TypeVar("T")
@@ -66,88 +60,56 @@ class Endpoint:
         retries: int = 5,
         backoff: float = 0.5,
     ):
-        self.model, self.concurrency, self.retries, self.backoff = address.model, concurrency, retries, backoff
-        self.url = address.url if httpx.URL(address.url).path not in ("", "/") else f"{address.url}/v1"
-        self._halt = threading.Event()
-        self._client = httpx.Client(
-            timeout=httpx.Timeout(timeout, connect=min(timeout, LONGEST_CONNECT)),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
+        self.model = address.model
+        server = read_url(address.url, "The address of an endpoint")
+        self.url = server.base if httpx.URL(server.base).path not in ("", "/") else f"{server.base}/v1"
+        settings = Settings(
+            timeout,
+            retries,
+            backoff,
+            concurrency,
+            who="the endpoint",
+            names={name: f"`--{name}`" for name in ("timeout", "retries", "concurrency")},
+            key_advice="Put the key into the environment variable that `api_key_env` names.",
+            last_words="All that is finished is kept: start the same command again to go on.",
         )
+        self._client = HTTPClient(settings, [replace(server, base=self.url)], api_key)
 
     @classmethod
     def from_config(cls, address: Address, config: GenerateConfig) -> Endpoint:
         key = os.environ.get(config.api_key_env)
         return cls(address, key, config.concurrency, config.timeout, config.retries)
 
-    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, path: str, body: dict[str, Any], halt: threading.Event) -> dict[str, Any]:
         """
         The parsed answer to one request.
 
+        Args:
+            path (`str`): appended to the URL.
+            body (`dict`): of the request, without the model.
+            halt (`threading.Event`): ends pauses and further attempts; given by [`all`].
+
         Raises:
             RefusedError: this request is refused.
-            TeacherAnswerError: all requests would be, or the answer is no JSON object.
+            TeacherAnswerError: all requests would be, or the answer is not a JSON object.
             TeacherUnavailable: no answer after all attempts.
         """
-
-        def say(state: RetryCallState) -> None:
-            error = state.outcome and state.outcome.exception()
-            logger.warning(f"{error}. Attempt {state.attempt_number + 1} of {self.retries + 1} follows.")
-
-        attempts = Retrying(
-            stop=stop_after_attempt(self.retries + 1),
-            retry=retry_if_exception_type(PassingError),
-            wait=self._pause,
-            sleep=sleep_using_event(self._halt),
-            before_sleep=say,
-            reraise=True,
-        )
         try:
-            return attempts(self._send, f"{self.url}{path}", {"model": self.model, **body})
-        except PassingError as error:
-            raise TeacherUnavailable(
-                f"No answer from {self.url}, tried {attempts.statistics['attempt_number']} times. The last error: "
-                f"{error}. See whether the server still runs there. All that is finished is kept: start the same "
-                "command again to go on."
-            ) from error
+            return self._client.ask([self.url], path, {"model": self.model, **body}, _parsed, halt)
+        except NoAnswerError as error:
+            raise TeacherUnavailable(str(error)) from error
+        except StatusError as error:
+            if error.status in PROMPT_IS_AT_FAULT:
+                raise RefusedError(str(error)) from error
+            raise TeacherAnswerError(f"{error} Every request would be answered like this.") from error
 
-    def all(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """The results of all calls, made in threads. After the first error no further call begins, and it is raised."""
-        self._halt.clear()
-        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="endpoint") as pool:
-            futures = [pool.submit(call) for call in calls]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                self._halt.set()  # ends pauses
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    def all(self, calls: Sequence[Callable[[threading.Event], T]]) -> list[T]:
+        """The results of all calls, made in threads; see [`HTTPClient.all`]."""
+        return self._client.all(calls)
 
     def close(self) -> None:
+        """Close the connections."""
         self._client.close()
-
-    def _pause(self, state: RetryCallState) -> float:
-        error: Any = state.outcome and state.outcome.exception()
-        longest = self.backoff * 2.0 ** min(state.attempt_number - 1, 99)
-        return min(max(longest * random.uniform(0.5, 1.0), error.retry_after), LONGEST_PAUSE)
-
-    def _send(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
-        if self._halt.is_set():
-            raise TeacherUnavailable(f"{url}: given up, because another request failed")
-        try:
-            response = self._client.post(url, json=body)
-        except (httpx.TransportError, httpx.DecodingError) as error:
-            raise PassingError(f"{url}: {type(error).__name__} {error}".rstrip()) from error
-        status = response.status_code
-        if status == 200:
-            return _parsed(url, response.content)
-        refusal = f"{url} answered HTTP {status}: {server_message(response.content)}".rstrip(".")
-        if status in (408, 409, 425, 429) or status >= 500:
-            raise PassingError(refusal, retry_after(response.headers.get("Retry-After")))
-        if status in PROMPT_IS_AT_FAULT:
-            raise RefusedError(refusal)
-        advice = " Put the key into the environment variable that `api_key_env` names." if status == 401 else ""
-        raise TeacherAnswerError(f"{refusal}. Every request would be answered like this.{advice}")
 
 
 class EndpointSource:
@@ -172,7 +134,7 @@ class EndpointSource:
         if not self._answered and len(refused) == len(answers) > 1:
             raise TeacherAnswerError(
                 f"All of the first {len(refused)} prompts were refused, so the settings are at fault and not the "
-                f"prompts. {refused[0].detail}. If the server does not know a setting, take it out with "
+                f"prompts. {refused[0].detail} If the server does not know a setting, take it out with "
                 "`request_options`, such as '{\"seed\": null}'."
             )
         self._answered = self._answered or len(refused) < len(answers)
@@ -181,13 +143,13 @@ class EndpointSource:
     def close(self) -> None:
         self.endpoint.close()
 
-    def _one(self, prompt: Text, seed: int) -> Answer:
+    def _one(self, prompt: Text, seed: int, halt: threading.Event) -> Answer:
         found: list[Completion] = []
         while len(found) < self.sampling.n:  # some servers give one completion whatever `n` is
             body = self._body(prompt, self.sampling.n - len(found), seed + 7919 * len(found))
             path = "/completions" if isinstance(prompt, str) else "/chat/completions"
             try:
-                answer = self.endpoint.ask(path, body)
+                answer = self.endpoint.ask(path, body, halt)
             except RefusedError as error:
                 return Refusal("refused by the endpoint", str(error))
             found += _completions(answer, self.endpoint.url)
@@ -225,7 +187,7 @@ def _parsed(url: str, content: bytes) -> dict[str, Any]:
     try:
         answer = json.loads(content)
     except (ValueError, RecursionError):
-        raise PassingError(f"{url} answered with something that is no JSON: {content[:100]!r}") from None
+        raise PassingError(f"{url} answered with something that is not JSON: {content[:100]!r}") from None
     if not isinstance(answer, dict):
-        raise TeacherAnswerError(f"{url} answered with no JSON object: {content[:300]!r}")
+        raise TeacherAnswerError(f"{url} answered with something that is not a JSON object: {content[:300]!r}")
     return answer

@@ -10,6 +10,7 @@ import inspect
 import math
 import re
 import string
+import threading
 from collections.abc import Callable, Collection
 from functools import cached_property, partial
 from pathlib import Path
@@ -233,11 +234,11 @@ class Judge:
     def score(self, rows: list[Answered]) -> list[Score]:
         return self.endpoint.all([partial(self._one, row) for row in rows])
 
-    def _one(self, row: Answered) -> Score:
+    def _one(self, row: Answered, halt: threading.Event) -> Score:
         question = self.template.format(**{**row.columns, "prompt": flat(row.prompt), "completion": row.completion})
         body = {"messages": [{"role": "user", "content": question}], "temperature": 0.0}
         try:
-            answer = self.endpoint.ask("/chat/completions", body)
+            answer = self.endpoint.ask("/chat/completions", body, halt)
             text = answer["choices"][0]["message"]["content"] or ""
         except RefusedError as error:
             return Refusal("refused by the judge's endpoint", str(error))
