@@ -1,12 +1,13 @@
-"""Completions outside of a training step: how a model writes them, and what rewards say of them.
+"""Completions outside of a training step: the one place where a model is asked to generate.
 
-For reports and evaluations, in training and outside of it; models and random numbers are left as they were found. What
-is made of completions is left to `report/` and `evaluation.py`.
+For reports, evaluations and the data engine's local teachers; models and random numbers are left as they were found,
+and a model's own generation settings do not shape its samples. What is made of completions is left to the callers.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,10 +37,11 @@ class Sampling:
     Attributes:
         limit (`int`): tokens of a completion, with its stop token.
         stops (`tuple[int, ...]`): ids that end one.
-        temperature (`float`): of sampling, from the whole vocabulary.
+        temperature (`float`): of sampling; 0 is greedy.
         generations (`int`): completions per prompt.
         seed (`int`): of everything that is drawn.
         suppressed (`tuple[int, ...]`): ids that are never drawn.
+        top_p (`float`): nucleus; 1 is the whole vocabulary.
     """
 
     limit: int
@@ -48,6 +50,7 @@ class Sampling:
     generations: int = 1
     seed: int = 0
     suppressed: tuple[int, ...] = ()
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def preserving_state(*models: Any) -> Iterator[None]:
 
 @contextmanager
 def _no_settings_of_its_own(model: Any) -> Iterator[None]:
-    """`generate` fills what a configuration leaves open from the model's, which may bend the distribution."""
+    """`generate` fills what a configuration leaves open from the model's, which may change the distribution."""
     base = unwrap_adapter(model)  # PEFT writes its own into the base model, too
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:
@@ -98,16 +101,87 @@ def _no_settings_of_its_own(model: Any) -> Iterator[None]:
         base.generation_config = own
 
 
+def tools_of(tools: Any) -> list[Any] | None:
+    """A column `tools` as chat templates take it; TRL's datasets hold it as a list or as JSON text."""
+    return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
+
+
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Any, template_kwargs: dict[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Any,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: Any = None,
 ) -> list[int]:
-    """Ids of a prompt: messages through the chat template, with the turn handed over; text as it is."""
+    """
+    Token ids of a prompt.
+
+    Args:
+        tokenizer: of the model that continues it.
+        prompt (`str` or messages): messages go through the chat template, with the turn handed over; text does not.
+        template_kwargs (`dict`, *optional*): for the template.
+        tools (`list` or `str`, *optional*): a row's column `tools`: JSON schemas for the template, or their JSON text.
+    """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     encoded: Any = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, return_dict=True, **(template_kwargs or {})
+        prompt, tools=tools_of(tools), add_generation_prompt=True, return_dict=True, **(template_kwargs or {})
     )
     return encoded["input_ids"]
+
+
+def sample_ids(model: Any, prompts: Sequence[list[int]], pad: int, how: Sampling) -> list[list[tuple[list[int], bool]]]:
+    """
+    Let a model complete prompts, in one batch.
+
+    The model's own `generation_config` has no part in it: settings that are not in `how`, such as `num_beams` or
+    `suppress_tokens`, have transformers' defaults.
+
+    Args:
+        model: with transformers' `generate`.
+        prompts (`list[list[int]]`): ids, at least one each.
+        pad (`int`): id of padding.
+        how ([`Sampling`]): temperature, length, stop ids, seed.
+
+    Returns:
+        For each prompt `how.generations` completions: ids up to and with the first stop id, and whether the
+        completion was cut before there was one.
+    """
+    device = next(model.parameters()).device
+    ids = [torch.tensor(prompt) for prompt in prompts for _ in range(how.generations)]
+    padded = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left").to(device)  # (B · n, P)
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left").to(device)
+    config = GenerationConfig(
+        **_drawing(how),
+        max_new_tokens=how.limit,
+        eos_token_id=list(how.stops) or None,
+        pad_token_id=pad,
+        suppress_tokens=list(how.suppressed) or None,
+    )
+    with preserving_state(model), _no_settings_of_its_own(model):
+        set_seed(how.seed)
+        output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config)  # (B · n, P + C)
+    found = [until_stop(row, how.stops) for row in output[:, padded.shape[1] :].tolist()]
+    return [found[start : start + how.generations] for start in range(0, len(found), how.generations)]
+
+
+def _drawing(how: Sampling) -> dict[str, Any]:
+    """How each token is chosen; filters that transformers has on by default are off."""
+    if how.temperature == 0:
+        return {"do_sample": False}
+    return {
+        "do_sample": True,
+        "temperature": how.temperature,
+        "top_p": how.top_p,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
+
+
+def until_stop(ids: list[int], stops: Sequence[int]) -> tuple[list[int], bool]:
+    """Ids up to and with the first stop id; and whether there is none, so that the completion was cut."""
+    end = next((place for place, token in enumerate(ids) if token in stops), None)
+    return ids[: None if end is None else end + 1], end is None
 
 
 def sample_completions(
@@ -128,41 +202,28 @@ def sample_completions(
     if not all(prompts):
         empty = next(row for row, ids in zip(rows, prompts, strict=True) if not ids)
         raise ValueError(f"The prompt {empty['prompt']!r} has no tokens. Drop such rows.")
-    device = next(model.parameters()).device
-    ids = [torch.tensor(prompt) for prompt in prompts for _ in range(how.generations)]
-    padded = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left").to(device)
-    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left").to(device)
-    config = GenerationConfig(  # all that a checkpoint's own settings would otherwise add is switched off
-        do_sample=True,
-        temperature=how.temperature,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        max_new_tokens=how.limit,
-        eos_token_id=list(how.stops),
-        pad_token_id=pad,
-        suppress_tokens=list(how.suppressed) or None,
-    )
-    with preserving_state(model), _no_settings_of_its_own(model):
-        set_seed(how.seed)
-        output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config)
-    written = []
-    repeated = [pair for pair in zip(rows, prompts, strict=True) for _ in range(how.generations)]
-    for (row, prompt), completion in zip(repeated, output[:, padded.shape[1] :].tolist(), strict=True):
-        end = next((place for place, token in enumerate(completion) if token in how.stops), None)
-        written.append(SampledCompletion(row, prompt, completion[: None if end is None else end + 1], end is None))
-    return written
+    return [
+        SampledCompletion(row, prompt, ids, truncated)
+        for row, prompt, found in zip(rows, prompts, sample_ids(model, prompts, pad, how), strict=True)
+        for ids, truncated in found
+    ]
 
 
-def dataset_completion(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, how: Sampling) -> SampledCompletion:
+def dataset_completion(
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    how: Sampling,
+    template_kwargs: dict[str, Any] | None = None,
+) -> SampledCompletion:
     """The dataset's own completion of a row, tokenised as for off-policy batches."""
     if not row.get("completion"):
         raise ValueError(
             f"A row has the completion {row.get('completion')!r} (its columns: {', '.join(row)}), but the dataset's "
             "own were asked for. Drop such rows, or let the student write (`--completions sample`)."
         )
-    prompt, completion = token_ids(row, tokenizer, how.stops, how.limit)
+    tools = tools_of(row.get("tools"))
+    kwargs = {**(template_kwargs or {}), **({"tools": tools} if tools else {})}
+    prompt, completion = token_ids(row, tokenizer, how.stops, how.limit, kwargs)
     return SampledCompletion(row, prompt, completion, completion[-1] not in how.stops)
 
 
@@ -182,7 +243,7 @@ def scorer_of(model: nn.Module, as_in_training: bool = False) -> Signals:
     How a model whose forward is extended is asked for its hidden states.
 
     Args:
-        model: see [`~trl_distill.forwards.add_teacher_forward`].
+        model: see [`~trl_distill.models.hidden_states.add_teacher_forward`].
         as_in_training (`bool`): count positions as a forward in training does, padding on the left included. Otherwise
             they are told to models with absolute positions, so that what stands beside a row does not matter.
     """

@@ -179,7 +179,7 @@ def answer_all(
     device = next(model.parameters()).device
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        prompts = [prompt_ids(tokenizer, row["prompt"], template_kwargs) for row in part]
+        prompts = [prompt_ids(tokenizer, row["prompt"], template_kwargs, row.get("tools")) for row in part]
         begun: Sequence[Sequence[int]] = prefixes[start : start + size] if prefixes is not None else [[]] * len(part)
         given = [[*prompt, *prefix] for prompt, prefix in zip(prompts, begun, strict=True)]
         written = sample_completions(model, part, given, tokenizer.pad_token_id, replace(how, seed=how.seed + start))

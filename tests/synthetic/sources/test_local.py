@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import EOS, make_model, make_tokenizer
 
+from trl_distill.data.sampling import until_stop
 from trl_distill.synthetic.address import Address
 from trl_distill.synthetic.records import Completion, Refusal
 from trl_distill.synthetic.sources.base import Sampling
@@ -51,9 +52,11 @@ def test_greedy_is_the_models_likeliest(folder):
 
 def test_stop_reasons_follow_the_stop_tokens(folder):
     source = TransformersSource(folder, Sampling())
-    assert source._read([5, 6, EOS, 7]) == Completion(source.tokenizer.decode([5, 6]), "stop")
-    assert source._read([EOS]) == Completion("", "stop")
-    assert source._read([5, 6]).stop_reason == "length"
+    assert source._read(*until_stop([5, 6, EOS, 7], source.stops)) == Completion(
+        source.tokenizer.decode([5, 6]), "stop"
+    )
+    assert source._read(*until_stop([EOS], source.stops)) == Completion("", "stop")
+    assert source._read(*until_stop([5, 6], source.stops)).stop_reason == "length"
 
 
 def test_all_stop_tokens_of_the_generation_configuration_count(tmp_path):
@@ -62,7 +65,7 @@ def test_all_stop_tokens_of_the_generation_configuration_count(tmp_path):
     model.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     source = TransformersSource(str(tmp_path), Sampling())
-    assert source._read([5, 7, 6]) == Completion(source.tokenizer.decode([5]), "stop")
+    assert source._read(*until_stop([5, 7, 6], source.stops)) == Completion(source.tokenizer.decode([5]), "stop")
 
 
 def test_settings_of_the_checkpoint_do_not_reach_sampling(tmp_path):

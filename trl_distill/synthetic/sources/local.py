@@ -1,8 +1,8 @@
 """Who completes prompts: a model of transformers, or vLLM in this process.
 
 A source is anything with `complete(prompts, seed)`. The same prompts in the same order with the same seed give the
-same completions, which is what lets a killed run go on. HTTP endpoints are in `endpoint.py`; which prompts to ask for
-is left to the pipeline.
+same completions, which is what lets a killed run be resumed. HTTP endpoints are in `endpoint.py`; which prompts to ask
+for is left to the pipeline.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ...data import sampling
 from ..records import Answer, Completion, Refusal
 from ..text import Text
 from .base import Sampling
@@ -30,25 +31,24 @@ class TransformersSource:
     def __init__(self, model: str, sampling: Sampling, batch_size: int = 16):
         self.sampling, self.batch_size = sampling, batch_size
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(model, padding_side="left")
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
         self.model = loaded.to(self.device).eval()
         found = self.model.generation_config.eos_token_id
         known = found if isinstance(found, list) else [found]
         self.stops = sorted({stop for stop in [*known, self.tokenizer.eos_token_id] if stop is not None})
-        self.model.generation_config = GenerationConfig()  # or `generate` would take what we do not set from there
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def complete(self, prompts: list[Text], seed: int) -> list[Answer]:
-        set_seed(seed)
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = [sampling.prompt_ids(self.tokenizer, prompt) for prompt in prompts]
         answers: list[Answer] = [self._refusal(len(ids)) or [] for ids in encoded]
         possible = [i for i, answer in enumerate(answers) if not isinstance(answer, Refusal)]
         for start in range(0, len(possible), self.batch_size):
             chosen = possible[start : start + self.batch_size]
-            for i, completions in zip(chosen, self._write([encoded[i] for i in chosen]), strict=True):
+            found = self._write([encoded[i] for i in chosen], seed + start)
+            for i, completions in zip(chosen, found, strict=True):
                 answers[i] = completions
         return answers
 
@@ -56,11 +56,6 @@ class TransformersSource:
         del self.model
         if self.device == "cuda":
             torch.cuda.empty_cache()
-
-    def _encode(self, prompt: Text) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer(prompt)["input_ids"]
-        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
 
     def _refusal(self, length: int) -> Refusal | None:
         limit = self.sampling.max_tokens
@@ -71,31 +66,19 @@ class TransformersSource:
             return Refusal("prompt too long for the teacher", detail)
         return None
 
-    @torch.no_grad()
-    def _write(self, batch: list[list[int]]) -> list[list[Completion]]:
-        inputs = self.tokenizer.pad({"input_ids": batch}, return_tensors="pt").to(self.device)
+    def _write(self, batch: list[list[int]], seed: int) -> list[list[Completion]]:
+        """The completions of one batch of prompts."""
         s = self.sampling
-        how: dict[str, Any] = {"do_sample": False}
-        if s.temperature > 0:
-            how = {"do_sample": True, "temperature": s.temperature, "top_p": s.top_p, "top_k": 0}
-        settings = GenerationConfig(
-            max_new_tokens=s.max_tokens,
-            num_return_sequences=s.n,
-            eos_token_id=self.stops or None,
-            pad_token_id=self.tokenizer.pad_token_id,
-            **how,
+        how = sampling.Sampling(
+            s.max_tokens, tuple(self.stops), s.temperature, generations=s.n, seed=seed, top_p=s.top_p
         )
-        ids = self.model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
-        )  # (B · n, P + C)
-        found = [self._read(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
-        return [found[start : start + s.n] for start in range(0, len(found), s.n)]
+        found = sampling.sample_ids(self.model, batch, self.tokenizer.pad_token_id, how)
+        return [[self._read(*one) for one in of_prompt] for of_prompt in found]
 
-    def _read(self, ids: list[int]) -> Completion:
-        """The text up to the first stop token, and whether there was one."""
-        end = next((i for i, token in enumerate(ids) if token in self.stops), None)
-        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
-        return Completion(text, "length" if end is None else "stop")
+    def _read(self, ids: list[int], truncated: bool) -> Completion:
+        """The text before the stop token."""
+        text = self.tokenizer.decode(ids if truncated else ids[:-1], skip_special_tokens=True)
+        return Completion(text, "length" if truncated else "stop")
 
 
 class VLLMSource:
