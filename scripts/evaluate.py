@@ -1,6 +1,7 @@
 """How good saved models are: `trl-distill evaluate` as a file.
 
-python scripts/evaluate.py --models student out --teacher Qwen/Qwen3-4B --prompts test.jsonl
+    python scripts/evaluate.py --model_name_or_path student out --dataset_name test.jsonl \\
+        --teacher_model_name_or_path Qwen/Qwen3-4B
 """
 
 from __future__ import annotations

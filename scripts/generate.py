@@ -1,6 +1,7 @@
 """A dataset of teachers' completions: `trl-distill generate` as a file.
 
-python scripts/generate.py --teacher_model_name_or_path Qwen/Qwen3-8B --dataset_name prompts.jsonl --output_dir data
+    python scripts/generate.py --teacher_model_name_or_path Qwen/Qwen3-8B \\
+        --dataset_name prompts.jsonl --output_dir data
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A page of completions, token by token: `trl-distill report` as a file.
 
-python scripts/report.py --model out --teacher Qwen/Qwen3-4B --prompts prompts.jsonl
+    python scripts/report.py --model_name_or_path out --teacher_model_name_or_path Qwen/Qwen3-4B \\
+        --dataset_name prompts.jsonl
 """
 
 from __future__ import annotations

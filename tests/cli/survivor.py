@@ -1,6 +1,6 @@
-"""Runs `scripts/opd.py` again and again in processes that are killed with SIGKILL, as `test_survival.py` asks.
+"""Runs `trl-distill train` again and again in processes that are killed with SIGKILL, as `test_survival.py` asks.
 
-    python tests/scripts/survivor.py FOLDER KILLS STEPS
+    python tests/cli/survivor.py FOLDER KILLS STEPS
 
 FOLDER holds `student`, `teacher` and `prompts.jsonl`. Writes `FOLDER/report.json`: where each attempt began. Processes
 are forked from one that has imported everything, so that an attempt takes a second.
@@ -29,7 +29,6 @@ ARGUMENTS = (
 
 def train(output_dir: str, steps: int) -> None:
     import torch
-    from trl import ModelConfig, TrlParser
 
     from trl_distill.cli import train as opd
 
@@ -43,8 +42,7 @@ def train(output_dir: str, steps: int) -> None:
             super().on_step_begin(args, state, control, **kwargs)
 
     opd.StopOnSigterm = Say
-    parser = TrlParser([opd.OPDScriptArguments, opd.OPDConfig, ModelConfig])
-    opd.main(*parser.parse_args_and_config([*ARGUMENTS.split(), "--output_dir", output_dir, "--max_steps", str(steps)]))
+    opd.main(*opd.parsed([*ARGUMENTS.split(), "--output_dir", output_dir, "--max_steps", str(steps)]))
 
 
 def attempt(context, output_dir: str, steps: int, seconds: float | None) -> int:

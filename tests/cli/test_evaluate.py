@@ -1,4 +1,4 @@
-"""`scripts/evaluate.py` as a user runs it."""
+"""`trl-distill evaluate` as a user runs it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(monkeypatch, saved, prompts):
     evaluate = importlib.import_module("trl_distill.cli.evaluate")
 
     def call(*words: str) -> dict:
-        usual = "--prompts prompts.jsonl --device cpu --max_completion_length 6 --output out/found.json"
+        usual = "--dataset_name prompts.jsonl --device cpu --max_completion_length 6 --output out/found.json"
         evaluate.main([*usual.split(), *words])
         return json.loads((saved / "out" / "found.json").read_text())
 
@@ -28,7 +28,10 @@ def main(monkeypatch, saved, prompts):
 
 
 def test_models_side_by_side(main, capsys, saved):
-    words = "--models student teacher --teacher teacher --verifier my_verifier.short --num_generations 4 --k 1 3"
+    words = (
+        "--model_name_or_path student teacher --teacher_model_name_or_path teacher "
+        "--reward_funcs my_verifier.short --num_generations 4 --k 1 3"
+    )
     found = main(*words.split())
     student, teacher = found["models"]["student"]["estimates"], found["models"]["teacher"]["estimates"]
     assert {"avg@4", "pass@1", "pass@3", "kl", "length", "truncated", "distinct-1"} <= set(student)
@@ -49,26 +52,26 @@ def test_models_side_by_side(main, capsys, saved):
 
 def test_numbers_that_are_none_are_null(main, saved):
     """Answers of one token have no pairs of tokens."""
-    found = main("--models", "student", "--max_completion_length", "1")
+    found = main("--model_name_or_path", "student", "--max_completion_length", "1")
     assert found["models"]["student"]["estimates"]["distinct-2"] == {"value": None, "low": None, "high": None}
 
 
 def test_a_teacher_with_fewer_ids(main, saved):
     make_model(seed=1, vocab_size=VOCAB + 7).save_pretrained(saved / "student")
-    found = main("--models", "student", "--teacher", "teacher")
+    found = main("--model_name_or_path", "student", "--teacher_model_name_or_path", "teacher")
     assert found["models"]["student"]["estimates"]["kl"]["value"] > 0
 
 
 def test_a_verifier_that_fails_is_named(main, saved):
     (saved / "torn_verifier.py").write_text("def broken(completions, **_):\n    return [{}[0] for c in completions]\n")
     with pytest.raises(SystemExit, match="The reward function 'broken' failed: KeyError"):
-        main("--models", "student", "--verifier", "torn_verifier.broken")
+        main("--model_name_or_path", "student", "--reward_funcs", "torn_verifier.broken")
 
 
 def test_an_empty_prompt_is_named(main, saved):
     (saved / "prompts.jsonl").write_text('{"prompt": "a b"}\n{"prompt": ""}\n')
     with pytest.raises(SystemExit, match="The prompt '' has no tokens"):
-        main("--models", "student")
+        main("--model_name_or_path", "student")
 
 
 def test_the_chat_template_is_told_what_it_was_told_in_training(main, saved):
@@ -78,17 +81,17 @@ def test_the_chat_template_is_told_what_it_was_told_in_training(main, saved):
     row = {"prompt": [{"role": "user", "content": "a b c d e f g"}]}
     (saved / "prompts.jsonl").write_text(json.dumps(row) + "\n")
     kwargs = ["--chat_template_kwargs", '{"twice": true}']
-    once, twice = (main("--models", "student", "--seed", "3", *words) for words in ([], kwargs))
+    once, twice = (main("--model_name_or_path", "student", "--seed", "3", *words) for words in ([], kwargs))
     assert once["models"]["student"]["estimates"] != twice["models"]["student"]["estimates"]
 
 
 def test_without_verifier_and_teacher(main):
-    found = main("--models", "student")["models"]["student"]["estimates"]
+    found = main("--model_name_or_path", "student")["models"]["student"]["estimates"]
     assert set(found) == {"length", "truncated", "distinct-1", "distinct-2", "distinct-4"}
 
 
 def test_the_seed_decides(main):
-    words = ["--models", "student", "--verifier", "my_verifier.short", "--seed"]
+    words = ["--model_name_or_path", "student", "--reward_funcs", "my_verifier.short", "--seed"]
     first, second, other = (main(*words, seed)["models"]["student"] for seed in ("1", "1", "2"))
     assert first["scores"] == second["scores"]
     assert first["estimates"] != other["estimates"]
@@ -105,16 +108,16 @@ def test_the_seed_decides(main):
 )
 def test_settings_without_a_meaning(main, capsys, words, message):
     with pytest.raises(SystemExit):
-        main("--models", "student", *words)
+        main("--model_name_or_path", "student", *words)
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--models", "nowhere"], "The model 'nowhere' could not be loaded"),
-        (["--models", "student", "--verifier", "my_verifier.long"], "could not be imported"),
-        (["--models", "student", "--split", "test"], "has no split 'test'"),
+        (["--model_name_or_path", "nowhere"], "The model 'nowhere' could not be loaded"),
+        (["--model_name_or_path", "student", "--reward_funcs", "my_verifier.long"], "could not be imported"),
+        (["--model_name_or_path", "student", "--dataset_split", "test"], "has no split 'test'"),
     ],
 )
 def test_what_is_not_there_is_said_early(main, words, message):

@@ -1,4 +1,4 @@
-"""`scripts/generate.py` as a user runs it, and its datasets as `trl sft`, `trl dpo` and `scripts/opd.py` read them."""
+"""`trl-distill generate` as a user runs it; and `trl sft`, `trl dpo` and `trl-distill train` on its datasets."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from chat_server import ChatServer
 from processes import started, succeeds
-from trl import TrlParser
 
 from trl_distill.data.datasets import load_splits
-from trl_distill.synthetic import GenerateConfig
 
 
 ROOT = Path(__file__).parents[2]
@@ -34,12 +32,11 @@ def run(monkeypatch, tmp_path):
     """Runs the script in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    from trl_distill.cli import generate as generate
+    from trl_distill.cli import generate
 
     def call(*arguments: str) -> dict[str, Any]:
         defaults = ("--dataset_name", "prompts.jsonl", "--output_dir", "out")
-        (config,) = TrlParser([GenerateConfig]).parse_args_and_config([*defaults, *arguments])
-        generate.main(config)
+        generate.run([*defaults, *arguments])
         return json.loads(Path("out/counts.json").read_text())
 
     return call
@@ -229,7 +226,7 @@ def test_what_reads_the_dataset(run, tmp_path):
     teacher = ("--teacher_model_name_or_path", str(TEACHER), "--max_completion_length", "64")
     run(*teacher)
     student = str(SCRIPTS / "studies" / "tasks" / "models" / "student")
-    pairs = ("--completions_per_prompt", "4", "--temperature", "1.5", "--pairs", "--keep_truncated")
+    pairs = ("--num_generations", "4", "--temperature", "1.5", "--pairs", "--keep_truncated")
     run(*teacher, *pairs, "--reward_funcs", "scripts.studies.tasks.additions.correct", "--output_dir", "pairs")
     common = ["--max_steps", "2", "--use_cpu", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
     common += ["--gradient_checkpointing", "false", "--per_device_train_batch_size", "2"]

@@ -1,4 +1,4 @@
-"""`scripts/plot.py`: logs in, one picture out."""
+"""`trl-distill plot`: logs in, one picture out."""
 
 from __future__ import annotations
 
@@ -56,7 +56,21 @@ def test_the_newest_checkpoint_s_log_is_found(main, tmp_path):
 def test_several_runs_with_the_teacher_s_level(main, tmp_path):
     found = {"models": {"big": {"estimates": {"avg@4": {"value": 0.9, "low": 0.8, "high": 1.0}}}}}
     (tmp_path / "found.json").write_text(json.dumps(found))
-    main(["a", "b", "--labels", "x", "y", "--evaluation", "found.json", "--teacher", "big", "--output", "both.png"])
+    main(
+        [
+            "a",
+            "b",
+            "--labels",
+            "x",
+            "y",
+            "--evaluation",
+            "found.json",
+            "--teacher_model_name_or_path",
+            "big",
+            "--output",
+            "both.png",
+        ]
+    )
     assert (tmp_path / "both.png").exists()
 
 

@@ -29,7 +29,10 @@ def main(monkeypatch, saved, prompts):
     )
 
     def call(*words: str) -> dict:
-        usual = "--model student --teacher teacher --prompts prompts.jsonl --device cpu --max_completion_length 6"
+        usual = (
+            "--model_name_or_path student --teacher_model_name_or_path teacher --dataset_name prompts.jsonl "
+            "--device cpu --max_completion_length 6"
+        )
         module.main([*usual.split(), "--output", "out/report.html", *words])
         html = (saved / "out" / "report.html").read_text()
         return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', html, re.S)[1])
@@ -80,17 +83,17 @@ def test_an_adapters_folder(main, saved):
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(base, lora).save_pretrained(saved / "adapter")
     make_tokenizer().save_pretrained(saved / "adapter")
-    found = main("--model", "adapter", "--completions", "dataset")
+    found = main("--model_name_or_path", "adapter", "--completions", "dataset")
     assert found["summaries"][0]["kl"] != main("--completions", "dataset")["summaries"][0]["kl"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "nowhere"], "student 'nowhere' could not be loaded"),
-        (["--teacher", "nowhere"], "teacher 'nowhere' could not be loaded"),
-        (["--prompts", "nothing.jsonl"], "does not exist"),
-        (["--split", "test"], "no split 'test'.*--split"),
+        (["--model_name_or_path", "nowhere"], "student 'nowhere' could not be loaded"),
+        (["--teacher_model_name_or_path", "nowhere"], "teacher 'nowhere' could not be loaded"),
+        (["--dataset_name", "nothing.jsonl"], "does not exist"),
+        (["--dataset_split", "test"], "no split 'test'.*--dataset_split"),
         (["--reward_funcs", "no_such_module.f"], "could not be imported"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`scripts/opd.py` as a user runs it, with arguments as strings."""
+"""`trl-distill train` as a user runs it, with arguments as strings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from helpers import make_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 
 @pytest.fixture
@@ -31,8 +31,7 @@ def run(opd, saved, prompts, monkeypatch):
             "--output_dir out --max_steps 2 --per_device_train_batch_size 4 --max_completion_length 6 --use_cpu "
             "--bf16 false --gradient_checkpointing false --report_to none --save_strategy no --learning_rate 0.01"
         )
-        parser = TrlParser([opd.OPDScriptArguments, opd.OPDConfig, ModelConfig])
-        opd.main(*parser.parse_args_and_config([*defaults.split(), *arguments]))
+        opd.main(*opd.parsed([*defaults.split(), *arguments]))
 
     return call
 
@@ -160,9 +159,8 @@ def test_several_teachers_as_json(opd, saved, prompts, monkeypatch, capsys):
         "model_name_or_path: student\ndataset_name: prompts.jsonl\noutput_dir: out\nmax_steps: 1\nuse_cpu: true\n"
         "per_device_train_batch_size: 4\nmax_completion_length: 6\nbf16: false\nreport_to: none\nsave_strategy: 'no'\n"
     )
-    parser = TrlParser([opd.OPDScriptArguments, opd.OPDConfig, ModelConfig])
     teachers = json.dumps({"a": "teacher", "b": "teacher"})
-    opd.main(*parser.parse_args_and_config(["--config", "settings.yaml", "--teacher_models", teachers]))
+    opd.main(*opd.parsed(["--config", "settings.yaml", "--teacher_models", teachers]))
     assert "Done after 1 steps" in capsys.readouterr().out
 
 

@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         meant = f" Did you mean `{close[0]}`?" if close else ""
         print(f"trl-distill: there is no command {name!r}.{meant}\n\n{usage()}", file=sys.stderr)
         return 2
-    prepare_environment()
+    prepare_environment(name)
     return importlib.import_module(f"trl_distill.cli.{name}").run(rest) or 0
 
 

@@ -13,4 +13,4 @@ from . import train
 
 def run(arguments: list[str]) -> None:
     """The command."""
-    train.run([*arguments, "--check_only"])
+    train.run(arguments, "check", __doc__)

@@ -1,12 +1,12 @@
 """How good are saved models? Accuracy with intervals, KL to a teacher, length, diversity; several models side by side.
 
-    python scripts/evaluate.py --models student out --teacher Qwen/Qwen3-4B --prompts test.jsonl \
-        --verifier my_module.is_correct --num_generations 8
+    trl-distill evaluate --model_name_or_path student out --teacher_model_name_or_path Qwen/Qwen3-4B \\
+        --dataset_name test.jsonl --reward_funcs my_module.is_correct --num_generations 8
 
-The verifier is a reward function as the trainer takes it: a score for each completion, right from `--correct_from` on.
-Without one, everything but accuracy is told. Answers end with the model's stop tokens, and with the teacher's where one
-is given. Writes a JSON file with every number (each prompt's scores, too) and a table in Markdown beside it, after each
-model. All intervals are bootstrapped over prompts.
+`--reward_funcs` are the verifiers, reward functions as the trainer takes them: a score for each completion, the sum of
+several, right from `--correct_from` on. Without one, everything except accuracy is reported. Answers end with the
+model's stop tokens, and with the teacher's where one is given. Writes a JSON file with every number (each prompt's
+scores, too) and a table in Markdown beside it, after each model. All intervals are bootstrapped over prompts.
 
 Left out on purpose: public benchmarks, for which `lm-eval` is made (docs/recipes.md has its command), several devices.
 """
@@ -28,7 +28,7 @@ from ..data.rewards import import_reward
 from ..data.sampling import Sampling
 from ..reporting.evaluation import Answer, answer_all
 from ..reporting.evaluation_table import Results
-from .arguments import Help, template_kwargs
+from .arguments import CommandParser, template_kwargs
 from .models import check_teacher, first_rows, ids_unknown_to_teacher, load, stop_ids_of_all, tokenizer_of
 
 
@@ -36,15 +36,19 @@ console = Console()
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = CommandParser(command="evaluate", text=__doc__)
     add = parser.add_argument
-    add("--models", nargs="+", required=True, help="folders or names on the hub; the first one is compared with")
-    add("--prompts", required=True, help='a .jsonl file, folder or name on the hub, with a "prompt" column')
-    add("--split", default="train", help="of the prompts")
+    add("--model_name_or_path", nargs="+", required=True, help="one or several; the others are compared with the first")
+    add(
+        "--dataset_name",
+        required=True,
+        help='prompts: a .jsonl file, folder or name on the hub, with a "prompt" column',
+    )
+    add("--dataset_split", default="train", help="the prompts' split")
     add("--num_prompts", type=int, default=200, help="how many, from the first")
-    add("--verifier", help="import path (`module.function`), or a name from trl.rewards")
+    add("--reward_funcs", nargs="+", default=[], help="verifiers: `module.function`, or names from trl.rewards")
     add("--correct_from", type=float, default=1.0, help="the score from which on an answer is right")
-    add("--teacher", help="for the KL; to see how good it is itself, name it among the models")
+    add("--teacher_model_name_or_path", help="for the KL; to see how good it is itself, name it among the models")
     add("--num_generations", type=int, default=8, help="answers per prompt")
     add("--k", type=int, nargs="*", default=[], help="of pass@k; powers of two unless given")
     add("--max_completion_length", type=int, default=256, help="tokens")
@@ -79,7 +83,7 @@ def evaluated(name: str, model: Any, teacher: Any, rows: list, options: argparse
         options.seed,
         suppressed=ids_unknown_to_teacher(model, teacher) if teacher is not None else (),
     )
-    verifiers = [import_reward(options.verifier)] if options.verifier else []
+    verifiers = [import_reward(path) for path in options.reward_funcs]
     bar = progress.add_task(name, total=len(rows) * options.num_generations)
     found: list[Answer] = []
     asked = (rows, tokenizer, how, verifiers, teacher, merged, options.batch_size)
@@ -93,19 +97,20 @@ def main(words: list[str] | None = None) -> None:
     options = arguments(words)
     transformers_logging.disable_progress_bar()
     try:
-        rows = first_rows(options.prompts, options.split, options.num_prompts)
-        if options.verifier:
-            import_reward(options.verifier)  # before anything long begins
+        rows = first_rows(options.dataset_name, options.dataset_split, options.num_prompts)
+        for path in options.reward_funcs:
+            import_reward(path)  # before anything long begins
     except ValueError as error:
         sys.exit(f"{error}")
-    teacher = load(options.teacher, "teacher", options.dtype, options.device) if options.teacher else None
+    teacher_name = options.teacher_model_name_or_path
+    teacher = load(teacher_name, "teacher", options.dtype, options.device) if teacher_name else None
     results = Results(options)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        for name in dict.fromkeys(options.models):
+        for name in dict.fromkeys(options.model_name_or_path):
             model = load(name, "model", options.dtype, options.device)
-            if teacher is not None and name != options.teacher:
-                check_teacher(tokenizer_of(name), options.teacher, teacher, model)
+            if teacher is not None and name != teacher_name:
+                check_teacher(tokenizer_of(name), teacher_name, teacher, model)
             begun = time.perf_counter()
             try:
                 found = evaluated(name, model, teacher, rows, options, progress)

@@ -1,11 +1,11 @@
 """Have teachers complete prompts, verify and filter what they wrote, and save a dataset with a card.
 
-    python scripts/generate.py --dataset_name prompts.jsonl --teacher_model_name_or_path Qwen/Qwen3-8B \
-        --completions_per_prompt 4 --reward_funcs my_module.correct --keep correct --output_dir data
+    trl-distill generate --dataset_name prompts.jsonl --teacher_model_name_or_path Qwen/Qwen3-8B \\
+        --num_generations 4 --reward_funcs my_module.correct --keep correct --output_dir data
 
 `--dataset_name` is a name on the hub, a local folder or a `.jsonl` file, with a column "prompt" (text or messages). The
-result is read by `trl sft --dataset_name data` and by `scripts/opd.py`. Killed and started again with the same command,
-it goes on; nothing is asked twice. All settings may stand in a YAML file given as `--config`.
+result is read by `trl sft --dataset_name data` and by `trl-distill train`. A run killed at any point is resumed by the
+same command; nothing is asked twice. All settings may stand in a YAML file given as `--config`.
 
 Teachers: a folder or hub name, `vllm:name`, `http://host:port/v1#model`; several as
 `--teacher_models '{"a": "...", "b": "..."}'`. Verifiers: `--reward_funcs`, `--reward_model` or `--judge`. Preference
@@ -21,11 +21,17 @@ import sys
 from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
-from trl import TrlParser
 
 from ..errors import TeacherAnswerError, TeacherUnavailable
 from ..synthetic import GenerateConfig, run_pipeline
 from .arguments import errors_without_traceback
+from .dataclass_parser import DataclassParser
+
+
+MOST_USED = (  # what `--help` shows first
+    *("dataset_name", "teacher_model_name_or_path", "output_dir", "completions_per_prompt", "max_completion_length"),
+    *("temperature", "reward_funcs", "keep", "pairs", "new_prompts"),
+)
 
 
 def main(config: GenerateConfig) -> None:
@@ -51,8 +57,15 @@ def main(config: GenerateConfig) -> None:
     )
 
 
+def parsed(arguments: list[str]) -> GenerateConfig:
+    """The command line's settings, and a YAML file's that it names."""
+    renamed = {"completions_per_prompt": "num_generations"}
+    parser = DataclassParser([GenerateConfig], command="generate", text=__doc__, first=MOST_USED, renamed=renamed)
+    with errors_without_traceback():
+        (config,) = parser.parse_args_and_config(arguments)
+    return config
+
+
 def run(arguments: list[str]) -> None:
     """The command: its arguments, or a YAML file's that they name."""
-    with errors_without_traceback():
-        (config,) = TrlParser([GenerateConfig]).parse_args_and_config(arguments)  # type: ignore[list-item]
-    main(config)
+    main(parsed(arguments))

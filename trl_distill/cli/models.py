@@ -1,6 +1,6 @@
-"""What `inspect.py` and `evaluate.py` share: loading saved models and prompts, and checking that they fit.
+"""What `trl-distill report` and `evaluate` share: loading saved models and prompts, and checking that they fit.
 
-Errors end a script with a message that says what to change.
+Errors end the command with a message that says what to change.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def first_rows(prompts: str, split: str, most: int) -> list[dict[str, Any]]:
     splits = load_splits(prompts)
     if split not in splits:
         raise ValueError(
-            f"{prompts} has no split {split!r}, only {', '.join(splits)}. Name one of them with `--split`."
+            f"{prompts} has no split {split!r}, only {', '.join(splits)}. Name one of them with `--dataset_split`."
         )
     dataset = with_prompts(splits[split])
     if "prompt" not in dataset.column_names:

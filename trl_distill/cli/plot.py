@@ -1,11 +1,11 @@
 """One picture of how runs went: KL both ways, reward, objective, entropy, agreement, lengths.
 
-    python scripts/plot.py out                                  # writes out/training.png
-    python scripts/plot.py out-a out-b --labels "beta 0.1" "beta 1" --output both.png
-    python scripts/plot.py out --evaluation evaluation.json --teacher Qwen/Qwen3-4B     # with the teacher's level
+    trl-distill plot out                                  # writes out/training.png
+    trl-distill plot out-a out-b --labels "beta 0.1" "beta 1" --output both.png
+    trl-distill plot out --evaluation evaluation.json --teacher_model_name_or_path Qwen/Qwen3-4B    # its level too
 
 A run is a folder that training wrote into (its log is `trainer_state.json`, there or in the last checkpoint), or such a
-file. Pictures of sweeps are `sweep.py`'s.
+file. Pictures of sweeps are made by `trl-distill sweep`.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ from pathlib import Path
 from typing import Any
 
 from ..reporting.curves import training_figure
+from .arguments import CommandParser
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(command="plot", text=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders, or trainer_state.json files")
     parser.add_argument("--labels", nargs="+", help="what to call the runs; their folders' names unless given")
     parser.add_argument("--teacher_reward", type=float, help="the teacher's level of the reward")
-    parser.add_argument("--evaluation", type=Path, help="what evaluate.py wrote, with the run's one reward as verifier")
-    parser.add_argument("--teacher", help="the teacher's name in there")
+    parser.add_argument("--evaluation", type=Path, help="what `trl-distill evaluate` wrote, with the run's one reward")
+    parser.add_argument("--teacher_model_name_or_path", help="the teacher's name in there")
     parser.add_argument("--title", default="")
     parser.add_argument("--output", type=Path, help="training.png in the first run's folder unless given")
     options = parser.parse_args(words)
     if options.labels and len(options.labels) != len(options.runs):
         parser.error(f"{len(options.runs)} runs have {len(options.labels)} labels; give one for each")
-    if (options.evaluation is None) != (options.teacher is None):
-        parser.error("--evaluation and --teacher go together: the file, and whose level to take from it")
+    if (options.evaluation is None) != (options.teacher_model_name_or_path is None):
+        parser.error(
+            "--evaluation and --teacher_model_name_or_path go together: the file, and whose level to take from it"
+        )
     return options
 
 
@@ -46,8 +49,8 @@ def log_of(run: Path) -> list[dict[str, Any]]:
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise ValueError(
-            f"{run} holds no log. Name a folder with trainer_state.json or checkpoints in it; scripts/opd.py writes "
-            "the first at the end, `trainer.save_state()` does so in Python."
+            f"{run} holds no log. Name a folder with trainer_state.json or checkpoints in it; `trl-distill train` "
+            "writes the first at the end, `trainer.save_state()` does so in Python."
         )
     state = json.loads(found.read_text())
     if "log_history" not in state:
@@ -61,10 +64,10 @@ def teacher_levels(options: argparse.Namespace) -> dict[str, float]:
         return {"reward": options.teacher_reward}
     if options.evaluation is None:
         return {}
-    models = json.loads(options.evaluation.read_text()).get("models", {})
-    if options.teacher not in models:
-        raise ValueError(f"{options.evaluation} has no model {options.teacher!r}, only {', '.join(models)}.")
-    scores = [one["value"] for name, one in models[options.teacher]["estimates"].items() if name.startswith("avg@")]
+    models, teacher = json.loads(options.evaluation.read_text()).get("models", {}), options.teacher_model_name_or_path
+    if teacher not in models:
+        raise ValueError(f"{options.evaluation} has no model {teacher!r}, only {', '.join(models)}.")
+    scores = [one["value"] for name, one in models[teacher]["estimates"].items() if name.startswith("avg@")]
     return {"reward": scores[0]} if scores else {}
 
 

@@ -1,14 +1,14 @@
 """The token-level report of saved models: one HTML file that opens anywhere, offline.
 
-    python scripts/inspect.py --model out/checkpoint-100 --teacher Qwen/Qwen3-4B --prompts prompts.jsonl
+    trl-distill report --model_name_or_path out/checkpoint-100 --teacher_model_name_or_path Qwen/Qwen3-4B \\
+        --dataset_name prompts.jsonl
 
 The student writes a completion of each prompt, and the page shows its tokens by their KL to the teacher, with what both
 would rather have written. `--compare_with out/checkpoint-500` judges the same completions for a second student;
 `--completions dataset` judges the dataset's own; `--reward_funcs module.function` adds rewards; `--report_to wandb`
 logs the page too. During training: `trl_distill.TokenReport`. See docs/report.md.
 
-A folder, since a file of this name would take the place of Python's own `inspect` for every script beside it. Left out
-on purpose: several devices, and models that do not fit on one.
+Left out on purpose: several devices, and models that do not fit on one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..reporting.tokens import Summary, TokenTable, page
 from ..reporting.tokens.collect import labels_of, scored, with_rewards
 from ..reporting.tokens.table import Completion, summary
 from ..reporting.wandb_run import log_to_wandb
-from .arguments import Help, template_kwargs
+from .arguments import CommandParser, template_kwargs
 from .models import check_teacher, first_rows, ids_unknown_to_teacher, load, stop_ids_of_all, tokenizer_of
 
 
@@ -47,12 +47,16 @@ console = Console()
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="inspect.py", description=__doc__, formatter_class=Help)
+    parser = CommandParser(command="report", text=__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="the student: a folder or a name on the hub; an adapter's folder with peft")
-    add("--teacher", required=True, help="who judges")
-    add("--prompts", required=True, help='a .jsonl file, folder or name on the hub, with a "prompt" column')
-    add("--split", default="train", help="of the prompts")
+    add("--model_name_or_path", required=True, help="the student: a folder, also an adapter's, or a name on the hub")
+    add("--teacher_model_name_or_path", required=True, help="the teacher, likewise")
+    add(
+        "--dataset_name",
+        required=True,
+        help='prompts: a .jsonl file, folder or name on the hub, with a "prompt" column',
+    )
+    add("--dataset_split", default="train", help="the prompts' split")
     add("--num_prompts", type=int, default=50, help="how many, from the first")
     add("--compare_with", help="a second student: it judges the first one's completions, and writes some of its own")
     add("--completions", choices=["sample", "dataset"], default="sample", help='or those of a "completion" column')
@@ -91,9 +95,9 @@ class Collector:
         for start in range(0, len(self.rows), size):
             rows = self.rows[start : start + size]
             if from_dataset:
-                yield [dataset_completion(row, self.tokenizer, how) for row in rows]
+                yield [dataset_completion(row, self.tokenizer, how, self.options.chat_template_kwargs) for row in rows]
             else:
-                prompts = [self.ids_of(row["prompt"]) for row in rows]
+                prompts = [self.ids_of(row["prompt"], tools=row.get("tools")) for row in rows]
                 yield sample_completions(
                     writer, rows, prompts, self.tokenizer.pad_token_id, replace(how, seed=how.seed + start)
                 )
@@ -126,15 +130,16 @@ def main(words: list[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     try:
         rewards = [import_reward(path) for path in options.reward_funcs]
-        rows = first_rows(options.prompts, options.split, options.num_prompts)
+        rows = first_rows(options.dataset_name, options.dataset_split, options.num_prompts)
     except ValueError as error:
         sys.exit(f"{error}")
     console.print("Loading models ...")
-    names = [options.model, *([options.compare_with] if options.compare_with else [])]
+    names = [options.model_name_or_path, *([options.compare_with] if options.compare_with else [])]
     students = [load(name, "student", options.dtype, options.device) for name in names]
-    teacher = load(options.teacher, "teacher", options.dtype, options.device)
-    tokenizer = tokenizer_of(options.model)
-    check_teacher(tokenizer, options.teacher, teacher, students[0])
+    teacher_name = options.teacher_model_name_or_path
+    teacher = load(teacher_name, "teacher", options.dtype, options.device)
+    tokenizer = tokenizer_of(options.model_name_or_path)
+    check_teacher(tokenizer, teacher_name, teacher, students[0])
 
     stops, merged = stop_ids_of_all([*students, teacher], tokenizer)
     how = Sampling(
@@ -152,14 +157,14 @@ def main(words: list[str] | None = None) -> None:
         others = collector.collect(students[1], students[1:], teacher, how, merged, "the second student's own")
         own = [summary(completions), summary(others)]
     table = TokenTable(
-        title=f"{' and '.join(Path(name).name for name in names)}: tokens by KL to {Path(options.teacher).name}",
-        teacher=options.teacher,
+        title=f"{' and '.join(Path(name).name for name in names)}: tokens by KL to {Path(teacher_name).name}",
+        teacher=teacher_name,
         students=tuple(names),
         completions=tuple(completions),
         labels=labels_of(completions, tokenizer),
         own=tuple(own),
         settings={
-            "prompts": options.prompts,
+            "prompts": options.dataset_name,
             "completions": "of the dataset" if options.completions == "dataset" else "sampled",
             "temperature": f"{options.temperature:g}",
             "seed": str(options.seed),

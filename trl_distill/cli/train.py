@@ -1,20 +1,20 @@
 """Distil a teacher into a student on the student's own rollouts, with or without rewards.
 
-    accelerate launch scripts/opd.py \
-        --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-4B \
+    trl-distill train --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-4B \\
         --dataset_name prompts.jsonl --learning_rate 1e-5 --max_completion_length 1024 --output_dir out
 
-`--dataset_name` is a name on the hub, a local folder or a `.jsonl` file, with a "prompt" column (text or messages).
-Arguments are TRL's own: those of `ScriptArguments`, `ModelConfig` (`--use_peft`, `--lora_r`, `--dtype` ...) and
-`OPDConfig`, which holds all of `GRPOConfig`; they may also stand in a YAML file given as `--config`. Rewards come by
-import path: `--reward_funcs my_module.my_reward` (importable from here), or a name from `trl.rewards`.
-`--resume_from_checkpoint auto` goes on from the last complete checkpoint in `--output_dir`, if there is one. SIGTERM
-saves a checkpoint after the current step and exits with status 75. In `--output_dir`, `$NAME` is an environment
-variable (`$WANDB_RUN_ID` in a sweep); `--together="--a 1 --b 2"` is several arguments in one, for sweeps. Without a GPU
-add `--use_cpu --bf16 false`. `--check_only` compares teacher and student, prints a table and stops.
+Several devices: `--accelerate_config zero3`, or `accelerate launch -m trl_distill.cli train ...`. No GPU: `--use_cpu
+--bf16 false`. Fits the teacher the student? `trl-distill check`, with the same arguments.
 
+`--dataset_name` is a name on the hub, a local folder or a `.jsonl` file, with a "prompt" column (text or messages).
+Rewards come by import path: `--reward_funcs my_module.my_reward` (importable from here), or a name from `trl.rewards`.
 Other teachers: `--teacher_models '{"math": "a", "code": "b"}'`, `--teacher_server_urls http://...`,
 `--teacher_ema 0.99`, `--teacher_model_name_or_path adapter-off`; see docs/teachers.md.
+
+All arguments of TRL's `ScriptArguments`, `ModelConfig` and `GRPOConfig` are there; they may also stand in a YAML file,
+`--config FILE`. SIGTERM saves a checkpoint after the current step and ends with status 75; `--resume_from_checkpoint
+auto` goes on from the last complete one. In `--output_dir`, `$NAME` is an environment variable (`$WANDB_RUN_ID` in a
+sweep); `--together="--a 1 --b 2"` is several arguments in one, for sweeps.
 
 Left out on purpose: data preparation, and any default that differs from `OPDConfig`'s.
 """
@@ -25,9 +25,10 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from .. import OPDConfig, OPDTrainer, TeacherAnswerError, TeacherUnavailable
 from ..checks.findings import Finding, PreflightError, Report
@@ -39,6 +40,16 @@ from ..training.deepspeed_ops import build_ops
 from ..training.interrupts import EXIT_STOPPED, StopOnSigterm
 from ..training.process_group import distributed_main
 from .arguments import errors_without_traceback, expand_together, with_environment
+from .dataclass_parser import DataclassParser
+from .launch import LaunchArguments, become, launch_command
+from .log_line import show_lines
+
+
+MOST_USED = (  # what `--help` shows first
+    *("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "reward_funcs", "output_dir"),
+    *("learning_rate", "max_steps", "per_device_train_batch_size", "num_generations", "max_completion_length"),
+    *("use_peft", "resume_from_checkpoint", "accelerate_config"),
+)
 
 
 @dataclass
@@ -51,6 +62,8 @@ class OPDScriptArguments(ScriptArguments):
             Import paths of reward functions, `package.module.function`, or names from `trl.rewards`.
         check_only (`bool`, *optional*, defaults to `False`):
             Load everything, compare teacher and student, print what was found, and stop.
+        log_format (`str`, *optional*, defaults to `"line"`):
+            What a terminal shows of each log: one `"line"`, or all of it (`"full"`), as where there is no terminal.
     """
 
     reward_funcs: list[str] | None = field(
@@ -59,6 +72,10 @@ class OPDScriptArguments(ScriptArguments):
     )
     check_only: bool = field(
         default=False, metadata={"help": "Compare teacher and student, print what was found, and stop."}
+    )
+    log_format: Literal["line", "full"] = field(
+        default="line",
+        metadata={"help": "Of each log: one line on a terminal, or everything (as where there is no terminal)."},
     )
 
 
@@ -72,6 +89,30 @@ def show(report: Report, error: Exception | None = None) -> None:
     sys.exit(1 if report.count("error") else 0)
 
 
+def data_of(script_args: OPDScriptArguments, args: OPDConfig) -> tuple[Any, Any]:
+    """The datasets for training and, where it is asked for, evaluation."""
+    splits = load_splits(str(script_args.dataset_name), script_args.dataset_config, script_args.dataset_streaming)
+    train = take_split(splits, script_args.dataset_train_split, "training")
+    if args.eval_strategy == "no":
+        return train, None
+    return train, take_split(splits, script_args.dataset_test_split, "evaluation")
+
+
+def checkpoint_of(trainer: OPDTrainer) -> str | None:
+    """What `--resume_from_checkpoint` means: a folder, or `None` for a run from the beginning."""
+    resume = trainer.args.resume_from_checkpoint
+    if resume in ("auto", "True", "true"):
+        found = last_complete(trainer.args.output_dir)
+        where = f"Going on from {found}" if found else f"No checkpoint in {trainer.args.output_dir}: anew"
+        trainer.accelerator.print(where)
+        return found
+    if resume in (None, "", "False", "false"):
+        return None
+    if not Path(resume).is_dir():
+        sys.exit(f"There is no checkpoint {resume!r}. Name a folder, or write `--resume_from_checkpoint auto`.")
+    return resume
+
+
 @distributed_main
 def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConfig) -> None:
     if model_args.model_name_or_path is None:
@@ -81,11 +122,7 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
     with errors_without_traceback():
         args.output_dir = with_environment(args.output_dir or "")
         rewards = [import_reward(path) for path in script_args.reward_funcs or []]
-        splits = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
-        train = take_split(splits, script_args.dataset_train_split, "training")
-        evaluate = None
-        if args.eval_strategy != "no":
-            evaluate = take_split(splits, script_args.dataset_test_split, "evaluation")
+        train, evaluate = data_of(script_args, args)
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -111,12 +148,9 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
         show(getattr(error, "report", Report()), error)
     if script_args.check_only:
         show(getattr(trainer, "preflight", Report()))  # without a teacher there is nothing to compare
-    resume = args.resume_from_checkpoint
-    if resume in ("auto", "True", "true"):
-        resume = last_complete(args.output_dir)
-        trainer.accelerator.print(f"Going on from {resume}" if resume else f"No checkpoint in {args.output_dir}: anew")
-    elif resume not in (None, "", "False", "false") and not Path(resume).is_dir():
-        sys.exit(f"There is no checkpoint {resume!r}. Name a folder, or write `--resume_from_checkpoint auto`.")
+    if script_args.log_format == "line" and sys.stdout.isatty():
+        show_lines(trainer)
+    resume = checkpoint_of(trainer)
     try:
         with stop.listening(interrupt=True):
             trainer.train(resume_from_checkpoint=resume)
@@ -125,6 +159,12 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
         sys.exit(EXIT_STOPPED)
     except (CheckpointError, NonFiniteLossError, RunawayError, TeacherAnswerError, TeacherUnavailable) as error:
         sys.exit(f"{error}")
+    save(trainer, script_args, model_args)
+
+
+def save(trainer: OPDTrainer, script_args: OPDScriptArguments, model_args: ModelConfig) -> None:
+    """The model and the log, in `--output_dir` and perhaps on the hub."""
+    args = trainer.args
     trainer.save_model(args.output_dir)
     trainer.save_state()  # the log, beside the model
     if args.push_to_hub:
@@ -133,14 +173,30 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
     trainer.accelerator.print(f"Done after {trainer.state.global_step} steps. {what} is in {args.output_dir}")
 
 
-def parsed(arguments: list[str]) -> tuple[OPDScriptArguments, OPDConfig, ModelConfig]:
+def make_parser(command: str = "train", text: str | None = __doc__) -> DataclassParser:
+    """The parser; `trl-distill check` has it under its own name."""
+    types = [OPDScriptArguments, OPDConfig, ModelConfig, LaunchArguments]
+    return DataclassParser(types, command=command, text=text, first=MOST_USED)
+
+
+def parsed(
+    arguments: list[str], parser: DataclassParser | None = None
+) -> tuple[OPDScriptArguments, OPDConfig, ModelConfig]:
     """The command line's, and a YAML file's that it names."""
-    parser = TrlParser([OPDScriptArguments, OPDConfig, ModelConfig])  # type: ignore[list-item]
+    parser = parser or make_parser()
     with errors_without_traceback():
-        return parser.parse_args_and_config(expand_together(arguments))  # type: ignore[return-value]
+        script_args, args, model_args, _ = parser.parse_args_and_config(expand_together(arguments))
+    return script_args, args, model_args
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str], command: str = "train", text: str | None = __doc__) -> None:
     """The command: its arguments, or a YAML file's that they name."""
+    parser = make_parser(command, text)
+    with errors_without_traceback():
+        line = launch_command(parser.options(expand_together(arguments)), command, arguments, os.environ)
+    if line:
+        become(line)
     build_ops()  # before DeepSpeed does so in silence
-    main(*parsed(arguments))
+    script_args, args, model_args = parsed(arguments, parser)
+    script_args.check_only = script_args.check_only or command == "check"
+    main(script_args, args, model_args)

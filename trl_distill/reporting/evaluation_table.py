@@ -63,7 +63,7 @@ class Results:
             for name, answers in self.answers.items()
         }
         first, *others = self.answers
-        for name in others if self.options.verifier else ():
+        for name in others if self.options.reward_funcs else ():
             label = f"avg@{self.options.num_generations} − the first's"
             found[name][label] = difference(self.answers[name], self.answers[first])
         return found

@@ -218,7 +218,7 @@ class GenerateConfig:
         if self.pairs and self.keep == "best":
             yield "`pairs` takes the best and the worst of each prompt by itself. Leave `keep` out, or use `correct`."
         if self.pairs and self.completions_per_prompt * (len(self.teachers) if self.asks_all else 1) < 2:
-            yield "`pairs` needs two completions of a prompt or more. Set `--completions_per_prompt 4`, say."
+            yield "`pairs` needs two completions of a prompt or more. Set `--num_generations 4`, say."
 
     def _human_faults(self):
         if (self.human_data is None) != (self.human_share == 0):
