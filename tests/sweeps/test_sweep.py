@@ -17,7 +17,7 @@ import yaml
 from processes import LONG, kill_all, started, wait_for
 
 
-pytest.importorskip("sweeps.run")
+pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -90,7 +90,8 @@ def test_draws_depend_on_seed_index_and_results_alone(sweep, method):
 
     import numpy as np
 
-    from trl_distill.sweeps.space import Drawn, draw, read_sweep
+    from trl_distill.sweeps.schema import read_sweep
+    from trl_distill.sweeps.space import Drawn, draw
 
     sweep(method, UNIFORM)
     config = read_sweep(Path("sweep.yaml"))
@@ -112,13 +113,132 @@ def test_draws_depend_on_seed_index_and_results_alone(sweep, method):
 
 
 def test_bayes_looks_where_it_was_good(sweep):
-    from trl_distill.sweeps.space import Drawn, draw, read_sweep
+    from trl_distill.sweeps.schema import read_sweep
+    from trl_distill.sweeps.space import Drawn, draw
 
     sweep("bayes", {"beta": {"min": 0.0, "max": 1.0}})
     config = read_sweep(Path("sweep.yaml"))
     earlier = [Drawn({"beta": i / 10}, -((i / 10 - 0.7) ** 2)) for i in range(11)]
     drawn = [draw(config, 11, earlier, seed)["beta"] for seed in range(8)]
     assert sum(abs(beta - 0.7) for beta in drawn) / 8 < 0.15  # 0.29 if drawn evenly
+
+
+SPECS = {
+    "i": {"min": 2, "max": 5},
+    "u": {"min": 0.5, "max": 2.5},
+    "q": {"distribution": "q_uniform", "min": 0.1, "max": 1.0, "q": 0.25},
+    "log": {"distribution": "log_uniform_values", "min": 1.0e-4, "max": 1.0},
+    "qlog": {"distribution": "q_log_uniform_values", "min": 1.0, "max": 1000, "q": 10},
+    "inv": {"distribution": "inv_log_uniform_values", "min": 1.0e-4, "max": 1.0},
+    "n": {"distribution": "normal", "mu": 3.0, "sigma": 0.5},
+    "qn": {"distribution": "q_normal", "mu": 0.0, "sigma": 10.0, "q": 5},
+    "ln": {"distribution": "log_normal", "mu": 1.0, "sigma": 0.5},
+    "c": {"values": ["a", 1, True, None]},
+    "p": {"values": ["x", "y", "z"], "probabilities": [0.7, 0.0, 0.3]},
+}
+
+
+def test_random_draws_have_wandbs_distributions(sweep):
+    """Medians and shares of 400 draws; with 400, a share is within 0.1 of its own in all but 1 of 10,000 cases."""
+    from statistics import median
+
+    from trl_distill.sweeps.schema import read_sweep
+    from trl_distill.sweeps.space import draw
+
+    sweep("random", SPECS)
+    config = read_sweep(Path("sweep.yaml"))
+    draws = [draw(config, index, [], seed=3) for index in range(400)]
+    assert list(draws[0]) == sorted(SPECS)
+    of = {name: [drawn[name] for drawn in draws] for name in SPECS}
+    assert {value: of["i"].count(value) / 400 for value in (2, 3, 4, 5)} == pytest.approx(
+        dict.fromkeys((2, 3, 4, 5), 0.25), abs=0.1
+    )
+    assert all(0.5 <= value <= 2.5 for value in of["u"])
+    assert set(of["q"]) == {0.0, 0.25, 0.5, 0.75, 1.0}  # as wandb: rounded after drawing
+    assert median(of["log"]) == pytest.approx(1e-2, rel=0.6)
+    assert median(of["inv"]) == pytest.approx(1e-2, rel=0.6)
+    assert all(type(value) is int and value % 10 == 0 for value in of["qlog"])
+    assert median(of["qlog"]) == pytest.approx(30, abs=10)
+    assert median(of["n"]) == pytest.approx(3, abs=0.1)
+    assert sum(abs(value - 3) < 0.5 for value in of["n"]) / 400 == pytest.approx(0.683, abs=0.1)
+    assert all(type(value) is int and value % 5 == 0 for value in of["qn"])
+    assert median(of["ln"]) == pytest.approx(2.718, rel=0.1)
+    assert {repr(value) for value in of["c"]} == {"'a'", "1", "True", "None"}
+    assert of["p"].count("x") / 400 == pytest.approx(0.7, abs=0.1)
+    assert of["p"].count("y") == 0
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_bayes_finds_every_value_again_on_its_axis(sweep, name):
+    """What was drawn, also after rounding beyond the bounds, has a coordinate that gives it back."""
+    from trl_distill.sweeps.schema import parameter
+    from trl_distill.sweeps.space import Drawn, axis_of, draw
+
+    sweep("bayes", {name: SPECS[name]})
+    config = {"method": "bayes", "metric": {"name": "m", "goal": "minimize"}}
+    config["parameters"] = {name: parameter(name, SPECS[name])}
+    axis = axis_of(config["parameters"][name])
+    earlier: list[Drawn] = []
+    for index in range(12):
+        drawn = draw(config, index, earlier, seed=0)
+        coordinate = axis.coordinate(drawn[name])
+        assert axis.distribution._contains(axis.distribution.to_internal_repr(coordinate))
+        again = axis.value(coordinate)
+        assert again == (pytest.approx(drawn[name], rel=1e-6) if isinstance(again, float) else drawn[name])
+        assert type(again) is type(drawn[name])
+        earlier.append(Drawn(drawn, float(index)))
+
+
+def test_a_failed_or_stopped_run_counts_as_worse_than_any_other(sweep):
+    """Where runs fail, bayes does not look again."""
+    from trl_distill.sweeps.schema import read_sweep
+    from trl_distill.sweeps.space import Drawn, draw
+
+    sweep("bayes", {"beta": {"min": 0.0, "max": 1.0}})
+    config = read_sweep(Path("sweep.yaml"))
+    for lost in ({"metric": None}, {"metric": 9.0, "stopped": True, "history": (9.0, 9.0)}):
+        earlier = [Drawn({"beta": i / 20}, **(lost if i < 12 else {"metric": 1.0})) for i in range(21)]
+        drawn = [draw(config, 21, earlier, seed)["beta"] for seed in range(12)]
+        assert sum(beta >= 0.55 for beta in drawn) >= 10  # 5 if drawn evenly
+
+
+GRID = {
+    "z": {"values": [3, 1, 2]},
+    "fixed": {"value": "x"},
+    "a": {"values": [True, "b", 1, True]},  # one of them twice
+    "n": {"min": 4, "max": 6},
+    "q": {"distribution": "q_uniform", "min": 0.0, "max": 0.75, "q": 0.25},
+}
+
+
+def test_a_grid_has_wandbs_order(sweep):
+    """By name, the last fastest; a value that stands twice counts once; a quantised range is without its end."""
+    import itertools
+
+    from trl_distill.sweeps.schema import read_sweep
+    from trl_distill.sweeps.space import draw, size_of
+
+    sweep(parameters=GRID)
+    config = read_sweep(Path("sweep.yaml"))
+    q = [0.0, 0.25, 0.5]
+    expected = list(itertools.product([True, "b", 1], ["x"], [4, 5, 6], q, [3, 1, 2]))
+    assert size_of(config, None) == len(expected) == 81
+    found = [draw(config, index, [], seed=index) for index in range(81)]
+    assert [list(point) for point in found] == [["a", "fixed", "n", "q", "z"]] * 81
+    assert repr([tuple(point.values()) for point in found]) == repr(expected)
+    assert draw(config, 81, [], 0) is None
+
+
+def test_a_large_grid_begins_at_once(sweep):
+    """A grid of 10^12 points is neither listed nor counted one by one."""
+    from trl_distill.sweeps.schema import read_sweep
+    from trl_distill.sweeps.space import draw, size_of
+
+    sweep(parameters={f"p{i}": {"values": list(range(1000))} for i in range(4)})
+    config = read_sweep(Path("sweep.yaml"))
+    assert size_of(config, None) == 10**12
+    assert size_of(config, 7) == 7
+    assert draw(config, 123_456_789_012, [], 0) == {"p0": 123, "p1": 456, "p2": 789, "p3": 12}
 
 
 @pytest.mark.parametrize(
@@ -130,11 +250,23 @@ def test_bayes_looks_where_it_was_good(sweep):
         ({"parameters": {"names": {"value": ["a", "b"]}}}, "--names one two"),
         ({"parameters": {"optim": {"parameters": {"lr": {"value": 1}}}}}, "'optim' is nested"),
         ({"command": ["${program}", "${args_json}"]}, r"has \$\{args_json\}"),
-        ({"early_terminate": {"type": "hyperband", "min_iter": 3}}, "needs wandb's server"),
+        ({"parameters": {"lr": {"min": "1e-5", "max": 1.0}}}, "write 1.0e-5"),
+        ({"parameters": {"lr": {"distribution": "log_uniform", "min": -3, "max": 1}}}, "write log_uniform_values"),
+        ({"parameters": {"lr": {"distribution": "beta"}}}, "'beta' of 'lr' is unknown here"),
+        ({"parameters": {"lr": {"min": 0.1, "max": 1.0}}}, "a grid cannot hold it"),
+        ({"parameters": {"lr": {"values": [1], "q": 2}}}, "'lr' has 'q'; 'categorical' takes values"),
+        ({"method": "random", "parameters": {"x": {"values": [1, 2], "probabilities": [0.5, 0.4]}}}, "sum to 1"),
+        ({"metric": {"name": "x", "goal": "best"}}, "write minimize or maximize"),
+        ({"metric": {"name": "x", "impute": "best"}}, "counts as the worst"),
+        ({"run_cap": 3}, "write `--runs`"),
+        ({"early_terminate": {"type": "median"}}, "has one type, hyperband"),
+        ({"early_terminate": {"type": "hyperband", "max_iter": 9}}, "needs `min_iter`, or `max_iter` with `s`"),
+        ({"early_terminate": {"type": "hyperband", "min_iter": 3, "eta": 1}}, "a number above 1"),
+        ({"early_terminate": {"type": "hyperband", "max_iter": 2, "s": 1}}, "never looks"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_runs(sweep, changes, message):
-    from trl_distill.sweeps.space import read_sweep
+    from trl_distill.sweeps.schema import read_sweep
 
     sweep(**changes)
     with pytest.raises(ValueError, match=message):
@@ -156,6 +288,58 @@ def test_bad_arguments_are_said_without_a_traceback(sweep, capsys, arguments, me
     assert call(*arguments) == 2
     assert message in " ".join(capsys.readouterr().out.split())
     assert not Path("out").exists()
+
+
+PARSER = """
+import argparse
+parser = argparse.ArgumentParser()
+for name in ("beta", "beta_schedule", "learning_rate", "output_dir", "output", "use_peft"):
+    parser.add_argument("--" + name, "--" + name.replace("_", "-"))
+parser.parse_args()
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--learning_rate", "1"], "`--learning_rate` is what"),
+        (["--learning_rate=1"], "`--learning_rate` is what"),
+        (["--learning-rate", "1"], "`--learning-rate` is read as `--learning_rate`"),
+        (["--learning-rate=1"], "`--learning-rate` is read as `--learning_rate`"),
+        (["--learning_r=1"], "`--learning_r` is read as `--learning_rate`"),
+        (["--lear", "1"], "`--lear` is read as `--learning_rate`"),
+        (["--no_use_peft"], "`--no_use_peft` is read as `--use_peft`"),
+        (["--beta_s=linear"], "`--beta_s` is read as `--beta_schedule`"),
+        (["--together=--x 1 --learning-rate=2"], "`--learning-rate` is read as `--learning_rate`"),
+        (['--together=--together="--learning_r 2"'], "`--learning_r` is read as `--learning_rate`"),
+        (["--output-dir=x"], "`--output-dir` stands before `--`"),
+        (["--output_d=x"], "`--output_d` stands before `--`"),
+        (["--together=--output_dir x"], "`--output_dir` stands before `--`"),
+    ],
+)
+def test_what_the_sweep_varies_is_refused_in_every_spelling(sweep, capsys, given, meant):
+    together = {"values": ["--other=1", "--beta_schedule=x", "--use_peft"]}
+    sweep(parameters={"learning_rate": {"values": [0.1, 0.2]}, "together": together})
+    Path("program.py").write_text(PARSER)
+    assert call("--", *given) == 2
+    assert meant in " ".join(capsys.readouterr().out.split())
+    assert not Path("out").exists()
+
+
+def test_a_sweep_that_is_written_with_dashes_is_guarded_as_well(sweep, capsys):
+    sweep(parameters={"learning-rate": {"values": [0.1, 0.2]}})
+    assert call("--", "--learning_rate=1") == 2
+    assert "`--learning_rate` is read as `--learning-rate`" in " ".join(capsys.readouterr().out.split())
+
+
+def test_arguments_that_only_begin_alike_are_taken(sweep):
+    """`--beta` is an option of its own, also where `--beta_schedule` is varied; so is `--output` beside the folder."""
+    from trl_distill.sweeps.commands import check_overrides
+    from trl_distill.sweeps.schema import read_sweep
+
+    sweep(parameters={"beta_schedule": {"values": ["a", "b"]}, "fixed": {"value": 1}})
+    Path("program.py").write_text(PARSER)
+    check_overrides(read_sweep(Path("sweep.yaml")), ["--beta=1", "--output", "x", "--fixed=2", "--beta_schedules=1"])
 
 
 def test_endless_draws_need_a_number_and_a_missing_program_is_said(sweep, capsys):
@@ -261,6 +445,100 @@ def test_an_interrupted_sweep_ends_as_one_that_was_not(sweep, start, how):
     Path("out").rename("interrupted")
     assert call("--runs", "3") == 0
     assert Path("out/results.csv").read_text() == continued
+
+
+# -- ending poor runs early --------------------------------------------------------------------------------------------
+
+
+def test_bands_are_wandbs():
+    from itertools import islice
+
+    from trl_distill.sweeps.early_stopping import bands_of
+
+    assert list(islice(bands_of({"min_iter": 3, "eta": 3}), 4)) == [3, 9, 27, 81]
+    assert list(islice(bands_of({"min_iter": 2, "eta": 1.5}), 4)) == [2, 3, 4, 6]
+    assert list(bands_of({"max_iter": 27, "s": 2, "eta": 3})) == [3, 9]
+    assert list(bands_of({"max_iter": 27, "s": 9, "eta": 3})) == [1, 3, 9]
+
+
+def test_a_run_goes_on_while_its_best_is_among_the_best_at_each_band():
+    """wandb's rule on the example in its own documentation, where "b" ends at the first band and "c" at the second."""
+    from trl_distill.sweeps.early_stopping import cut
+
+    rule = {"max_iter": 5, "s": 2, "eta": 2}  # bands at 1 and 2
+    a, b, c, d, e = [10, 9], [10, 10], [10, 8, 8], [10, 7, 7], [10, 6, 6]
+    assert cut(b, [a, d, e], rule, "minimize") == 2
+    assert cut(c, [a, b, d, e], rule, "minimize") == 3
+    assert cut(d, [a, b, e], rule, "minimize") is None
+    assert cut(e, [a, b, d], rule, "minimize") is None
+    assert cut([-value for value in c], [[-v for v in run] for run in (a, b, d, e)], rule, "maximize") == 3
+    assert cut(b, [], rule, "minimize") is None  # nothing to be held against
+    assert cut([9.5, 9.2, *[0] * 9], [a, d, e], rule, "minimize") == 2  # whatever came later
+
+
+def test_values_that_are_logged_again_after_a_checkpoint_count_once(tmp_path):
+    from trl_distill.sweeps.early_stopping import RunLog
+
+    path = tmp_path / "log.txt"
+    log = RunLog(path)
+    assert log.read() == []
+    path.write_text("==> first\n{'reward': '1', 'epoch': '0.1'}\n 5%|#| 1/9\r{'reward': 2, 'epoch': '0.2'}\n{'rew")
+    assert [entry["reward"] for entry in log.read()] == [1, 2]
+    with path.open("a") as file:
+        file.write("ard': 3, 'epoch': 0.3, 'note': 'x', 'lost': 'nan'}\n")
+    assert log.read()[2:] == [{"reward": 3, "epoch": 0.3}]
+    with path.open("a") as file:
+        file.write("==> second\n{'settings': {}}\n{'reward': 2.5, 'epoch': 0.2}\n{'reward': 4, 'epoch': 0.2}\n")
+    assert [entry["reward"] for entry in log.read()] == [1, 2.5, 4]
+    with path.open("a") as file:
+        file.write("==> third\n{'reward': 7}\n")  # without an epoch: from the beginning
+    assert [entry["reward"] for entry in log.read()] == [7]
+    assert RunLog(path).read() == log.read()
+
+
+STOPPING = {
+    "parameters": {"beta": {"values": [0.2, 0.9, 0.1]}},
+    "early_terminate": {"type": "hyperband", "min_iter": 2},
+}
+
+
+def test_a_poor_run_is_ended_early_and_is_a_result(sweep, capsys):
+    """The second of three is worse from the start: it ends at its third value, long before its 500 steps are done."""
+    sweep(**STOPPING)
+    slow = PROGRAM.replace("    print({", "    time.sleep(0.02 if beta > 0.5 else 0)\n    print({")
+    Path("program.py").write_text(slow)
+    assert call("--last", "2", "--", "--steps=500") == 0
+    assert int(Path("out/001/out/step").read_text()) < 499
+    assert not Path("out/001/out/trainer_state.json").exists()
+    result = json.loads(Path("out/001/result.json").read_text())
+    assert result["stopped"].startswith("after 3 logged values its best reward was 0.1")
+    assert result["history"] == [0.1, 0.1, 0.1]
+    assert result["metrics"] == {"reward": pytest.approx(0.1)}
+    assert not Path("out/001/failure.json").exists()
+    assert "001 beta=0.9: ended early" in " ".join(capsys.readouterr().out.split())
+    rows = results()
+    assert [bool(row["stopped"]) for row in rows] == [False, True, False]
+    assert "| 001 | 0.9 | 0.1 |  | ended early |" in Path("out/table.md").read_text()
+    assert call("--last", "2", "--", "--steps=500") == 0
+    assert len(starts()) == 3  # nothing is run again
+
+
+@pytest.mark.parametrize("when", ["before its end", "after its end"])
+def test_which_runs_end_early_does_not_depend_on_when_the_log_was_read(sweep, monkeypatch, when):
+    """A fast run that has ended before anybody looked, and one that was left behind: the same results."""
+    from trl_distill.sweeps import runner
+
+    sweep(**STOPPING)
+    if when == "after its end":
+        monkeypatch.setattr(runner, "LOOK_SECONDS", 5)
+    assert call("--", "--steps=20") == 0
+    first = Path("out/results.csv").read_text()
+    assert [bool(row["stopped"]) for row in results()] == [False, True, False]
+    for run in ("001", "002"):  # as if killed: the logs are there, the results are not
+        Path(f"out/{run}/result.json").unlink()
+    assert call("--", "--steps=20") == 0
+    assert len(starts()) == 3
+    assert Path("out/results.csv").read_text() == first
 
 
 def test_another_sweep_in_the_same_folder_is_refused(sweep, capsys):

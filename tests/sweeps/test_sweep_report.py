@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 
-pytest.importorskip("sweeps.run")
 pytest.importorskip("matplotlib")
 
 
@@ -119,3 +118,29 @@ def test_a_metric_that_no_run_logged_is_said(tmp_path, capsys):
 
     report(sweep_of(tmp_path, "train/reward", "maximize", [({"x": 1}, {"loss": 1.0})]), Console())
     assert "no run has logged train/reward" in " ".join(capsys.readouterr().out.split())
+
+
+def test_runs_that_were_ended_early_are_told_apart_and_left_out_of_the_picture(tmp_path):
+    from rich.console import Console
+
+    from trl_distill.sweeps.report import report
+    from trl_distill.sweeps.results import RESULT
+
+    runs = [({"beta": b}, {"reward": 1 - b, "distill/reverse_kl": 1 / b}) for b in (0.1, 0.5, 1.0)]
+    folder = sweep_of(tmp_path, "train/reward", "maximize", runs)
+    ended = json.loads((folder / "000" / RESULT).read_text()) | {"stopped": "after 4 values"}
+    (folder / "000" / RESULT).write_text(json.dumps(ended))  # it would be on the front, with the highest reward
+    rows = report(folder, Console())
+    assert [row.stopped for row in rows] == ["after 4 values", "", ""]
+    lines = (folder / "table.md").read_text().splitlines()[2:]
+    assert [line.split("|")[-2].strip() for line in lines] == ["ended early", "Pareto front", "Pareto front"]
+    assert "after 4 values" in (folder / "results.csv").read_text()
+
+
+def test_runs_are_listed_by_number_beyond_a_thousand(tmp_path):
+    from trl_distill.sweeps.results import RESULT, collect
+
+    for name in ("1000", "998", "999"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / RESULT).write_text(json.dumps({"settings": {}, "metrics": {}}))
+    assert [row.run for row in collect(tmp_path)] == ["998", "999", "1000"]

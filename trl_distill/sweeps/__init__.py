@@ -1,1 +1,1 @@
-"""Sweeps without an account: what is drawn, run and reported."""
+"""Sweeps without an account: draw points, run them one after another, report."""

@@ -11,12 +11,12 @@ from typing import Any
 from ..reporting.curves import BLUE, ORANGE, new_figure, plain
 
 
-_STEPS: dict[str, Any] = {"drawstyle": "steps-post"}  # what lies between two runs is not known to be reachable
+_STEPS: dict[str, Any] = {"drawstyle": "steps-post"}  # nothing is known between two runs
 
 
 @dataclass(frozen=True)
 class Point:
-    """One finished run in a picture: what it is called, where it lies."""
+    """A finished run in a picture: its label and its coordinates."""
 
     label: str
     x: float
@@ -24,7 +24,7 @@ class Point:
 
 
 def pareto_front(points: Iterable[Point]) -> list[Point]:
-    """The points to which no other is preferable: none has as little `x` and as much `y`, and more of either."""
+    """The points that no other beats: none has no more `x` and no less `y`, and is better in one."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.x, -p.y)):
         same = bool(front) and (point.x, point.y) == (front[-1].x, front[-1].y)
@@ -64,7 +64,7 @@ def pareto_figure(points: Sequence[Point], x_label: str, y_label: str, title: st
 
 def metric_figure(points: Sequence[Point], x_label: str, y_label: str, maximize: bool, title: str = "") -> Any:
     """
-    One number varied, and a metric: a dot for each run, over a logarithmic axis where decades lie between them.
+    A metric over the one number that was varied: a dot for each run, on a logarithmic axis where values span decades.
 
     Args and errors as [`pareto_figure`]; `maximize` says which run is the best one.
     """
@@ -82,7 +82,7 @@ def metric_figure(points: Sequence[Point], x_label: str, y_label: str, maximize:
 
 def ranking_figure(rows: Sequence[tuple[str, float]], label: str, maximize: bool, title: str = "") -> Any:
     """
-    Configurations that are no numbers, and a metric: one line for each, the best on top.
+    A metric by configuration, where these are not numbers: one line for each, the best on top.
 
     Args and errors as [`pareto_figure`]; a row is a configuration's name and its metric.
     """

@@ -1,9 +1,10 @@
 """What came out of a sweep: a table on the screen, `table.md`, `results.csv`, and a picture.
 
-    python scripts/sweep_report.py sweeps/beta      # again, from the results that are there
+    python scripts/sweep.py --output_dir sweeps/beta --report_only      # again, from the results that are there
 
 `results.csv` has all metrics, the others the main ones. The picture is reward against KL (`pareto.png`) where the sweep
-varies beta and both were logged, else the sweep's metric (`metric.png`); `trl_distill/plots.py` draws it.
+varies beta and both were logged, else the sweep's metric (`metric.png`); `figures.py` draws it. Runs that were ended
+early are in the tables, but not in the picture: their metrics are those of a shorter training.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..objective.divergences import DIVERGENCES
+from .commands import label, logged_name
 from .figures import Point, metric_figure, pareto_figure, pareto_front, ranking_figure
 from .results import SWEEP, Row, collect
-from .space import label, logged_name
 
 
 DIVERGENCE_KEYS = tuple(f"distill/{name}" for name in DIVERGENCES)
@@ -29,16 +30,17 @@ MAIN = ("reward", *DIVERGENCE_KEYS, "distill/sequence_kl", "objective", "entropy
 
 
 def reward_against_kl(rows: list[Row]) -> tuple[str, dict[str, Point]]:
-    """Where the sweep varies beta: the divergence's key, and by run reward against it, for those that logged both."""
+    """Where the sweep varies beta: the divergence's key, and by run its reward and KL, where both were logged."""
     kl = next((key for key in DIVERGENCE_KEYS for row in rows if key in row.metrics), "")
-    both = [row for row in rows if "beta" in row.settings and {kl, "reward"} <= row.metrics.keys()]
+    whole = [row for row in rows if not row.stopped]
+    both = [row for row in whole if "beta" in row.settings and {kl, "reward"} <= row.metrics.keys()]
     return kl, {row.run: Point(label(row.settings), row.metrics[kl], row.metrics["reward"]) for row in both}
 
 
 def draw_picture(folder: Path, rows: list[Row], sweep: dict[str, Any], caption: str) -> Path | None:
-    """Draw what the sweep shows; `None` where no run has logged it."""
+    """Draw the sweep's picture; `None` where no run has logged its metric."""
     metric, maximize = logged_name(sweep["metric"]["name"]), sweep["metric"]["goal"] == "maximize"
-    measured = [(row.settings, row.metrics[metric]) for row in rows if metric in row.metrics]
+    measured = [(row.settings, row.metrics[metric]) for row in rows if metric in row.metrics and not row.stopped]
     numeric = all(len(found) == 1 and isinstance(next(iter(found.values())), int | float) for found, _ in measured)
     kl, points = reward_against_kl(rows)
     if points:
@@ -58,7 +60,7 @@ def draw_picture(folder: Path, rows: list[Row], sweep: dict[str, Any], caption: 
 
 
 def table_of(rows: list[Row], metric: str) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the short table: what varied, the main metrics, what there is to say of a run."""
+    """Header and cells of the short table: what varied, the main metrics, and a remark."""
     settings = list(dict.fromkeys(name for row in rows for name in row.settings))
     logged = {name for row in rows for name in row.metrics}
     metrics = [name for name in dict.fromkeys((metric, *MAIN)) if name in logged]
@@ -67,7 +69,9 @@ def table_of(rows: list[Row], metric: str) -> tuple[list[str], list[list[str]]]:
     cells = []
     for row in rows:
         values = [row.settings.get(name, "") for name in settings] + [row.metrics.get(name, "") for name in metrics]
-        remark = "failed" if row.failure else "Pareto front" if points.get(row.run) in front else ""
+        remark = "failed" if row.failure else "ended early" if row.stopped else ""
+        if points.get(row.run) in front:
+            remark = "Pareto front"
         cells.append([row.run, *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values), remark])
     return ["run", *settings, *metrics, ""], cells
 
@@ -94,10 +98,10 @@ def report(folder: Path, console: Console) -> list[Row]:
     metrics = sorted({name for row in rows for name in row.metrics})
     with (folder / "results.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["run", *settings, *metrics, "failure"])
+        writer.writerow(["run", *settings, *metrics, "stopped", "failure"])
         for row in rows:
             found = [row.settings.get(name, "") for name in settings] + [row.metrics.get(name, "") for name in metrics]
-            writer.writerow([row.run, *found, row.failure])
+            writer.writerow([row.run, *found, row.stopped, row.failure])
     for row in rows:
         if row.failure:
             console.print(f"Run {row.run} ({label(row.settings)}) failed:\n{row.failure}", markup=False)

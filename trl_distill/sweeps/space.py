@@ -1,114 +1,216 @@
-"""What a sweep's YAML asks for: it is read and checked, configurations are drawn, and become command lines.
+"""The points of a sweep: a grid's by their number, the others drawn by Optuna.
 
-The drawing is that of wandb's own package `sweeps` (extra `sweeps`), with a seed for each run. Running is left to
-`sweep.py`. Left out: nested parameters and `early_terminate`, which only wandb's server can act on.
+A draw depends on the sweep, the seed, the run's number and the results of earlier runs, and on nothing else: an
+interrupted sweep draws what it would have drawn. Nothing here imports PyTorch: the memory is left to the runs.
 """
 
 from __future__ import annotations
 
-import random
-import shlex
-import sys
-import warnings
-from collections.abc import Sequence
+import bisect
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import yaml
+
+from .schema import ENDLESS
 
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of a newer pydantic than `sweeps` was written for
-    try:
-        from sweeps.config import SweepConfig, schema_violations_from_proposed_config
-        from sweeps.run import RunState, SweepRun, next_run
-    except ImportError:
-        sys.exit("scripts/sweep.py needs wandb's package `sweeps`: pip install 'trl_distill[sweeps]'.")
+try:
+    import optuna
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.trial import TrialState
+except ImportError as error:
+    raise ImportError("Sweeps need Optuna: pip install 'trl_distill[sweeps]'.") from error
 
 
-TOGETHER = "together"  # the parameter whose value is several arguments
+STARTUP = 5  # of a bayes sweep: runs drawn at random before results count; sweeps of training runs are short
 
 
-ENDLESS = ("random", "bayes")
-
-
-MACROS = ("${env}", "${interpreter}", "${program}", "${args}")
+EDGE = 1e-9  # a quantile is at least this far from 0 and 1, where a normal distribution has none
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """An earlier run, as far as the next draw needs it: its parameters, and its metric if it has ended well."""
+    """
+    An earlier run, as far as the next draw needs it.
+
+    Attributes:
+        parameters (`dict[str, Any]`): of the program.
+        metric (`float`, *optional*): the sweep's; `None` where the run failed, which counts as the worst.
+        history (`tuple[float, ...]`): the metric's logged values, of runs in a sweep with `early_terminate`.
+        stopped (`bool`): whether the run was ended early.
+    """
 
     parameters: dict[str, Any]
     metric: float | None
+    history: tuple[float, ...] = ()
+    stopped: bool = False
 
 
-def read_sweep(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Axis:
     """
-    A sweep's configuration, checked against the schema of wandb's package, with the schema's defaults.
+    A parameter as Optuna sees it.
 
-    Raises:
-        ValueError: it cannot be read, does not fit the schema, or asks for what only wandb's server can do.
+    Attributes:
+        distribution (`BaseDistribution`): of the coordinate that Optuna draws.
+        value (`Callable`): coordinate to the program's value.
+        coordinate (`Callable`): the way back; values that were rounded beyond the bounds are moved onto them.
     """
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"The sweep {str(path)!r} cannot be read: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("parameters", {}), dict):
-        raise ValueError(f"The sweep {str(path)!r} holds no settings; see scripts/sweeps/beta.yaml for what it needs.")
-    wrong = schema_violations_from_proposed_config(config)
-    missing = [name for name in ("program", "method", "metric", "parameters") if name not in config]
-    wrong += [f"{name!r} is missing" for name in missing]
-    for name, spec in config.get("parameters", {}).items():
-        values = [spec["value"]] if "value" in spec else spec.get("values", [])
-        if "parameters" in spec or any(isinstance(value, list | dict) for value in values):
-            wrong.append(
-                f"the parameter {name!r} is nested or a list, which is no argument of a program; write it as "
-                f"`{TOGETHER}: {{value: --{name} one two}}`"
-            )
-    if "early_terminate" in config:
-        wrong.append("`early_terminate` needs wandb's server: take it out here, or use `wandb agent`")
-    unknown = [word for word in config.get("command", []) if str(word).startswith("${") and word not in MACROS]
-    if unknown:
-        wrong.append(f"`command` has {', '.join(unknown)}; known here are {', '.join(MACROS)}")
-    if wrong:
-        raise ValueError(f"The sweep {str(path)!r} is not valid: " + "; ".join(wrong) + ".")
-    return dict(SweepConfig(config))
+
+    distribution: BaseDistribution
+    value: Callable[[Any], Any]
+    coordinate: Callable[[Any], Any]
+
+
+def axis_of(spec: dict[str, Any]) -> Axis:
+    """
+    The axis of a parameter.
+
+    Args:
+        spec (`dict[str, Any]`): with all defaults, as [`~schema.parameter`] returns it.
+    """
+    kind = spec["distribution"]
+    if kind == "categorical":
+        return Axis(
+            CategoricalDistribution(range(len(spec["values"]))),
+            lambda place: spec["values"][place],
+            lambda value: _place(spec["values"], value),
+        )
+    if kind == "categorical_w_probabilities":
+        ends = list(itertools.accumulate(spec["probabilities"]))
+        last = max(i for i, share in enumerate(spec["probabilities"]) if share > 0)  # sums are rounded
+        return Axis(
+            FloatDistribution(0, 1),
+            lambda at: spec["values"][min(bisect.bisect_right(ends, at), last)],
+            lambda value: min(1.0, _middle(ends, _place(spec["values"], value))),
+        )
+    if kind == "int_uniform":
+        return Axis(IntDistribution(spec["min"], spec["max"]), lambda at: at, lambda value: value)
+    if "normal" in kind:
+        return _rounded(_gaussian(spec["mu"], spec["sigma"], "log" in kind), spec.get("q"))
+    low, high = float(spec["min"]), float(spec["max"])
+    distribution = FloatDistribution(low, high, log="log" in kind)  # the inverse of a log-uniform value is one, too
+    return _rounded(Axis(distribution, float, lambda value: min(max(float(value), low), high)), spec.get("q"))
+
+
+def _gaussian(mu: float, sigma: float, log: bool) -> Axis:
+    """Drawn as a quantile, since Optuna has no normal distribution; `log` says whether the logarithm is normal."""
+    standard = NormalDist()
+
+    def value(quantile: float) -> float:
+        found = mu + sigma * standard.inv_cdf(min(max(quantile, EDGE), 1 - EDGE))
+        return math.exp(found) if log else found
+
+    def coordinate(found: float) -> float:
+        if log:
+            found = math.log(found) if found > 0 else -math.inf  # rounded to 0
+        return standard.cdf((found - mu) / sigma) if sigma > 0 else 0.5
+
+    return Axis(FloatDistribution(0, 1), value, coordinate)
+
+
+def _rounded(axis: Axis, q: float | None) -> Axis:
+    """To multiples of `q`: whole numbers where `q` is one."""
+    if q is None:
+        return axis
+    return Axis(axis.distribution, lambda at: round(axis.value(at) / q) * q, axis.coordinate)
+
+
+def _place(values: Sequence[Any], value: Any) -> int:
+    return next(i for i, one in enumerate(values) if type(one) is type(value) and one == value)
+
+
+def _middle(ends: Sequence[float], place: int) -> float:
+    return (ends[place] + (ends[place - 1] if place else 0.0)) / 2
 
 
 def draw(config: dict[str, Any], index: int, earlier: Sequence[Drawn], seed: int) -> dict[str, Any] | None:
     """
-    The parameters of run `index`, `None` where the grid is used up.
+    The parameters of one run.
 
-    They depend on the sweep, the seed, the index and the earlier runs, and on nothing else: a sweep that was
-    interrupted draws what it would have drawn.
+    Args:
+        config (`dict[str, Any]`): the sweep's, as [`~schema.read_sweep`] returns it.
+        index (`int`): the run's number, from 0.
+        earlier (`Sequence[Drawn]`): the runs before it; read by `method: bayes` alone.
+        seed (`int`): of the draws; a grid has none.
+
+    Returns:
+        `dict[str, Any]`, *optional*: by name, in alphabetical order as wandb has them; `None` beyond the grid's end.
     """
-    name = config["metric"]["name"]
-    runs = []
+    parameters = dict(sorted(config["parameters"].items()))
+    if config["method"] == "grid":
+        return _grid_point({name: grid_values(spec) for name, spec in parameters.items()}, index)
+    axes = {name: axis_of(spec) for name, spec in parameters.items() if spec["distribution"] != "constant"}
+    study = _study(config, axes, earlier, _seed(seed, index))
+    asked = study.ask({name: axis.distribution for name, axis in axes.items()}).params
+    found = {name: axis.value(asked[name]) for name, axis in axes.items()}
+    return {name: found[name] if name in found else spec["value"] for name, spec in parameters.items()}
+
+
+def _seed(seed: int, index: int) -> int:
+    """Of one draw, in 32 bits; neighbours have nothing in common."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:4], "big")
+
+
+def _study(config: dict[str, Any], axes: dict[str, Axis], earlier: Sequence[Drawn], seed: int) -> optuna.Study:
+    """Optuna's, with the earlier runs as its trials."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler: optuna.samplers.BaseSampler
+    if config["method"] == "random":
+        sampler, earlier = optuna.samplers.RandomSampler(seed), ()
+    else:
+        sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=seed)
+    study = optuna.create_study(sampler=sampler, direction=config["metric"]["goal"])
+    distributions = {name: axis.distribution for name, axis in axes.items()}
     for run in earlier:
-        state = RunState.failed if run.metric is None else RunState.finished
-        metrics = {} if run.metric is None else {name: run.metric}
-        settings = {key: {"value": value} for key, value in run.parameters.items()}
-        runs.append(SweepRun(config=settings, state=state, summaryMetrics=metrics))  # pydantic 2 drops the field's name
-    random.seed(f"{seed}/{index}")
-    np.random.seed([seed, index])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a Gaussian process on a handful of points does not converge; it says so often
-        run = next_run(config, runs)
-    if run is None:
-        return None
-    found = {key: setting["value"] for key, setting in run.config.items()}
-    return {key: value.item() if isinstance(value, np.generic) else value for key, value in found.items()}
+        done = run.metric is not None and not run.stopped
+        trial = optuna.trial.create_trial(
+            state=TrialState.COMPLETE if done else TrialState.PRUNED,  # without values it ranks below all others
+            value=run.metric if done else None,
+            params={name: axis.coordinate(run.parameters[name]) for name, axis in axes.items()},
+            distributions=distributions,
+            intermediate_values=dict(enumerate(run.history)) if run.stopped else {},
+        )
+        study.add_trial(trial)
+    return study
+
+
+def grid_values(spec: dict[str, Any]) -> Sequence[Any]:
+    """The values of a parameter in a grid, each once."""
+    kind = spec["distribution"]
+    if kind == "int_uniform":
+        return range(spec["min"], spec["max"] + 1)
+    if kind == "q_uniform":
+        return np.arange(spec["min"], spec["max"], spec["q"]).tolist()  # as wandb, without the end
+    values = [spec["value"]] if kind == "constant" else spec["values"]
+    return list({(type(value), value): value for value in values}.values())
+
+
+def _grid_point(values: dict[str, Sequence[Any]], index: int) -> dict[str, Any] | None:
+    """The point with this number, in the order of `itertools.product`: the last parameter varies fastest."""
+    found = {}
+    for name, its_values in reversed(values.items()):
+        index, place = divmod(index, len(its_values))
+        found[name] = its_values[place]
+    return None if index else dict(reversed(found.items()))
 
 
 def size_of(config: dict[str, Any], asked: int | None) -> int:
     """
-    Runs in the sweep: as many as were asked for, at most the grid.
+    Runs in the sweep.
+
+    Args:
+        config (`dict[str, Any]`): the sweep's.
+        asked (`int`, *optional*): how many were asked for; a grid has no more than its points.
 
     Raises:
-        ValueError: draws without end, and nobody said how many.
+        ValueError: draws without end, and nobody said how many; or fewer than one were asked for.
     """
     if asked is not None and asked < 1:
         raise ValueError(f"`--runs` is {asked}; it counts runs, from 1.")
@@ -116,78 +218,5 @@ def size_of(config: dict[str, Any], asked: int | None) -> int:
         if asked is None:
             raise ValueError(f"`method: {config['method']}` draws without end. Say how many with `--runs`.")
         return asked
-    points: list[Drawn] = []
-    while (found := draw(config, len(points), points, 0)) is not None:
-        points.append(Drawn(found, None))
-    return len(points) if asked is None else min(asked, len(points))
-
-
-def varied(config: dict[str, Any]) -> list[str]:
-    """Names of the parameters that differ between runs."""
-    return [name for name, spec in config["parameters"].items() if "value" not in spec]
-
-
-def shown(config: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
-    """What was drawn for a run, by argument; `together` is taken apart."""
-    found: dict[str, Any] = {}
-    for name in varied(config):
-        found |= in_parts(parameters[name]) if name == TOGETHER else {name: parameters[name]}
-    return found
-
-
-def in_parts(arguments: str) -> dict[str, str]:
-    """'--a=1 --b 2' as {"a": "1", "b": "2"}; a name without a value is "true"."""
-    parts: dict[str, list[str]] = {}
-    name = ""
-    for word in shlex.split(arguments):
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            parts[name] = [value] if equals else []
-        else:
-            parts.setdefault(name, []).append(word)
-    return {name: " ".join(values) or "true" for name, values in parts.items()}
-
-
-def label(settings: dict[str, Any]) -> str:
-    """What was drawn, in few words: 'beta=0.1', 'forward_kl, topk'."""
-    words = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in settings.values())
-    if all(isinstance(value, str) for value in settings.values()):
-        return ", ".join(words)
-    return ", ".join(f"{name}={word}" for name, word in zip(settings, words, strict=True))
-
-
-def command_line(config: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
-    """The command that `wandb agent` would run, with this interpreter."""
-    arguments = [f"--{name}={value}" for name, value in parameters.items()]
-    meaning = {
-        "${env}": ["/usr/bin/env"],
-        "${interpreter}": [sys.executable],
-        "${program}": [config["program"]],
-        "${args}": arguments,
-    }
-    return [part for word in config.get("command", MACROS) for part in meaning.get(word, [str(word)])]
-
-
-def check_overrides(config: dict[str, Any], overrides: Sequence[str]) -> None:
-    """
-    Arguments after `--` win over the sweep's, so they may not be what it varies.
-
-    Raises:
-        ValueError: one of them is, or is the folder, which each run has of its own.
-    """
-    first = draw(config, 0, [], 0) or {}
-    names = {word[2:].partition("=")[0] for word in overrides if word.startswith("--")}
-    clash = sorted(names & set(shown(config, first)))
-    if clash:
-        raise ValueError(f"`--{clash[0]}` is what the sweep varies; given once for all, all runs would be the same.")
-    if "output_dir" in names:
-        raise ValueError("`--output_dir` stands before `--`: each run gets a folder of its own in it.")
-    if overrides and not overrides[0].startswith("-"):
-        raise ValueError(
-            f"After `--` stand arguments of {config['program']}, such as `--use_cpu`; found {overrides[0]!r}."
-        )
-
-
-def logged_name(metric: str) -> str:
-    """wandb's name of a metric as the trainer logs it: 'train/reward' is "reward", 'eval/reward' is "eval_reward"."""
-    return metric.removeprefix("train/").replace("eval/", "eval_", 1)
+    points = math.prod(len(grid_values(spec)) for spec in config["parameters"].values())
+    return points if asked is None else min(asked, points)
