@@ -1,6 +1,7 @@
-"""What is checked of datasets before the first step: columns, rows and their number.
+"""What a run needs of its datasets before the first step: columns, their number of rows, teachers and completions.
 
-All of it stops the run with what to change. What is checked of models and tokenizers is in `checks.py`.
+All of it stops the run with what to change. That rows hold prompts is checked where datasets are taken in, by
+`data/rows.py`; what is checked of models and tokenizers is beside this file.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def check_eval_datasets(datasets: Any) -> None:
 
 
 def check_teacher_columns(dataset: Any, names: list[str], removed: bool = False) -> None:
-    """With several teachers, every row must say who judges it; and a `teacher_prompt` must be a prompt."""
+    """With several teachers, every row must say which of them scores it."""
     columns = getattr(dataset, "column_names", None)
     if columns is None or not isinstance(dataset, Dataset | IterableDataset):
         return
@@ -84,19 +85,9 @@ def check_teacher_columns(dataset: Any, names: list[str], removed: bool = False)
             f"There are several teachers ({', '.join(names)}), but a dataset has no `teacher` column that "
             "says who judges a row: a name, or weights by name."
         )
-    if not isinstance(dataset, Dataset):
-        return
-    if len(names) > 1:
+    if isinstance(dataset, Dataset) and len(names) > 1:
         for i, value in enumerate(dataset["teacher"]):
             weights_of(value, names, f"Row {i} of the training dataset")
-    if "teacher_prompt" in columns:
-        prompts = enumerate(dataset["teacher_prompt"])
-        bad = next((i for i, p in prompts if p is not None and (not p or not isinstance(p, str | list))), None)
-        if bad is not None:
-            raise ValueError(
-                f"Row {bad} of the training dataset has the teacher prompt {dataset[bad]['teacher_prompt']!r}; it is "
-                "text or a list of messages, or `None` where the teacher sees the student's prompt."
-            )
 
 
 def check_completions(dataset: Any, writers: list[str], removed: bool) -> None:
@@ -129,11 +120,6 @@ def check_completions(dataset: Any, writers: list[str], removed: bool) -> None:
         )
     for i, row in enumerate(dataset.select_columns(["prompt", "completion"]) if isinstance(dataset, Dataset) else ()):
         prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, list) and prompt[-1].get("role") == "assistant":
-            raise ValueError(
-                f"Row {i} of the training dataset has a prompt that ends with an assistant message. `lmbda` below 1 "
-                "needs prompts that end with the user's; put the beginning of an answer into the completion."
-            )
         fits = isinstance(completion, str) == isinstance(prompt, str) and bool(completion)
         if not fits or (isinstance(completion, list) and [m.get("role") for m in completion] != ["assistant"]):
             raise ValueError(
@@ -154,11 +140,3 @@ def _check_prompts(dataset: Any, purpose: str) -> None:
             f"The {purpose} dataset has no 'prompt' column; it has {sorted(columns)}. Rename the column that holds the "
             "prompts: `dataset.rename_column('...', 'prompt')`."
         )
-    if isinstance(dataset, Dataset):
-        prompts = enumerate(dataset["prompt"])
-        bad = next((i for i, prompt in prompts if not prompt or not isinstance(prompt, str | list)), None)
-        if bad is not None:
-            raise ValueError(
-                f"Row {bad} of the {purpose} dataset has the prompt {dataset[bad]['prompt']!r}; a prompt is text or a "
-                "list of messages, and not empty. Drop such rows: `dataset.filter(lambda row: row['prompt'])`."
-            )

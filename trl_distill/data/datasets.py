@@ -1,6 +1,7 @@
-"""What scripts name on the command line: datasets (a local file, a local folder or one on the hub) and rewards.
+"""Datasets by the name that commands are given: a local file, a local folder, or one on the hub.
 
-What the trainer needs of a dataset is checked in `checks.py`.
+JSON files are read by `json_rows.py`, rows are checked by `rows.py`. What a training run needs beside that is checked
+in `checks/datasets.py`.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-
-JSON_SUFFIXES = (".jsonl", ".json")
+from .json_rows import SUFFIXES, load_json
+from .rows import CONVERSATIONS, check_rows
 
 
 def load_splits(name: str, config: str | None = None, streaming: bool = False) -> Any:
@@ -20,8 +21,9 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
     All splits of a dataset.
 
     Args:
-        name (`str`): a `.jsonl` file (one object per line, split "train"), a folder that `save_to_disk` wrote, a
-            folder of data files, or a name on the hub.
+        name (`str`): a `.jsonl` file (one object per line) or a `.json` file (also a list of objects), as split
+            "train"; a folder that `save_to_disk` wrote; a folder of data files; or a name on the hub. Local JSON is
+            read as it stands: text that looks like a date stays text.
         config (`str`, *optional*): the configuration, for the last two.
         streaming (`bool`): read while training instead of beforehand.
 
@@ -33,12 +35,12 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
     """
     path = Path(name)
     try:
-        if path.suffix in JSON_SUFFIXES:
+        if path.suffix in SUFFIXES:
             if not path.is_file():
                 raise ValueError(f"The dataset file {name!r} does not exist.")
             if path.stat().st_size == 0:
                 raise ValueError(f"The dataset file {name!r} is empty.")
-            return load_dataset("json", data_files={"train": str(path)}, streaming=streaming)
+            return load_json({"train": [path]}, streaming)
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             dataset = load_from_disk(name)
             return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
@@ -50,12 +52,11 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
             )
         if path.is_dir() and not any(path.iterdir()):
             raise ValueError(f"The dataset folder {name!r} is empty.")
+        if path.is_dir() and (files := _json_files(name, config)):
+            return load_json(files, streaming)
         return load_dataset(name, name=config, streaming=streaming)
     except DatasetGenerationError as error:
-        raise ValueError(
-            f"The dataset {name!r} could not be read: {error.__cause__ or error}. A `.jsonl` file holds one JSON "
-            "object per line, all with the same keys."
-        ) from None
+        raise ValueError(f"The dataset {name!r} could not be read: {error.__cause__ or error}.") from None
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"The dataset {name!r} could not be found: it is no local file or folder, and the hub did not give it. "
@@ -63,33 +64,36 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
         ) from None
 
 
-def with_prompts(dataset: Any) -> Any:
-    """
-    A dataset of whole conversations (a `messages` column, no `prompt`) as prompts and completions; others as they are.
+def _json_files(folder: str, config: str | None) -> dict[str, list[Path]]:
+    """The files of each split of a local folder, as `datasets` assigns them, where all of them are plain JSON."""
+    if not any(path.suffix in SUFFIXES for path in Path(folder).rglob("*")):
+        return {}
+    found: Any = load_dataset_builder(folder, name=config).config.data_files or {}
+    files = {str(split): [Path(path) for path in paths] for split, paths in found.items()}
+    plain = all(path.suffix in SUFFIXES and path.is_file() for paths in files.values() for path in paths)
+    return files if plain else {}
 
-    The completion is the last message, where the assistant has written it, and the prompt everything before; where the
-    user has the last word there is none.
+
+def with_prompts(dataset: Any, name: str = "the dataset") -> Any:
+    """
+    A dataset whose rows are checked, in the form of prompts and completions; see [`~trl_distill.data.rows.check_row`].
 
     Args:
-        dataset: `Dataset`, `IterableDataset`, several of them by name, or anything else, which passes through.
+        dataset: `Dataset`, `IterableDataset`, several of them by name, or anything else, which passes through, as does
+            a dataset without a column for prompts.
+        name (`str`): what to call it in messages, such as "the training dataset".
+
+    Raises:
+        RowError: a row cannot be used; of a stream when it is read.
     """
     if isinstance(dataset, dict):
-        return type(dataset)({name: with_prompts(single) for name, single in dataset.items()})
-    columns = getattr(dataset, "column_names", None)
-    if not isinstance(dataset, Dataset | IterableDataset) or columns is None:
+        return type(dataset)({split: with_prompts(single, name) for split, single in dataset.items()})
+    if not isinstance(dataset, Dataset | IterableDataset):
         return dataset
-    if "messages" not in columns or "prompt" in columns:
+    columns = dataset.column_names
+    if columns is not None and not {"prompt", *CONVERSATIONS}.intersection(columns):
         return dataset
-    return dataset.map(_split_messages, remove_columns=["messages"])
-
-
-def _split_messages(row: dict[str, Any]) -> dict[str, Any]:
-    messages = row["messages"] or []
-    answered = bool(messages) and messages[-1]["role"] == "assistant"
-    return {
-        "prompt": messages[:-1] if answered else messages,
-        "completion": messages[-1:] if answered else None,
-    }
+    return check_rows(dataset, name)
 
 
 def take_split(splits: Any, split: str, purpose: str) -> Any:

@@ -9,22 +9,6 @@ from .text import Text, as_completion
 
 
 @dataclass(frozen=True)
-class InputRow:
-    """
-    One row of an input.
-
-    Attributes:
-        where (`str`): "line 3" or "row 3", counted from 1.
-        row (`dict`, *optional*): its columns; `None` where it cannot be read.
-        fault (`str`, *optional*): why not.
-    """
-
-    where: str
-    row: dict[str, Any] | None
-    fault: str | None = None
-
-
-@dataclass(frozen=True)
 class Candidate:
     """
     A completion on its way into the dataset.

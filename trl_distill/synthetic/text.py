@@ -21,17 +21,20 @@ _WORD = re.compile(rf"[{_EAST_ASIAN}]|[^\s{_EAST_ASIAN}]+")
 
 def words(text: str) -> list[str]:
     """Lower-case words; punctuation stays with the word before it."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return _WORD.findall(unicodedata.normalize("NFC", text).casefold())
 
 
 def numbers(text: str) -> tuple[str, ...]:
     """All numbers in their order: texts that name different numbers ask different things."""
-    return tuple(re.findall(r"\d+(?:[.,]\d+)*", unicodedata.normalize("NFKC", text)))
+    return tuple(re.findall(r"\d+(?:[.,]\d+)*", unicodedata.normalize("NFC", text)))
 
 
 def normal(text: str, fold_case: bool = False) -> str:
-    """Text in which only differences that count are left: runs of white space are one space."""
-    text = " ".join(unicodedata.normalize("NFKC", text).split())
+    """
+    Text in which only differences that count are left: runs of white space are one space, and characters that are
+    composed in two ways are written in one (NFC). Signs of another meaning, such as the exponent of 5², stay.
+    """
+    text = " ".join(unicodedata.normalize("NFC", text).split())
     return text.casefold() if fold_case else text
 
 
@@ -55,21 +58,6 @@ def content(message: dict[str, Any]) -> str:
 def as_completion(text: str, prompt: Text) -> Text:
     """A completion in the shape of its prompt."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-
-
-def fault_of(prompt: Any) -> str | None:
-    """Why something cannot be a prompt, in a few words; `None` where it can."""
-    if prompt is None:
-        return "no prompt"
-    if isinstance(prompt, str):
-        return None if prompt.strip() else "empty prompt"
-    if not isinstance(prompt, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt):
-        return "prompt is neither text nor messages"
-    if not prompt or not content(prompt[-1]).strip():
-        return "empty prompt"
-    if prompt[-1]["role"] == "assistant":
-        return "prompt ends with an assistant's message"
-    return None
 
 
 def repetition(text: str, n: int = 4) -> float:

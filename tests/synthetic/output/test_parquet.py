@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from trl_distill.data.datasets import load_splits
+from trl_distill.data.json_rows import Columns, groups
 from trl_distill.synthetic.output import parquet as table
-from trl_distill.synthetic.output.parquet import Columns, groups, write_parquet
+from trl_distill.synthetic.output.parquet import write_parquet
 
 
 def test_types_that_fit_each_other():

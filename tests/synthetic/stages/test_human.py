@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trl_distill.synthetic.records import InputRow
+from trl_distill.data.json_rows import InputRow
 from trl_distill.synthetic.stages.human import human_needed, mixed, read_human
 
 

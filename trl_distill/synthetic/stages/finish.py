@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ...data.json_rows import BATCH, Columns, groups
 from ..config import GenerateConfig
 from ..output.card import card
 from ..output.counts import Skip, Stage
-from ..output.parquet import BATCH, Columns, groups, write_parquet
+from ..output.parquet import write_parquet
 from ..records import Candidate
 from ..work_folder import WorkFolder, dump, read_lines, write_json
 from .dedup import Duplicates

@@ -1,6 +1,6 @@
 """Human data: rows in any of TRL's usual shapes become prompt and completion, and are mixed in at an exact share.
 
-Where the rows come from is `prompts.py`'s business; duplicates are looked for by the caller.
+Where the rows come from is left to `ingest.py`; duplicates are looked for by the caller.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from ..records import InputRow
-from ..text import Text, content, fault_of, flat
+from ...data.json_rows import InputRow
+from ...data.rows import RowError, read_messages, read_prompt
+from ..text import Text, flat
 from .ingest import read_rows
 
 
@@ -23,7 +24,7 @@ def read_human(found: InputRow, text: bool) -> dict[str, Any] | str:
     A row with `prompt` and `completion`, or why there is none.
 
     Args:
-        found (`Found`): a row with these columns, or with `messages` that end with the assistant's.
+        found (`InputRow`): a row with these columns, or with `messages` that end with the assistant's.
         text (`bool`): whether the teachers' rows are text. Text becomes messages where they are not; messages cannot
             become text, since that would guess a template.
     """
@@ -36,9 +37,11 @@ def read_human(found: InputRow, text: bool) -> dict[str, Any] | str:
         prompt, completion = row["messages"][:-1], row["messages"][-1:]
     else:
         return "no columns `prompt` and `completion`, nor `messages`"
-    fault = fault_of(prompt) or _completion_fault(completion)
-    if fault:
-        return fault
+    try:
+        prompt = read_prompt(prompt, "prompt", found.where)
+        completion = _read_completion(completion, found.where)
+    except RowError as error:
+        return error.reason
     if isinstance(prompt, str) != isinstance(completion, str):
         return "prompt and completion are not both text or both messages"
     if text and not isinstance(prompt, str):
@@ -62,18 +65,22 @@ def check_human(name: str, text: bool) -> None:
         )
 
 
-def _completion_fault(completion: Any) -> str | None:
+def _read_completion(completion: Any, where: str) -> Text:
+    """A completion as text, or as one message of the assistant."""
     if isinstance(completion, list):
-        if not all(isinstance(m, dict) for m in completion) or [m.get("role") for m in completion] != ["assistant"]:
-            return "completion is not one message of the assistant"
-        completion = content(completion[0])
-    return None if isinstance(completion, str) and completion.strip() else "empty completion"
+        completion = read_messages(completion, "completion", where)
+        if [message["role"] for message in completion] != ["assistant"]:
+            raise RowError("completion is not one message of the assistant", where)
+    said = completion[0].get("content") if isinstance(completion, list) else completion
+    if not isinstance(said, str) or not said.strip():
+        raise RowError("empty completion", where)
+    return completion
 
 
 def _shape(value: Text, role: str, text: bool) -> Text:
     if isinstance(value, str):
         return value if text else [{"role": role, "content": value}]
-    return [{"role": message["role"], "content": content(message)} for message in value]
+    return [{"role": message["role"], "content": message.get("content") or ""} for message in value]
 
 
 def human_needed(synthetic: int, share: float) -> int:

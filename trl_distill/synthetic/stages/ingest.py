@@ -6,7 +6,6 @@ equal but for case and white space the first stays. Making new prompts is left t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from datasets import IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
 from ...data.datasets import load_splits, take_split
+from ...data.json_rows import BATCH, SUFFIXES, Columns, InputRow, groups, read_json_rows
+from ...data.rows import CONVERSATIONS, RowError, read_prompt
 from ..output.counts import Skip, Stage
-from ..output.parquet import BATCH, Columns, groups
-from ..records import InputRow
-from ..text import fault_of, flat, normal
+from ..text import flat, normal
 from ..work_folder import WorkFolder, digest, dump, read_json, read_lines, write_json, write_lines
 from .dedup import Seen
 
@@ -34,10 +33,11 @@ def read_rows(name: str, config: str | None = None, split: str = "train") -> Ite
         ValueError: there is no such dataset or split.
     """
     path = Path(name)
-    if path.suffix == ".jsonl":
+    if path.suffix in SUFFIXES:
         if not path.is_file():
             raise ValueError(f"The dataset file {name!r} does not exist.")
-        yield from _read_json_lines(path)
+        take_split({"train": path}, split, "training")
+        yield from read_json_rows(path)
         return
     rows = take_split(load_splits(name, config, streaming=True), split, "training")
     if not isinstance(rows, IterableDataset):
@@ -49,32 +49,19 @@ def read_rows(name: str, config: str | None = None, split: str = "train") -> Ite
         raise ValueError(f"The dataset {name!r} could not be read: {error.__cause__ or error}.") from None
 
 
-def _read_json_lines(path: Path) -> Iterator[InputRow]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"line {number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-                json.dumps(row, ensure_ascii=False).encode()  # halves of surrogate pairs pass the reader, but no file
-            except UnicodeError:
-                yield InputRow(where, None, "not UTF-8 text")
-                continue
-            except (ValueError, RecursionError):
-                yield InputRow(where, None, "broken JSON" if line.strip() else "empty line")
-                continue
-            yield InputRow(where, row) if isinstance(row, dict) else InputRow(where, None, "no JSON object")
-
-
-def read_prompt(found: InputRow) -> tuple[Any, dict[str, Any], str | None]:
+def prompt_and_columns(found: InputRow) -> tuple[Any, dict[str, Any], str | None]:
     """A row's prompt, its other columns, and why it cannot be used (or `None`)."""
     if found.row is None:
         return None, {}, found.fault
     row = found.row
-    name = "prompt" if "prompt" in row else "messages"
-    if name not in row:
+    name = next((name for name in ("prompt", *CONVERSATIONS) if name in row), None)
+    if name is None:
         return None, {}, "no column `prompt` or `messages`"
-    columns = {key: value for key, value in row.items() if key not in RESERVED and key != "prompt"}
-    return row[name], columns, fault_of(row[name])
+    columns = {key: value for key, value in row.items() if key not in RESERVED and key != name}
+    try:
+        return read_prompt(row[name], name, found.where), columns, None
+    except RowError as error:
+        return None, columns, error.reason
 
 
 class Ingest:
@@ -128,7 +115,7 @@ class Ingest:
         for found in rows:
             if limit is not None and self.unique.kept >= limit:
                 return
-            prompt, columns, fault = read_prompt(found)
+            prompt, columns, fault = prompt_and_columns(found)
             if fault is None and self.routed is not None:
                 columns["teacher"] = (found.row or {}).get("teacher")
                 fault = None if columns["teacher"] in self.routed else "column `teacher` names none of the teachers"
