@@ -37,11 +37,11 @@ def test_the_last_number_of_a_text_is_its_answer(module):
 @pytest.mark.parametrize(
     ("claim", "arm"),
     [
-        ("gap", "SFT, then slower"),
+        ("gap", "sft-then-slower"),
         ("diversity", "mixed"),
-        ("rewards", "both, beta=0.1"),
+        ("rewards", "both-0.1"),
         ("estimators", "top-4"),
-        ("controls", "teacher of another problem"),
+        ("controls", "another-problem"),
     ],
 )
 def test_the_larger_preset_with_small_models_in_their_place(module, tmp_path, monkeypatch, claim, arm):
@@ -91,10 +91,13 @@ def test_tables_are_means_with_their_ends(module):
     assert report.spread([0.9, 0.8, 1.0], ".0%") == "90% (80%–100%)"
     assert report.spread([float("inf"), 4.0], ".0f") == "4 on 1 of 2 seeds"
     assert report.spread([float("inf")] * 2, ".0f") == "not reached"
+    records = importlib.import_module("scripts.studies.reproduce.records")
     runs = [
         {
+            "claim": "gap",
             "arm": arm,
             "seed": seed,
+            "size": 1.0,
             "seconds": 60,
             "final": {"avg@4": 0.5 + seed / 10, "kl": 0.1},
             "cost": {"generated": 2000, "trained": 1000, "curve": [[0, 0, 0.2], [2000, 1000, 0.7]]},
@@ -102,6 +105,7 @@ def test_tables_are_means_with_their_ends(module):
         for arm in ("a", "b")
         for seed in (0, 1)
     ]
+    runs = [records.RunRecord.from_json(one) for one in runs]
     head, *rows = report.cells("gap", runs)
     assert head[:2] == ["", "accuracy"]
     assert rows[0][:4] == ["a", "55.0% (50.0%–60.0%)", "0.100 (0.100–0.100)", "2 (2–2)"]
@@ -114,15 +118,40 @@ def test_the_page_is_filled_in_place(module, tmp_path):
     (tmp_path / "images").mkdir()
     page = "before\n<!-- results controls: begin -->\nold\n<!-- results controls: end -->\nafter\n"
     (tmp_path / "results.md").write_text(page)
-    one = {"arm": "teacher", "seed": 0, "seconds": 30, "final": {"avg@4": 0.5, "kl": 0.1}}
+    records = importlib.import_module("scripts.studies.reproduce.records")
+    one = {"claim": "controls", "arm": "teacher", "seed": 0, "size": 1.0, "seconds": 30}
+    one["final"] = {"avg@4": 0.5, "kl": 0.1}
     one["cost"] = {"generated": 1, "trained": 1, "curve": []}
-    report.write_docs({"controls": [one]}, {"controls": "A sentence."}, {"cores": "2"}, tmp_path)
+    runs = [records.RunRecord.from_json(one)]
+    report.write_docs({"controls": runs}, {"controls": "A sentence."}, {"cores": "2"}, tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert "| teacher | 50.0% |" in text
     assert "old" not in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert json.loads((tmp_path / "results" / "controls.json").read_text())["runs"] == [one]
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPTS.parent / "docs" / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_shipped_results_are_read_and_give_the_tables_of_the_page(module, path):
+    """Every number survives, every arm is one of the claim's, and the page shows what is made of them."""
+    report = importlib.import_module("scripts.studies.reproduce.report")
+    records = importlib.import_module("scripts.studies.reproduce.records")
+    whole = json.loads(path.read_text())
+    runs = [records.RunRecord.from_json(one) for one in whole["runs"]]
+    assert json.loads(json.dumps([one.to_json() for one in runs])) == whole["runs"]
+    assert [list(one.to_json()) for one in runs] == [list(one) for one in whole["runs"]]
+    claim = module.CLAIMS[whole["claim"]]
+    assert claim.sentence == whole["sentence"]
+    assert list(report.by_arm(runs)) == [arm.label for arm in claim.arms.values()]
+    assert report.markdown(whole["claim"], runs) in (SCRIPTS.parent / "docs" / "results.md").read_text()
+
+
+def test_names_of_arms_are_names_of_files(module):
+    for claim in module.CLAIMS.values():
+        for name in claim.arms:
+            assert all(c.isascii() and (c.isalnum() or c in "-_.") for c in name)
+        assert len({arm.label for arm in claim.arms.values()}) == len(claim.arms)
 
 
 def test_every_claim_has_a_place_on_the_page(module):

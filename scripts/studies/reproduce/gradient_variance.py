@@ -1,14 +1,15 @@
 """How noisy is the gradient of each estimator and discount? Measured on the demo's models, one completion at a time.
 
-    python scripts/gradient_variance.py --students scripts/demo_models/student demo_output/student
+    python -m scripts.studies.reproduce.gradient_variance \
+        --students scripts/studies/tasks/models/student demo_output/student
 
 For each student it samples completions, takes the gradient of every form of the teacher's term on each of them, and
 reports the variance over completions (trace of the covariance) as a multiple of that of the exact KL at γ = 0. For
 γ = 1 it also tries baselines, estimated on completions of their own: the mean future KL at each position, the mean of
-seven other completions of the same prompt, and a regression at each position on what the prefix alone says (the exact
-KL of this token and of those before, the entropy). Writes `variance.json` and `variance.png`.
+seven other completions of the same prompt, and a regression at each position on functions of the prefix (the exact KL
+of this token and of those before, the entropy). Writes `variance.json` and `variance.png`.
 
-Left out: training. Whether noise matters there is shown in `demo.py`.
+Left out: training. `python scripts/reproduce.py estimators` shows whether noise matters there.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def exact_kl(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
 
 
 def features(log_q: torch.Tensor, log_p: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What a baseline may know at each position, `(B, C, 4)`: functions of the prefix, not of the next token."""
+    """What a baseline may depend on at each position, `(B, C, 4)`: the prefix, not the next token."""
     kl = exact_kl(log_q, log_p).detach() * mask
     entropy = -(log_q.exp() * log_q).sum(-1).detach()
     return torch.stack([torch.ones_like(kl), kl, kl.cumsum(1) - kl, entropy], dim=-1)

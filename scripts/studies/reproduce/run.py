@@ -5,15 +5,14 @@
     python scripts/reproduce.py --write_docs      # put what has been run into docs/results.md
     python scripts/reproduce.py --preset gpu      # larger models on GSM8K, from the hub
 
-Every finished run leaves a file of its own; stopped and called again, the script goes on. One run per core: `--jobs`
-should not exceed them; on a GPU one at a time. Claims and their arms are in `reproduce_claims.py`, presets in
-`reproduce_runs.py`.
+Every finished run leaves a file of its own; if interrupted, rerun the command to resume. Each run takes one core, so
+`--jobs` should not exceed their number; on a GPU runs go one at a time. Claims and their arms are in `claims.py`,
+presets in `presets.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
@@ -21,7 +20,6 @@ import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,7 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from scripts.studies.reproduce import report as report
 from scripts.studies.reproduce.claims import CLAIMS
-from scripts.studies.reproduce.runs import PRESETS, RunContext, be_quiet
+from scripts.studies.reproduce.models import be_quiet
+from scripts.studies.reproduce.presets import PRESETS, RunContext
+from scripts.studies.reproduce.records import RunRecord
 
 
 ROOT = Path(__file__).parents[3]
@@ -42,28 +42,25 @@ console = Console()
 
 
 def path_of(folder: Path, claim: str, arm: str, seed: int) -> Path:
-    name = "".join(c if c.isalnum() or c in "=." else "-" for c in arm)
-    return folder / "runs" / claim.replace(" ", "-") / f"{name}-{seed}.json"
+    """The file of a run; `arm` is the arm's name."""
+    return folder / "runs" / claim.replace(" ", "-") / f"{arm}-{seed}.json"
 
 
 def run(claim: str, arm: str, seed: int, folder: Path, size: float, preset: str = "cpu") -> None:
     """One run, in a process of its own; its file is there once it has ended."""
     be_quiet()
     begun = time.perf_counter()
+    chosen = CLAIMS[claim].arms[arm]
     try:
-        result = CLAIMS[claim].arms[arm](RunContext(folder, PRESETS[preset]), seed, size)
-    except Exception as error:  # as plain text: not every error survives the way to the other process
+        result = chosen.run(RunContext(folder, PRESETS[preset]), seed, size)
+    except Exception as error:  # as plain text: not every error can be passed to the other process
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
-    path = path_of(folder, claim, arm, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    whole = {"claim": claim, "arm": arm, "seed": seed, "size": size, **result}
-    part.write_text(json.dumps({**whole, "seconds": round(time.perf_counter() - begun)}) + "\n")
-    part.replace(path)
+    record = RunRecord(claim, chosen.label, seed, size, result, round(time.perf_counter() - begun))
+    record.save(path_of(folder, claim, arm, seed))
 
 
 def is_done(path: Path, size: float) -> bool:
-    return path.exists() and json.loads(path.read_text())["size"] == size
+    return path.exists() and RunRecord.load(path).size == size
 
 
 def prepare(claim: str, folder: Path, preset: str) -> None:
@@ -73,12 +70,12 @@ def prepare(claim: str, folder: Path, preset: str) -> None:
         make(RunContext(folder, PRESETS[preset]))
 
 
-def collected(folder: Path, claims: list[str], size: float, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
-    """What has been run of each claim, in the order of its arms."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def collected(folder: Path, claims: list[str], size: float, seeds: list[int]) -> dict[str, list[RunRecord]]:
+    """The finished runs of each claim, in the order of its arms."""
+    found: dict[str, list[RunRecord]] = {}
     for claim in claims:
         paths = [path_of(folder, claim, arm, seed) for arm in CLAIMS[claim].arms for seed in seeds]
-        runs = [json.loads(path.read_text()) for path in paths if is_done(path, size)]
+        runs = [RunRecord.load(path) for path in paths if is_done(path, size)]
         if runs:
             found[claim] = runs
     return found
@@ -91,14 +88,14 @@ def workers(options: argparse.Namespace) -> ProcessPoolExecutor:
 
 
 def run_all(options: argparse.Namespace) -> list[str]:
-    """Everything that has not been run; returns what failed."""
+    """Run everything that is not done yet; returns a line for each failure."""
     folder, failed = options.output_dir, []
     with workers(options) as pool:
         for claim in options.claims:
             pool.submit(prepare, claim, folder, options.preset).result()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        for claim in options.claims:  # one after another: some go on with an earlier one's models
+        for claim in options.claims:  # one after another: some use an earlier one's models
             tasks = [(arm, seed) for seed in options.seeds for arm in CLAIMS[claim].arms]
             todo = [task for task in tasks if not is_done(path_of(folder, claim, *task), options.size)]
             bar = progress.add_task(claim, total=len(tasks), completed=len(tasks) - len(todo))
@@ -107,12 +104,13 @@ def run_all(options: argparse.Namespace) -> list[str]:
                 futures: dict[Future, tuple] = {pool.submit(run, claim, *task, *how): task for task in todo}
                 for future in as_completed(futures):
                     arm, seed = futures[future]
+                    label = CLAIMS[claim].arms[arm].label
                     error = future.exception()
                     if error is not None:
-                        failed.append(f"{claim}, {arm}, seed {seed}: {error}")
+                        failed.append(f"{claim}, {label}, seed {seed}: {error}")
                     progress.advance(bar)
                     if not console.is_terminal:  # where bars are drawn only at the end
-                        console.print(f"{claim}, {arm}, seed {seed}: {'failed' if error else 'done'}")
+                        console.print(f"{claim}, {label}, seed {seed}: {'failed' if error else 'done'}")
     return failed
 
 
@@ -138,15 +136,18 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     unknown = sorted(set(options.claims) - set(CLAIMS))
     if unknown:
         parser.error(f"there are no claims {', '.join(unknown)}; choose from {', '.join(map(repr, CLAIMS))}")
-    small, can_try = options.preset == "cpu", PRESETS[options.preset].claims or tuple(CLAIMS)
+    preset = PRESETS[options.preset]
+    can_try = preset.claims or tuple(CLAIMS)
     beyond = sorted(set(options.claims) - set(can_try))
     if beyond:
         parser.error(f"--preset {options.preset} cannot try {', '.join(beyond)}; it can try {', '.join(can_try)}")
-    if options.write_docs and not small:
+    if options.write_docs and not preset.small:
         parser.error("--write_docs fills the page of the small models; leave it out, or --preset")
     options.claims = options.claims or list(can_try)
-    options.jobs = options.jobs if options.jobs is not None else (os.cpu_count() or 1) if small else 1
-    options.output_dir = options.output_dir or Path("reproduce_output" + ("" if small else f"_{options.preset}"))
+    if options.jobs is None:
+        options.jobs = (os.cpu_count() or 1) if preset.small else 1
+    if options.output_dir is None:
+        options.output_dir = Path("reproduce_output" if preset.small else f"reproduce_output_{options.preset}")
     if options.jobs < 1 or options.size <= 0:
         parser.error("--jobs must be 1 or more, and --size above 0")
     return options
@@ -155,7 +156,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def main(options: argparse.Namespace) -> int:
     """Run, show and save; 1 where a run failed."""
     failed: list[str] = []
-    if options.preset == "cpu":  # nothing comes from the hub, and nothing should wait for it
+    if PRESETS[options.preset].small:  # nothing comes from the hub, and nothing should wait for it
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     elif not options.report_only and not torch.cuda.is_available():
         console.print(f"--preset {options.preset} needs a GPU, and there is none here; leave it out for small models.")
@@ -178,5 +179,5 @@ def main(options: argparse.Namespace) -> int:
 
 
 def script() -> int:
-    """The script, with the arguments of the process."""
+    """The command, with the arguments of the process."""
     return main(parse())
