@@ -23,6 +23,7 @@ from processes import succeeds
 from transformers import AutoModelForCausalLM
 
 import trl_distill
+from trl_distill.cli.__main__ import COMMANDS
 from trl_distill.config import OPDConfig as _OPDConfig
 from trl_distill.training.trainer import OPDTrainer as _OPDTrainer
 
@@ -68,27 +69,33 @@ def test_every_block_says_how_it_is_run_or_what_it_needs():
 
 
 @functools.cache
-def help_of(script: str) -> str:
-    """What a script says of its flags."""
-    env = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, str(ROOT / script), "--help"]
-    return succeeds(words, env=env)
+def help_of(command: str) -> str:
+    """What a command, or a script that is none, says of its flags."""
+    env = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    program = [str(ROOT / command)] if command.endswith(".py") else ["-m", "trl_distill.cli", command]
+    return succeeds([sys.executable, *program, "--help"], env=env)
+
+
+AS_COMMAND = {"scripts/opd.py": "train"} | {f"scripts/{name}.py": name for name in COMMANDS}
 
 
 def named_flags() -> list[tuple[str, str, str]]:
-    """`(page, script, flag)` of every flag that follows the name of one of our scripts."""
+    """`(page, command, flag)` of every flag that follows one of our commands or scripts."""
     found = set()
     for block in BLOCKS:
-        for command in commands(block.text) if block.language == "console" else ():
-            words = shlex.split(command, comments=True)
-            script = None
-            for word in words:
+        for line in commands(block.text) if block.language == "console" else ():
+            words = shlex.split(line, comments=True)
+            command = None
+            for before, word in zip(["", *words], words, strict=False):
                 if re.fullmatch(r"scripts/\w+\.py", word):
-                    script = word
-                elif word == "--" and script == "scripts/sweep.py":
-                    script = "scripts/opd.py"  # what follows is for the runs
-                elif word.startswith("--") and script:
-                    found.add((block.page, script, word.split("=")[0]))
+                    command = AS_COMMAND.get(word, word)
+                elif before in ("trl-distill", "trl_distill.cli"):
+                    assert word in COMMANDS, line
+                    command = word
+                elif word == "--" and command == "sweep":
+                    command = "train"  # what follows is for the runs
+                elif word.startswith("--") and command:
+                    found.add((block.page, command, word.split("=")[0]))
     return sorted(found)
 
 
