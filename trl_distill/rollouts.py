@@ -1,16 +1,11 @@
-"""What the student wrote, as teachers and losses see it."""
+"""What the student wrote, as teachers and losses see it: sequences, and the columns that travel with each row."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-
-
-def teacher_rollouts(inputs: dict[str, Any]) -> Rollouts:
-    """Rollouts as teachers see them: after their own prompts, where there are any."""
-    return Rollouts.from_inputs(inputs, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt")
 
 
 @dataclass
@@ -55,3 +50,73 @@ class Rollouts:
         first = int(attended.int().argmax()) if prompts else 0
         first, last = min(first, len(attended) - completion - 1), len(attended) - completion + length
         return Rollouts(self.input_ids[:, first:last], self.attention_mask[:, first:last], self.mask[:, :length])
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """
+    A batch of `GRPOTrainer`, its columns by name. B rows, completions of C tokens.
+
+    Attributes:
+        inputs (`dict[str, Any]`): as TRL's loss takes it.
+        rollouts ([`Rollouts`]): what the student read and wrote.
+        for_teachers ([`Rollouts`]): the same completions after the teachers' own prompts, where there are any.
+        row_ids (`torch.Tensor` of shape `(B,)`, *optional*): by which teachers' signals are kept.
+        teacher_weights (`torch.Tensor` of shape `(B, teachers)`, *optional*): with several teachers.
+        advantages (`torch.Tensor` of shape `(B,)` or `(B, C)`, *optional*): TRL's.
+        rewards (`torch.Tensor` of shape `(B,)`, *optional*): NaN where no reward function had an opinion.
+        old_log_q (`torch.Tensor` of shape `(B, C)`, *optional*): of the policy that wrote the rollouts, where it is not
+            the present one.
+        sampler_ratio (`torch.Tensor` of shape `(B, C)` or `(B, 1)`, *optional*): from vLLM's sampler to that policy,
+            truncated by TRL.
+        row_weight (`torch.Tensor` of shape `(B,)`, *optional*): of completions from the dataset, of which equal rows
+            count once.
+    """
+
+    inputs: dict[str, Any]
+    rollouts: Rollouts
+    for_teachers: Rollouts
+    row_ids: torch.Tensor | None = None
+    teacher_weights: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+    rewards: torch.Tensor | None = None
+    old_log_q: torch.Tensor | None = None
+    sampler_ratio: torch.Tensor | None = None
+    row_weight: torch.Tensor | None = None
+
+    @classmethod
+    def from_inputs(cls, inputs: dict[str, Any]) -> MicroBatch:
+        """From what `GRPOTrainer` passes to its loss, with the columns that this package has added."""
+        return cls(
+            inputs=inputs,
+            rollouts=Rollouts.from_inputs(inputs),
+            for_teachers=Rollouts.from_inputs(inputs, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt"),
+            row_ids=inputs.get("row_id"),
+            teacher_weights=inputs.get("teacher_weights"),
+            advantages=inputs.get("advantages"),
+            rewards=inputs.get("rewards"),
+            old_log_q=inputs.get("old_per_token_logps"),
+            sampler_ratio=inputs.get("importance_sampling_ratio"),
+            row_weight=inputs.get("row_weight"),
+        )
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """Judged tokens, `(B, C)`, bool."""
+        return self.rollouts.mask
+
+    @property
+    def is_off_policy(self) -> bool:
+        """Whether the completions are the dataset's."""
+        return self.row_weight is not None
+
+    @property
+    def needs_trl_log_probs(self) -> bool:
+        """Whether the policy loss compares with log-probabilities that TRL computed, or leaves tool output out."""
+        return self.old_log_q is not None or self.sampler_ratio is not None or "tool_mask" in self.inputs
+
+    def without_advantages(self) -> MicroBatch:
+        """With a reward that has no weight yet."""
+        assert self.advantages is not None
+        silent = torch.zeros_like(self.advantages)
+        return replace(self, inputs={**self.inputs, "advantages": silent}, advantages=silent)

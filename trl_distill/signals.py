@@ -1,7 +1,6 @@
-"""What passes between student and teacher: the rollouts that are judged, and the signal that a teacher gives for them.
+"""What a teacher gives for rollouts: hidden states and a head, or log-probabilities of a few ids.
 
-Small dataclasses that can be cut into rows and put together again. How a signal is obtained is `teachers.py`'s
-business, who is asked and when `panel.py`'s, what is computed from it `estimators.py`'s.
+Small dataclasses that can be cut into rows and put together again.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class HiddenStates(_PerToken):
     Attributes:
         hidden (`torch.Tensor` of shape `(N, H)`): the teacher's last hidden state at each position that predicts a
             judged token, in the row-major order of `Rollouts.mask`.
-        head ([`~trl_distill.heads.LMHead`]): turns them into log-probabilities over the teacher's vocabulary.
+        head ([`~trl_distill.heads.lm_head.LMHead`]): turns them into log-probabilities over the teacher's vocabulary.
     """
 
     hidden: torch.Tensor
@@ -88,12 +87,9 @@ class TeacherScore:
         signal ([`HiddenStates`] or [`TokenLogProbs`]): in the row-major order of `mask`.
         rows (`dict` of `torch.Tensor` of shape `(B,)`, bool): with several teachers, the rows that name it, by each of
             its names.
-        slope (`torch.Tensor` of shape `(B, C)`, *optional*): derivative of the loss by its divergence at each token,
-            where that is known beforehand.
     """
 
     mask: torch.Tensor
     weight: torch.Tensor
     signal: Signal
     rows: dict[str, torch.Tensor] = field(default_factory=dict)
-    slope: torch.Tensor | None = None

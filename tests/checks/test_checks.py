@@ -6,13 +6,14 @@ import copy
 
 import pytest
 from datasets import Dataset, DatasetDict
-from helpers import VOCAB, WORDS, batch, config, in_training, make_model, make_tokenizer
+from helpers import VOCAB, WORDS, config, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForSequenceClassification, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from trl import GRPOConfig
 
 from trl_distill import NonFiniteLossError, OPDTrainer
 from trl_distill.checks import settings as setting_checks
+from trl_distill.training import setup
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def test_smaller_teacher_vocabulary_with_vllm(make, tmp_path, monkeypatch):
     trainer = make()
     trainer.use_vllm = True
     with pytest.raises(ValueError, match="vLLM rollouts cannot be kept inside it"):
-        trainer._stay_inside_vocabulary(VOCAB, VOCAB + 1)
+        setup._stay_inside_vocabulary(trainer, VOCAB - 1)
 
 
 def test_checkpoint_boundary():
@@ -278,9 +279,8 @@ def test_a_teacher_that_scores_something_else(make):
         def score(self, rollouts):
             return {"hidden": None}
 
-    trainer = in_training(make(teacher_model=Judge()))
     with pytest.raises(TypeError, match=r"returned a dict; it must return `trl_distill\.HiddenStates`"):
-        trainer.rollout_loss(trainer.model, batch())
+        make(teacher_model=Judge())
 
 
 def test_reward_weights_without_rewards(make, tmp_path):

@@ -317,7 +317,7 @@ def test_settings_that_are_refused(make, changes, message):
 
 def test_alpha_is_that_of_the_divergence_that_has_one(make):
     trainer = make(off_policy_divergence="jsd", divergence_alpha=0.3, lmbda=0.5)
-    assert (trainer.estimator.alpha, trainer.off_policy_estimator.alpha) == (0.0, 0.3)
+    assert (trainer.estimator.alpha, trainer.setup.off_policy_estimator.alpha) == (0.0, 0.3)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class Way(NamedTuple):
 ANY = -1
 WAYS = {
     "finished": Way((0, 0), "Done after 4 steps. The model is in out", 4),
-    "nan_on_one": Way((1, 1), "no number on 1 of 2", 2),
+    "nan_on_one": Way((1, 1), "NaN or infinite on 1 of 2", 2),
     "full_disk_on_the_first": Way((1, 1), "The checkpoint of step 3 could not be written", 2),
     "full_disk_on_the_second": Way((1, 1), "The checkpoint of step 3 could not be written by process 1", 2),
     "teacher_away_for_one": Way((1, 1), "Nobody answers at http://teacher.", 2),

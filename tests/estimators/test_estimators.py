@@ -15,6 +15,7 @@ from trl_distill.heads import fused, tiles
 from trl_distill.heads.lm_head import LMHead
 from trl_distill.objective import divergences, terms
 from trl_distill.signals import HiddenStates, TokenLogProbs
+from trl_distill.teachers.base import as_teacher
 
 
 STOPS = [1, 5, 7]
@@ -87,9 +88,9 @@ def test_divergences_against_their_definitions(divergence, alpha, family, merged
     log_p = (signal.head.logits(signal.hidden)[:, :VOCAB] / 0.7).log_softmax(-1).detach()
     q, p = (summed_up(log_q), summed_up(log_p)) if merged else (log_q.exp(), log_p.exp())
     expected = by_definition(divergence, q, p, alpha)
-    torch.testing.assert_close(found["divergence"], expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found["entropy"], -(log_q.exp() * log_q).sum(-1), rtol=1e-5, atol=1e-5)
-    ours = torch.autograd.grad((weights * found["divergence"]).sum(), leaves, retain_graph=True)
+    torch.testing.assert_close(found.divergence, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.entropy, -(log_q.exp() * log_q).sum(-1), rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad((weights * found.divergence).sum(), leaves, retain_graph=True)
     naive = torch.autograd.grad((weights * expected).sum(), leaves)
     for a, b in zip(ours, naive, strict=True):
         assert relative_error(a, b) < 1e-4
@@ -210,7 +211,7 @@ def test_forward_kl_with_a_tail_is_a_lower_bound_that_grows_with_its_head(heads)
     assert (bounds[-1] <= exact + 1e-6).all()
     assert (bounds[0] > 0).all()
     full = make_estimator("full", "forward_kl", 1.0, 0)
-    found = full.measure(hidden, head, signal, torch.zeros(6).long(), None)["divergence"]
+    found = full.measure(hidden, head, signal, torch.zeros(6).long(), None).divergence
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
 
 
@@ -218,7 +219,7 @@ def test_teacher_and_estimator_must_meet():
     class Served:
         gives, temperature = TokenLogProbs, 1.0
 
-    teachers = {"math": Served()}
+    teachers = {"math": as_teacher(Served())}
     with pytest.raises(
         ValueError, match=r"the teacher 'math' \(Served\) does not give. Use kl_estimator='topk' or 'sampled'"
     ):

@@ -61,9 +61,9 @@ def test_all_that_the_logits_tell(given, form):
     assert (found.divergence.requires_grad, found.log_q.requires_grad) == (True, True)
     assert (found.entropy.requires_grad, found.log_p.requires_grad) == (False, False)
     for look in (slice(start, None, step) for step in range(1, 9) for start in range(step)):
-        looked = fused_divergence(hidden, head, teacher_hidden, teacher_head, form, ids, look=look).looked
+        looked = fused_divergence(hidden, head, teacher_hidden, teacher_head, form, ids, look=look).comparison
         torch.testing.assert_close(looked, comparison(log_q[look], log_p[look], form.stops))
-    assert found.looked.shape == (5, 0)
+    assert found.comparison.shape == (5, 0)
     leaves = [hidden, *(p for p in head.parameters() if p is not None)]
     weights = torch.linspace(-1, 1, N)
     ours = torch.autograd.grad((weights * found.log_q).sum(), leaves)
@@ -204,7 +204,7 @@ def test_own_log_probabilities_change_nothing(tmp_path, tokenizer, prompts, monk
         )
         in_training(trainer)
         if source == "trl":
-            monkeypatch.setattr(trainer, "_forward_plan", lambda *_, t=trainer: ForwardPlan(t.estimator))
+            monkeypatch.setattr(trainer.loss, "forward_plan", lambda *_, t=trainer: ForwardPlan(t.estimator))
         inputs = {**batch(rows=4), "rewards": torch.arange(4.0), "advantages": torch.tensor([-1.5, -0.5, 0.5, 1.5])}
         loss = trainer.rollout_loss(trainer.model, inputs)
         loss.backward()

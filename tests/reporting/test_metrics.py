@@ -9,7 +9,7 @@ from helpers import VOCAB, batch, config, in_training, make_model
 
 from trl_distill import OPDTrainer
 from trl_distill.heads import comparison
-from trl_distill.heads.comparison import COMPARED, compared
+from trl_distill.heads.comparison import COMPARED, comparison_from_states
 from trl_distill.heads.fused import DivergenceSpec, fused_divergence
 from trl_distill.heads.lm_head import LMHead
 from trl_distill.reporting.metrics import by_reward, means
@@ -104,10 +104,10 @@ def test_few_tokens_are_looked_at(monkeypatch):
         monkeypatch.setattr(comparison, "LOOK_EVERY", every)
         hidden, ids = torch.randn(length, 16), torch.randint(VOCAB, (length,))
         part = HiddenStates(signal.hidden[:length], signal.head)
-        look = comparison.comparison_of(ids)
-        found = compared(hidden, head, part, 1.0, ids)
+        look = comparison.compared_positions(ids)
+        found = comparison_from_states(hidden, head, part, 1.0, ids)
         assert found.shape[1] in (least, least + 1)
-        fused = fused_divergence(hidden, head, part.hidden, part.head, DivergenceSpec(), ids, look=look).looked
+        fused = fused_divergence(hidden, head, part.hidden, part.head, DivergenceSpec(), ids, look=look).comparison
         torch.testing.assert_close(found, fused)
 
 
@@ -116,7 +116,7 @@ def test_no_place_is_preferred():
     seen = torch.zeros(40)
     for seed in range(2000):
         ids = torch.randint(150_000, (40,), generator=torch.Generator().manual_seed(seed))
-        seen[comparison.comparison_of(ids)] += 1
+        seen[comparison.compared_positions(ids)] += 1
     assert seen.sum() == 2000
     assert seen.min() > 20
     assert seen.max() < 90

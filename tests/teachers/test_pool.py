@@ -15,6 +15,7 @@ from teacher_server import TeacherServer
 from transformers import AutoModelForCausalLM
 
 from trl_distill import AdapterOff, MovingAverage, OPDTrainer, ServedTeacher, TeacherAnswerError, TeacherUnavailable
+from trl_distill.rollouts import MicroBatch
 from trl_distill.teachers.pool import weights_of
 from trl_distill.training.checkpoints import mark_complete
 
@@ -107,7 +108,7 @@ def test_a_parked_teacher_visits_once_per_generation_batch_and_leaves_its_head(m
     names = {id(parameter): name for name, parameter in teacher.model.named_parameters()}
     parked = {names[id(parameter)] for parameter, _ in teacher._parked}
     assert set(names.values()) - parked == {"model.embed_tokens.weight"}  # tied: it is the LM head
-    assert all(not waiting for waiting in trainer.panel._waiting)  # nothing is kept after its last use
+    assert all(not waiting for waiting in trainer.pool._waiting)  # nothing is kept after its last use
 
 
 def test_iterations_ask_a_resident_teacher_once(make, monkeypatch):
@@ -233,7 +234,7 @@ def test_the_moving_average_is_one(make, prompts, peft):
     trainer.train()
     own = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     batch = generated(trainer, [{"prompt": "a b"}] * 2)
-    (judgement,) = trainer.panel.score(batch, training=True)
+    (score,) = trainer.pool.score(MicroBatch.from_inputs(batch), training=True)
     for name, parameter in trainer.model.named_parameters():  # the student has its own weights back
         assert torch.equal(parameter, own[name])
         parameter.data = average.get(name, parameter.data)
@@ -241,8 +242,8 @@ def test_the_moving_average_is_one(make, prompts, peft):
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     logits = trainer.model(input_ids=ids, attention_mask=mask).logits[:, -batch["completion_ids"].shape[1] - 1 : -1]
-    found = judgement.signal.head.logits(judgement.signal.hidden)
-    torch.testing.assert_close(found, logits[judgement.mask], rtol=1e-4, atol=1e-5)
+    found = score.signal.head.logits(score.signal.hidden)
+    torch.testing.assert_close(found, logits[score.mask], rtol=1e-4, atol=1e-5)
     moved = max((own[name] - value).abs().max() for name, value in average.items())
     assert moved > 1e-3
 
@@ -356,10 +357,10 @@ def test_teacher_prompts_of_other_lengths_keep_completions_aligned(make, teacher
         {"prompt": "e", "teacher_prompt": None},
     ]
     batch = generated(trainer, rows)
-    (judgement,) = trainer.panel.score(batch, training=True)
-    logits = judgement.signal.head.logits(judgement.signal.hidden).split(judgement.mask.sum(1).tolist())
+    (score,) = trainer.pool.score(MicroBatch.from_inputs(batch), training=True)
+    logits = score.signal.head.logits(score.signal.hidden).split(score.mask.sum(1).tolist())
     tokenizer = trainer.tokenizer
-    for row, found, completion, mask in zip(rows, logits, batch["completion_ids"], judgement.mask, strict=True):
+    for row, found, completion, mask in zip(rows, logits, batch["completion_ids"], score.mask, strict=True):
         prompt = tokenizer(row["teacher_prompt"] or row["prompt"])["input_ids"]
         ids = torch.tensor([[*prompt, *completion[mask].tolist()]])
         expected = teacher(input_ids=ids).logits[0, len(prompt) - 1 : -1]
@@ -459,7 +460,7 @@ def test_a_checkpoint_with_two_names_is_loaded_once(make, saved, prompts):
     path = str(saved / "teacher")
     column = prompts.add_column("teacher", ["one", "two"] * 16)
     trainer = make(teacher_model={"one": path, "two": path}, train_dataset=column)
-    assert len(trainer.panel.members) == 1
+    assert len(trainer.pool.members) == 1
     trainer.train()
     assert all(f"distill/reverse_kl/{name}" in trainer.state.log_history[0] for name in ("one", "two"))
 

@@ -194,7 +194,7 @@ def test_estimates_in_bf16(tmp_path, tokenizer, prompts, estimator):
             )
         )
         term = trainer.estimator.term
-        trainer.estimator.term = lambda m, *rest, term=term: (measured.update(m), term(m, *rest))[1]
+        trainer.estimator.term = lambda m, *rest, term=term: (measured.update(vars(m)), term(m, *rest))[1]
         values[in_bf16] = trainer.rollout_loss(trainer.model, batch()).item()
     assert abs(values[False]) > 0.1
     assert values[True] == pytest.approx(values[False], rel=0.05)

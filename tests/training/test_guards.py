@@ -55,7 +55,9 @@ def test_a_loss_that_is_no_number_stops_the_run_with_evidence(make, tmp_path, be
         return policy_loss(model, inputs) * (float("inf") if len(seen) > 2 else 1.0) + 0.0
 
     trainer.policy_loss = broken
-    with pytest.raises(NonFiniteLossError, match=r"after step 2 is no number on 1 of 1 .*There is no checkpoint yet"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 2 is NaN or infinite on 1 of 1 .*There is no checkpoint yet"
+    ):
         trainer.train()
     assert torch.equal(weights(trainer), seen[2])
     evidence = json.loads((tmp_path / "nonfinite-after-step-2" / "process-0.json").read_text())

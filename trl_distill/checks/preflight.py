@@ -1,93 +1,267 @@
-"""The preflight: all checks of one run in order, as a report that stops on errors and can be printed as a table.
+"""The preflight: all checks of one run in order. Each check is a function in a module beside this one.
 
-The checks themselves are in `checks.py`. `scripts/opd.py --check_only` stops after it.
+Before loading: configurations, tokenizers, stop ids, lengths. After loading: LM heads against the models' own logits,
+and whether the teacher differs from the student. `trl-distill check` stops after it.
 """
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import OPDConfig
+from ..data.completions import token_ids
 from ..heads.fused import DivergenceSpec, fused_divergence
-from ..models.loading import load_tokenizer
-from ..models.properties import context_of, stop_ids
+from ..heads.lm_head import LMHead
+from ..models.hidden_states import last_hidden_state
+from ..models.properties import context_of, real_stops, stop_ids, unwrap_adapter
 from ..rollouts import Rollouts
-from ..teachers.server import ServedTeacher
-from ..teachers.spec import load_teacher_tokenizer, teacher_config, teacher_generation
+from ..signals import HiddenStates
+from ..teachers.base import Teacher, is_sharded
+from ..teachers.pool import checked
+from ..teachers.self_distillation import ADAPTER_OFF
+from ..teachers.spec import TeacherSpec, student_config
 from . import models as model_checks
+from . import settings as setting_checks
 from . import tokenizers as tokenizer_checks
-from .findings import Report
-
-
-logger = logging.getLogger(__name__)
+from .findings import Finding, Report
 
 
 LONGEST_OF = 512  # prompts that are tokenised to learn how long they get
-
-
 PROBE_LENGTH = 64  # tokens of a prompt on which student and teacher are compared
 
 
-def examine(
-    report: Report,
-    spec: Any,
-    args: OPDConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    student: PreTrainedModel,
-    longest_prompt: int | None,
-    conversational: bool = True,
-) -> tuple[int | None, set[int]]:
+def check_before_loading(model: Any, specs: dict[str, TeacherSpec], args: OPDConfig) -> None:
     """
-    Compare a teacher with the student before it is loaded.
+    What can be known of student and teachers before anything is loaded.
+
+    Raises:
+        ValueError: a model is no text model, or a teacher is the student itself.
+    """
+    for spec in specs.values():
+        config = spec.config()
+        if config is not None:
+            model_checks.check_text_only(config, "teacher")
+        same = spec.model is not None and not isinstance(model, str)
+        if same and unwrap_adapter(spec.model) is unwrap_adapter(model):
+            raise ValueError(
+                "`teacher_model` is the student itself, or the base model under its adapter: the same weights "
+                "would be trained and frozen. Load the teacher once more, as a model of its own, or ask for the "
+                f"student without its adapter by name: `teacher_model={ADAPTER_OFF!r}`."
+            )
+    config = student_config(model, args) if isinstance(model, str) else unwrap_adapter(model).config
+    model_checks.check_text_only(config, "student")
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """
+    What the preflight looks at, beside the teachers.
+
+    Attributes:
+        args ([`OPDConfig`]): resolved.
+        student ([`~transformers.PreTrainedModel`]): without its adapter.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the student's.
+        stops (`list[int]`): ids that end a completion.
+        dataset (`Any`): for training.
+        tokenize (`Callable`): prompts to token ids, as in training.
+        has_rewards (`bool`): whether there are rewards.
+        has_environments (`bool`): whether environments write prompts, which are then not known beforehand.
+        generate_every (`int`): micro-steps per generation batch.
+        template_kwargs (`dict`): of the chat template.
+    """
+
+    args: OPDConfig
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stops: list[int]
+    dataset: Any
+    tokenize: Callable[[list[Any]], list[list[int]]]
+    has_rewards: bool
+    has_environments: bool
+    generate_every: int
+    template_kwargs: dict[str, Any]
+
+    def first_prompts(self, column: str = "prompt", limit: int = LONGEST_OF) -> list[list[int]]:
+        """Token ids of the first prompts in a column; empty where they cannot be known before they are used."""
+        prompts = [] if self.has_environments else prompts_to_look_at(self.dataset, column)[:limit]
+        return self.tokenize(prompts) if prompts else []
+
+    @property
+    def conversational(self) -> bool:
+        """Whether prompts go through a chat template, as far as it is known."""
+        return not any(isinstance(prompt, str) for prompt in prompts_to_look_at(self.dataset)[:1])
+
+
+@dataclass
+class Examined:
+    """
+    What the preflight found before loading.
+
+    Attributes:
+        report ([`~trl_distill.checks.findings.Report`]): every finding.
+        vocab_size (`int`, *optional*): of the smallest teacher; `None` where none is known.
+        merged (`list[int]`): ids that count as one, since student and teachers end a turn with different ones.
+    """
+
+    report: Report
+    vocab_size: int | None = None
+    merged: list[int] = field(default_factory=list)
+
+
+def examine(facts: RunFacts, specs: dict[str, TeacherSpec], report: Report) -> Examined:
+    """
+    Compare student, teachers, dataset and settings before anything is loaded.
 
     Args:
-        report ([`Report`]): takes what is found.
-        spec: a hub name or folder, a model, a teacher behind a server. Others bring nothing that could be compared.
-        args ([`OPDConfig`]): for loading.
-        tokenizer: the student's.
-        student: the student, without adapter.
-        longest_prompt (`int`, *optional*): in tokens, where it is known.
-        conversational (`bool`): whether prompts go through a chat template.
+        facts ([`RunFacts`]): of the run.
+        specs (`dict[str, TeacherSpec]`): the teachers.
+        report ([`~trl_distill.checks.findings.Report`]): takes the findings as they come.
 
-    Returns:
-        The size of the teacher's vocabulary, where it is known, and the ids that end a turn for it.
+    Raises:
+        PreflightError: there is something that a run cannot get past.
     """
-    served = isinstance(spec, ServedTeacher)
-    if not served and not isinstance(spec, str | nn.Module):
-        return None, set()
-    config = None if served else teacher_config(spec, args)
-    teacher = load_tokenizer(spec.model) if isinstance(spec, ServedTeacher) else load_teacher_tokenizer(spec, args)
+    args, found = facts.args, Examined(report)
+    prompts, hints = facts.first_prompts(), facts.first_prompts("teacher_prompt")
+    if prompts:
+        positions = context_of(facts.student.config.get_text_config())
+        longest = max(map(len, prompts))
+        report.add(model_checks.context_length(longest, args.max_completion_length or 0, positions, "student"))
+    stops, merged = real_stops(set(facts.stops), facts.tokenizer), set()
+    for spec in specs.values():
+        theirs = _examine_teacher(facts, spec, found, max(map(len, prompts + hints), default=None))
+        if theirs:
+            report.add(tokenizer_checks.stop_tokens(facts.tokenizer, stops, theirs, args.merge_stop_tokens))
+        if theirs and theirs != stops:
+            merged |= stops | theirs
+    if args.lmbda < 1:
+        _examine_completions(facts, report)
     report.add(
-        tokenizer_checks.same_tokenizer(tokenizer, teacher, args.assume_same_tokenizer, served),
-        tokenizer_checks.chat_templates(tokenizer, teacher, conversational),
+        setting_checks.sampling(args.biased_sampling),
+        setting_checks.groups(args.num_generations, args.prompts_per_generation, facts.has_rewards),
     )
-    stops = stop_ids(config, teacher_generation(spec, args), teacher)
-    if config is None:
-        return None, stops
-    text = config.get_text_config()
-    student_size = student.config.get_text_config().vocab_size
-    report.add(tokenizer_checks.vocabulary(tokenizer, student_size, text.vocab_size, args.assume_same_tokenizer))
-    if longest_prompt is not None:
+    if args.save_strategy == "steps":
         report.add(
-            model_checks.context_length(longest_prompt, args.max_completion_length or 0, context_of(text), "teacher")
+            setting_checks.checkpoint_boundary(args.save_steps, args.gradient_accumulation_steps, facts.generate_every)
         )
-    return text.vocab_size, stops
+    report.stop_on_errors()
+    if args.merge_stop_tokens:
+        found.merged = sorted(merged)
+    return found
+
+
+def _examine_teacher(facts: RunFacts, spec: TeacherSpec, found: Examined, longest: int | None) -> set[int]:
+    """Compare one teacher with the student; returns the ids that end a turn for it."""
+    if not spec.can_be_examined:
+        return set()
+    args, report, config, theirs = facts.args, found.report, spec.config(), spec.tokenizer()
+    report.add(
+        tokenizer_checks.same_tokenizer(facts.tokenizer, theirs, args.assume_same_tokenizer, spec.served),
+        tokenizer_checks.chat_templates(facts.tokenizer, theirs, facts.conversational),
+    )
+    if config is not None:
+        text = config.get_text_config()
+        student_size = facts.student.config.get_text_config().vocab_size
+        report.add(
+            tokenizer_checks.vocabulary(facts.tokenizer, student_size, text.vocab_size, args.assume_same_tokenizer)
+        )
+        if longest is not None:
+            completion = args.max_completion_length or 0
+            report.add(model_checks.context_length(longest, completion, context_of(text), "teacher"))
+        found.vocab_size = min(text.vocab_size, found.vocab_size or text.vocab_size)
+    return stop_ids(config, spec.generation_config(), theirs)
+
+
+def _examine_completions(facts: RunFacts, report: Report) -> None:
+    """Whether the dataset's completions fit, as far as they are known before they are used."""
+    rows, limit = facts.dataset, facts.args.max_completion_length
+    if not isinstance(rows, Dataset) or limit is None:
+        return
+    rows = rows.select(range(min(LONGEST_OF, len(rows))))
+    found = [token_ids(row, facts.tokenizer, facts.stops, limit + 1, facts.template_kwargs) for row in rows]
+    cut = sum(len(completion) > limit for _, completion in found)
+    report.add(setting_checks.completions(cut, len(found), limit))
+
+
+def check_head(model: nn.Module, whose: str, accelerator: Accelerator) -> None:
+    """
+    Compare our way from hidden states to logits with the model's own on four tokens; not on sharded weights.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if is_sharded(accelerator):
+        return
+    base, training = unwrap_adapter(model), model.training
+    input_ids = torch.arange(4, device=next(base.parameters()).device)[None]
+    with torch.no_grad(), accelerator.autocast():
+        model.eval()
+        with last_hidden_state(base.base_model) as caught:
+            expected = model(input_ids=input_ids, use_cache=False).logits
+        # some, such as OPT, go past what others give their hidden states with
+        hidden = caught[0] if caught else base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        model.train(training)
+        model_checks.check_logits(expected, LMHead(base).logits(hidden.to(expected.device)), whose)
+
+
+def in_fp32(student: nn.Module, args: OPDConfig, accelerator: Accelerator) -> bool:
+    """Whether the student's logits are computed in fp32."""
+    head = unwrap_adapter(student).get_output_embeddings()
+    exact = accelerator.mixed_precision == "no" and head.weight.dtype == torch.float32
+    return exact or bool(args.cast_lm_head_to_fp32)
+
+
+def teacher_differs(
+    facts: RunFacts, student: nn.Module, teacher: Teacher, names: list[str], several: bool, accelerator: Accelerator
+) -> Finding:
+    """
+    Measure KL(student ‖ teacher) on a few prompts: 0 means that the wrong model was loaded.
+
+    Args:
+        facts ([`RunFacts`]): of the run.
+        student: as it is trained.
+        teacher ([`~trl_distill.Teacher`]): ready to judge.
+        names (`list[str]`): its names, where there are several teachers.
+        several (`bool`): whether there are other teachers.
+        accelerator ([`~accelerate.Accelerator`]): the trainer's.
+    """
+    if is_sharded(accelerator):
+        return Finding("teacher differs", "skipped", "Not measured: weights are sharded.")
+    if teacher.gives is not HiddenStates:
+        return Finding("teacher differs", "skipped", "Not measured: this teacher gives no hidden states.")
+    args, columns = facts.args, getattr(facts.dataset, "column_names", None) or []
+    rows = facts.first_prompts(limit=4) or [list(range(min(32, len(facts.tokenizer))))]
+    kl = max(probe_kl(student, teacher, accelerator, ids) for ids in rows)
+    explained = {
+        "it has prompts of its own": "teacher_prompt" in columns,
+        "rows are not known before they are used": facts.has_environments or not columns,
+        "there is a reward": facts.has_rewards,
+        "there are other teachers": several,
+        "it follows the student": teacher.starts_equal,
+    }
+    reason = next((reason for reason, holds in explained.items() if holds), "")
+    rough = not in_fp32(student, args, accelerator)
+    name = ", ".join(names) if several else ""
+    return model_checks.teacher_differs(kl, reason, args.assume_different_teacher, name, teacher.follows_student, rough)
 
 
 @torch.no_grad()
-def probe_kl(student: nn.Module, teacher: Any, accelerator: Any, ids: list[int]) -> float:
+def probe_kl(student: nn.Module, teacher: Teacher, accelerator: Accelerator, ids: list[int]) -> float:
     """KL(student ‖ teacher) on the last tokens of one prompt, in nats per token."""
     input_ids = torch.tensor([ids[-PROBE_LENGTH:]], device=accelerator.device)
     if input_ids.shape[1] < 2:
         input_ids = input_ids.repeat(1, 2)
     attention_mask = torch.ones_like(input_ids)
     probe = Rollouts(input_ids, attention_mask, attention_mask[:, 1:].bool())
-    signal, training = teacher.score(probe), student.training
+    signal: Any = checked(teacher, teacher.score(probe), int(probe.mask.sum()))
+    training = student.training
     student.eval()
     with accelerator.autocast():
         states = student(input_ids=input_ids, attention_mask=attention_mask, rollouts=probe)
@@ -98,8 +272,6 @@ def probe_kl(student: nn.Module, teacher: Any, accelerator: Any, ids: list[int])
 
 def prompts_to_look_at(dataset: Any, column: str = "prompt") -> list[Any]:
     """The first prompts of a dataset that can be read without consuming it."""
-    from datasets import Dataset
-
     if not isinstance(dataset, Dataset) or column not in dataset.column_names:
         return []
     return [prompt for prompt in dataset[:LONGEST_OF][column] if prompt]

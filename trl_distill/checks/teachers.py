@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..estimators.base import Estimator
 from ..estimators.topk import TopK
-from ..signals import HiddenStates, TokenLogProbs
+from ..signals import TokenLogProbs
+from ..teachers.base import Teacher
 
 
-def check_signals(name: str, estimator: Estimator, teachers: dict[str, Any], temperature: float) -> None:
+def check_signals(name: str, estimator: Estimator, teachers: dict[str, Teacher], temperature: float) -> None:
     """Every teacher must give a signal that the estimator takes, at its temperature; raises `ValueError` otherwise."""
     for who, teacher in teachers.items():
-        gives, fixed = getattr(teacher, "gives", HiddenStates), getattr(teacher, "temperature", None)
+        gives, fixed = teacher.gives, teacher.temperature
         if not issubclass(gives, estimator.takes):
             raise ValueError(
                 f"kl_estimator={name!r} needs hidden states and an LM head, which the teacher {who!r} "
-                f"({type(teacher).__name__}) does not give. Use kl_estimator='topk' or 'sampled'."
+                f"({teacher.kind}) does not give. Use kl_estimator='topk' or 'sampled'."
             )
         if estimator.stops and issubclass(gives, TokenLogProbs):
             raise ValueError(
                 f"Student and teacher end a turn with different ids, and the teacher {who!r} "
-                f"({type(teacher).__name__}) does not say how likely it is to stop as a whole. Give both the same stop "
+                f"({teacher.kind}) does not say how likely it is to stop as a whole. Give both the same stop "
                 "tokens, use a local teacher, or set `merge_stop_tokens=False` and watch the length of completions."
             )
-        asked = getattr(teacher, "top_k", None)
+        asked = teacher.top_k
         if asked is not None and isinstance(estimator, TopK) and asked != estimator.k:
             raise ValueError(
                 f"The teacher {who!r} asks the server for {asked} of its likeliest ids, but `kl_top_k` is "
-                f"{estimator.k}. Give both the same number: `{type(teacher).__name__}(..., top_k={estimator.k})`."
+                f"{estimator.k}. Give both the same number: `{teacher.kind}(..., top_k={estimator.k})`."
             )
         if fixed is not None and fixed != temperature:
             raise ValueError(
-                f"The teacher {who!r} ({type(teacher).__name__}) judges at temperature {fixed:g} only, but the "
+                f"The teacher {who!r} ({teacher.kind}) judges at temperature {fixed:g} only, but the "
                 f"divergence is taken at {temperature:g}. Set `temperature` to {fixed:g}, or use a local teacher."
             )

@@ -1,13 +1,15 @@
-"""Estimators of the divergence: what each computes from hidden states, and the term it makes of that.
+"""What an estimator of the divergence is, and what it measures.
 
-Two steps, because they happen in two places. `measure` runs inside the student's forward, where the LM heads are
-whole, and projects what is needed, in tiles. `term` runs in the trainer and turns those numbers into a loss per token,
-with the formulas of `objective.py`. A new estimator is a class and one line in `make_estimator`.
+Two steps, because they happen in two places. `measure` runs inside the student's forward pass, where the LM heads are
+whole, and projects what is needed, in tiles. `term` runs in the loss and turns those numbers into a loss per token,
+with the formulas of `trl_distill.objective`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -15,7 +17,34 @@ from ..heads.fused import ExpectedSlopes
 from ..heads.lm_head import LMHead
 
 
-Measured = dict[str, torch.Tensor]
+@dataclass(frozen=True)
+class TokenMeasures:
+    """
+    What was measured of each judged token: of shape `(N,)` in the student's forward pass, `(B, C)` afterwards, 0 at
+    tokens that are not judged. An estimator whose `term` needs more adds fields in a subclass.
+
+    Attributes:
+        divergence (`torch.Tensor`, *optional*): in nats, with a gradient to the student.
+        entropy (`torch.Tensor`, *optional*): of the student at the divergence's temperature, nats.
+        log_p (`torch.Tensor`, *optional*): the teacher's log-probability of the sampled token.
+        log_q (`torch.Tensor`, *optional*): the student's, where ids count as one; without a gradient.
+        policy_log_q (`torch.Tensor`, *optional*): the student's with a gradient, where the divergence's logits are used
+            for it too.
+        comparison (`torch.Tensor` of shape `(5, n)`, *optional*): how the models differ at n of the tokens, see
+            [`~trl_distill.heads.comparison.comparison`].
+    """
+
+    divergence: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    log_p: torch.Tensor | None = None
+    log_q: torch.Tensor | None = None
+    policy_log_q: torch.Tensor | None = None
+    comparison: torch.Tensor | None = None
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """With each tensor that has one row per token changed in the same way; `comparison` has none."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "comparison"}
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
 
 class Estimator(Protocol):
@@ -35,7 +64,7 @@ class Estimator(Protocol):
     stops: list[int]
 
     def shares_logits(self, device: torch.device) -> bool:
-        """Whether `measure` also gives the student's log-probabilities at the sampling temperature: "own_log_q"."""
+        """Whether `measure` also gives the student's log-probabilities at the sampling temperature: `policy_log_q`."""
         ...
 
     def measure(
@@ -46,20 +75,16 @@ class Estimator(Protocol):
         sampled: torch.Tensor,  # (N,) ids
         log_q: torch.Tensor | None,  # (N,) the student's log-probability of `sampled`, at the sampling temperature
         slopes: ExpectedSlopes | None = None,  # what the gradients will be, where that is known
-    ) -> Measured:
-        """
-        Per judged token, tensors of shape `(N,)` or `(N, K)`.
-
-        With them may come "own_log_q", where logits are shared, and "looked", the [`~trl_distill.heads.comparison.comparison`].
-        """
+    ) -> TokenMeasures:
+        """Measures of shape `(N,)` or `(N, K)`."""
         ...
 
     def term(
         self,
-        measured: Measured,
+        measured: Any,  # TokenMeasures, or the subclass that `measure` returned
         log_q: torch.Tensor | None,
         ratio: torch.Tensor | None,
         weight: torch.Tensor | None,
     ) -> torch.Tensor:
-        """A term (see `objective.py`), `(B, C)`, from what was measured, now of shape `(B, C)` or `(B, C, K)`."""
+        """A term (see `objective/terms.py`), `(B, C)`, from what was measured, now of shape `(B, C)` or `(B, C, K)`."""
         ...

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from .._trl import has_triton
-from ..heads.comparison import comparison_of
+from ..heads.comparison import compared_positions
 from ..heads.fused import DivergenceSpec, fused_divergence
 from ..heads.lm_head import LMHead
 from ..heads.projections import kernel_divergence, log_probs_of, logits_of
 from ..objective import divergences
 from ..signals import HiddenStates
-from .base import Measured
-from .log_probs import _log_p
+from .base import TokenMeasures
+from .log_probs import teacher_log_p
 
 
 # Divergences that TRL's kernel has, as the value of its `beta`; `None`: that is the divergence's alpha
@@ -41,23 +41,29 @@ class Full:
         self.divergence, self.alpha, self.temperature, self.stops = divergence, alpha, temperature, stops
         self.log_p_temperature = log_p_temperature
 
-    def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> Measured:
+    def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> TokenMeasures:
         if uses_kernel(hidden.device, self.divergence):
             return self._by_kernel(hidden, head, signal, sampled, log_q)
         form = DivergenceSpec(self.divergence, self.alpha, self.temperature, tuple(self.stops))
-        look = comparison_of(sampled)
-        found = fused_divergence(hidden, head, signal.hidden, signal.head, form, sampled, slopes, look)
-        measured = {"divergence": found.divergence, "entropy": found.entropy, "looked": found.looked}
-        if slopes is not None and slopes.log_q is not None:
-            measured["own_log_q"] = found.log_q
-        if self.log_p_temperature == self.temperature:
-            measured["log_p"] = found.log_p
-        elif self.log_p_temperature is not None and log_q is not None:
-            shared = min(head.vocab_size, signal.head.vocab_size)
-            measured["log_p"] = _log_p(signal, sampled, shared, self.log_p_temperature)
-        return measured
+        positions = compared_positions(sampled)
+        found = fused_divergence(hidden, head, signal.hidden, signal.head, form, sampled, slopes, positions)
+        log_p = found.log_p if self.log_p_temperature == self.temperature else self._log_p(head, signal, sampled, log_q)
+        shared = slopes is not None and slopes.log_q is not None
+        return TokenMeasures(
+            divergence=found.divergence,
+            entropy=found.entropy,
+            log_p=log_p,
+            policy_log_q=found.log_q if shared else None,
+            comparison=found.comparison,
+        )
 
-    def _by_kernel(self, hidden, head, signal, sampled, log_q) -> Measured:
+    def _log_p(self, head, signal, sampled, log_q) -> torch.Tensor | None:
+        """The teacher's log-probabilities of the sampled tokens, for the log: do reward and teacher agree?"""
+        if self.log_p_temperature is None or log_q is None:
+            return None
+        return teacher_log_p(signal, sampled, min(head.vocab_size, signal.head.vocab_size), self.log_p_temperature)
+
+    def _by_kernel(self, hidden, head, signal, sampled, log_q) -> TokenMeasures:
         kernel_beta = KERNEL_BETA[self.divergence]
         beta = self.alpha if kernel_beta is None else kernel_beta
         divergence, entropy = kernel_divergence(hidden, head, signal, beta, self.temperature)
@@ -68,16 +74,13 @@ class Full:
                 of_teacher = _log_probs_of_few(signal.hidden, signal.head, self.stops, shared, self.temperature)
             of_teacher = of_teacher.to(of_student.device)
             divergence = divergences.as_one_class(divergence, of_student, of_teacher, self.divergence, self.alpha)
-        measured = {"divergence": divergence, "entropy": entropy}
-        if self.log_p_temperature is not None and log_q is not None:  # for the log: do reward and teacher agree?
-            measured["log_p"] = _log_p(signal, sampled, shared, self.log_p_temperature)
-        return measured
+        return TokenMeasures(divergence=divergence, entropy=entropy, log_p=self._log_p(head, signal, sampled, log_q))
 
     def shares_logits(self, device) -> bool:
         return self.log_p_temperature == self.temperature and not uses_kernel(device, self.divergence)
 
     def term(self, measured, log_q, ratio, weight) -> torch.Tensor:
-        return measured["divergence"]
+        return measured.divergence
 
 
 def _log_probs_of_few(

@@ -11,7 +11,7 @@ from ..heads.projections import log_probs_of, logits_of
 from ..signals import HiddenStates, Signal, TokenLogProbs
 
 
-class _FromLogProbs:
+class FromLogProbs:
     """Estimators that are given the student's log-probabilities."""
 
     needs_log_probs = True
@@ -21,19 +21,19 @@ class _FromLogProbs:
         return False
 
 
-def _is_in(ids: torch.Tensor, few: list[int]) -> torch.Tensor:
+def is_in(ids: torch.Tensor, few: list[int]) -> torch.Tensor:
     return torch.isin(ids, torch.tensor(few, device=ids.device))
 
 
 @torch.no_grad()
-def _log_p(signal: Signal, sampled: torch.Tensor, vocab_size: int, temperature: float) -> torch.Tensor:
+def teacher_log_p(signal: Signal, sampled: torch.Tensor, vocab_size: int, temperature: float) -> torch.Tensor:
     """The teacher's log-probability of each sampled token, `(N,)`."""
     if isinstance(signal, TokenLogProbs):
         return signal.log_p
     return log_probs_of(signal.hidden, signal.head, sampled, vocab_size, temperature)
 
 
-def _columns(
+def log_probs_of_few_ids(
     hidden: torch.Tensor,
     head: LMHead,
     signal: Signal,

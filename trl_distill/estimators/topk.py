@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,11 +10,26 @@ import torch
 from ..heads.projections import top_ids
 from ..objective import terms
 from ..signals import TokenLogProbs
-from .base import Measured
-from .log_probs import _columns, _FromLogProbs, _is_in, _log_p
+from .base import TokenMeasures
+from .log_probs import FromLogProbs, is_in, log_probs_of_few_ids, teacher_log_p
 
 
-class TopK(_FromLogProbs):
+@dataclass(frozen=True)
+class TopKMeasures(TokenMeasures):
+    """
+    [`TokenMeasures`], and the head of the distribution.
+
+    Attributes:
+        head_log_q, head_log_p (`torch.Tensor` of shape `(..., K)`): log-probabilities of the head's ids.
+        outside (`torch.Tensor`, bool): whether the sampled token is none of them.
+    """
+
+    head_log_q: torch.Tensor | None = None
+    head_log_p: torch.Tensor | None = None
+    outside: torch.Tensor | None = None
+
+
+class TopK(FromLogProbs):
     """
     The K most likely ids exactly, the rest by the sampled token: unbiased for every K.
 
@@ -24,8 +40,8 @@ class TopK(_FromLogProbs):
     def __init__(self, k: int, divergence: str, temperature: float, stops: list[int]):
         self.k, self.divergence, self.temperature, self.stops = k, divergence, temperature, stops
 
-    def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> Measured:
-        log_p = _log_p(signal, sampled, head.vocab_size, self.temperature)
+    def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> TokenMeasures:
+        log_p = teacher_log_p(signal, sampled, head.vocab_size, self.temperature)
         if isinstance(signal, TokenLogProbs):
             ids = signal.top_ids[:, : self.k]
         else:
@@ -34,19 +50,19 @@ class TopK(_FromLogProbs):
         unknown = ids >= head.vocab_size  # padding of the teacher's, which the student never writes
         ids = ids.masked_fill(unknown, 0)
         chosen: list[Any] = [ids, self.stops] if self.stops else [ids]
-        both = _columns(hidden, head, signal, chosen, sampled, log_q, log_p, self.temperature)
-        k, left_out = ids.shape[1], (unknown | _is_in(ids, self.stops)) if self.stops else unknown
+        both = log_probs_of_few_ids(hidden, head, signal, chosen, sampled, log_q, log_p, self.temperature)
+        k, left_out = ids.shape[1], (unknown | is_in(ids, self.stops)) if self.stops else unknown
         heads = [x[:, :k].masked_fill(left_out, _NEVER) for x in both]
         if self.stops:  # out of the head, and back into it as one class
             heads = [torch.cat([x, y[:, k:].logsumexp(-1, keepdim=True)], 1) for x, y in zip(heads, both, strict=True)]
-            outside &= ~_is_in(sampled, self.stops)
-        return {"log_p": log_p, "head_log_q": heads[0], "head_log_p": heads[1], "outside": outside}
+            outside &= ~is_in(sampled, self.stops)
+        return TopKMeasures(log_p=log_p, head_log_q=heads[0], head_log_p=heads[1], outside=outside)
 
     def term(self, measured, log_q, ratio, weight) -> torch.Tensor:
         m = measured
         if self.divergence == "forward_kl":
-            return terms.topk_forward_kl(m["head_log_q"], m["head_log_p"])
-        return terms.topk_reverse_kl(m["head_log_q"], m["head_log_p"], log_q, m["log_p"], m["outside"], ratio, weight)
+            return terms.topk_forward_kl(m.head_log_q, m.head_log_p)
+        return terms.topk_reverse_kl(m.head_log_q, m.head_log_p, log_q, m.log_p, m.outside, ratio, weight)
 
 
 _NEVER = -1e4  # a log-probability whose exponential is 0; the same for both models, so that it adds nothing

@@ -17,7 +17,7 @@ LOOK_EVERY, LOOK_MOST, TOP = 61, 128, 16
 COMPARED = ("reverse_kl", "forward_kl", "teacher_entropy", "top1_agreement", "top_overlap")
 
 
-def comparison_of(sampled: torch.Tensor) -> slice:
+def compared_positions(sampled: torch.Tensor) -> slice:
     """
     Which of the judged tokens are looked at: every so many-th, from one on that the tokens themselves draw.
 
@@ -67,7 +67,7 @@ def comparison(log_q: torch.Tensor, log_p: torch.Tensor, stops: Sequence[int] = 
 
 
 @torch.no_grad()
-def compared(
+def comparison_from_states(
     hidden: torch.Tensor,
     head: LMHead,
     signal: HiddenStates,
@@ -86,7 +86,7 @@ def compared(
         sampled (`torch.Tensor` of shape `(N,)`): ids of the tokens.
         stops (`Sequence[int]`): ids that count as one.
     """
-    chosen = comparison_of(sampled)
+    chosen = compared_positions(sampled)
     shared = min(head.vocab_size, signal.head.vocab_size)
     log_q, log_p = (
         (which.logits(states[chosen].to(which.parameters()[0].device)).float()[:, :shared] / temperature).log_softmax(

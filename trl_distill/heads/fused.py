@@ -46,15 +46,15 @@ class TokenStatistics(NamedTuple):
     Per judged token, of shape `(N,)`, fp32, in nats.
 
     `divergence` and `log_q`, the student's log-probability of the sampled token, carry gradients; the student's
-    `entropy` and the teacher's `log_p` of the sampled token do not. Nor does `looked`: how the models differ at a few
-    tokens, see [`~trl_distill.heads.comparison.comparison`].
+    `entropy` and the teacher's `log_p` of the sampled token do not. Nor does `comparison`: how the models differ at a
+    few tokens, see [`~trl_distill.heads.comparison.comparison`].
     """
 
     divergence: torch.Tensor
     log_q: torch.Tensor
     entropy: torch.Tensor
     log_p: torch.Tensor
-    looked: torch.Tensor
+    comparison: torch.Tensor
 
 
 class ExpectedSlopes(NamedTuple):
@@ -121,13 +121,13 @@ class _Fused(torch.autograd.Function):
         ctx.how = how
         forms_gradient = slope is not None and any(ctx.needs_input_grad[:3])
         grads = _Gradients.wanted_by(ctx.needs_input_grad) if forms_gradient else None
-        looked = 0 if how.look is None else len(range(len(hidden))[how.look])
-        shapes = [(len(hidden),)] * 4 + [(len(COMPARED), looked)]
+        compared = 0 if how.look is None else len(range(len(hidden))[how.look])
+        shapes = [(len(hidden),)] * 4 + [(len(COMPARED), compared)]
         found = TokenStatistics(*(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes))
         _run(ctx, (hidden, weight, bias, teacher_hidden, ids), found, grads, slope, slope_log_q)
         ctx.save_for_backward(hidden, weight, bias, teacher_hidden, ids, slope, slope_log_q)
         ctx.formed = grads
-        ctx.mark_non_differentiable(found.entropy, found.log_p, found.looked)
+        ctx.mark_non_differentiable(found.entropy, found.log_p, found.comparison)
         ctx.set_materialize_grads(False)
         return tuple(found)
 
@@ -292,7 +292,7 @@ class LogitsTile:
         if look is not None and earlier < upto:
             here = slice(look.start + earlier * look.step - rows.start, None, look.step)
             log_q, log_p = self.ours[here] - self.log_norm_q[here], self.theirs[here] - self.log_norm_p[here]
-            found.looked[:, earlier:upto] = comparison(log_q, log_p, self.form.stops)
+            found.comparison[:, earlier:upto] = comparison(log_q, log_p, self.form.stops)
 
     def measure(
         self,

@@ -26,20 +26,20 @@ def add_teacher_forward(model: nn.Module) -> None:
     """
     base = unwrap_adapter(model)
     LMHead(base)  # raises where there is none to use
-    original_forward = _unbound_forward(base)
+    original_forward = unbound_forward(base)
 
     @functools.wraps(original_forward)  # keeps the signature, which `generate` inspects
     def forward(self: PreTrainedModel, *args: Any, rollouts: Rollouts | None = None, **kwargs: Any) -> Any:
         if rollouts is None:
             return original_forward(self, *args, **kwargs)
-        hidden = _last_hidden(self, *args, **kwargs)
+        hidden = last_hidden(self, *args, **kwargs)
         # A plain dataclass on purpose: accelerate would cast the tensors of a `ModelOutput` to fp32
-        return HiddenStates(_judged(hidden, rollouts.mask), LMHead(self))
+        return HiddenStates(judged_states(hidden, rollouts.mask), LMHead(self))
 
     base.forward = types.MethodType(forward, base)
 
 
-def _unbound_forward(model: nn.Module) -> Callable[..., Any]:
+def unbound_forward(model: nn.Module) -> Callable[..., Any]:
     """`model.forward` as a function of the model, so that a deep copy computes with its own weights."""
     forward = model.forward
     if hasattr(forward, "__func__"):
@@ -53,7 +53,7 @@ def packs(model: PreTrainedModel) -> bool:
     return str(model.config._attn_implementation).startswith("flash_attention")
 
 
-def _last_hidden(model: PreTrainedModel, *args: Any, **kwargs: Any) -> torch.Tensor:
+def last_hidden(model: PreTrainedModel, *args: Any, **kwargs: Any) -> torch.Tensor:
     """
     Last hidden state `(B, T, H)` of the backbone; 0 on padding where rows were packed.
 
@@ -69,14 +69,14 @@ def _last_hidden(model: PreTrainedModel, *args: Any, **kwargs: Any) -> torch.Ten
     return spread.masked_scatter(kept[..., None], packed)
 
 
-def _judged(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def judged_states(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Hidden states `(B, T, H)` at the positions that predict the judged ones of the last C tokens: `(N, H)`."""
     completion_length = mask.shape[1]
     # counted from the right: prompts may differ in length between teacher and student, or hold virtual tokens
     return hidden[:, -completion_length - 1 : -1][mask.to(hidden.device)]
 
 
-def _scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """`(N, ...)` back to `(B, C, ...)`, zero elsewhere; stays connected to the graph when N is 0."""
     mask = mask.to(values.device).view(*mask.shape, *[1] * (values.dim() - 1)).expand(*mask.shape, *values.shape[1:])
     return values.new_zeros(mask.shape).masked_scatter(mask, values)

@@ -1,8 +1,8 @@
-"""The forwards of student and teacher, extended: where hidden states are caught and heads are applied.
+"""The student's forward pass, extended: one pass of the backbone serves TRL's policy loss and the divergence.
 
-One backbone pass of the student serves everything: TRL's log-probabilities and entropy, where they are wanted, and
-what an estimator measures. It happens inside the (re-)patched `model.forward`, where DDP, ZeRO-3 and FSDP expect
-parameters to be used. The projections are in `heads.py`; what is done with what was measured is left to the trainer.
+It happens inside the patched `model.forward`, where DDP, ZeRO-3 and FSDP expect parameters to be used. Three steps:
+hidden states, log-probabilities of the sampled tokens where a policy loss needs them, and what an estimator measures
+against each teacher. The projections are in `trl_distill.heads`; what is done with the measures is left to the loss.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,152 +19,179 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .._trl import FusedCausalLMOutput
-from ..estimators.base import Estimator
-from ..heads.comparison import compared
+from ..estimators.base import Estimator, TokenMeasures
+from ..heads.comparison import comparison_from_states
 from ..heads.fused import ExpectedSlopes
 from ..heads.lm_head import LMHead
 from ..heads.projections import log_probs_of
 from ..rollouts import Rollouts
 from ..signals import HiddenStates, TeacherScore
-from .hidden_states import _judged, _last_hidden, _scatter, _unbound_forward, last_hidden_state
+from .hidden_states import judged_states, last_hidden, last_hidden_state, scatter, unbound_forward
 from .properties import unwrap_adapter
 
 
 @dataclass
 class DistilledOutput(FusedCausalLMOutput):
     """
-    Output of a student whose forward was given `rollouts` and a teacher's `signal`.
+    Output of a student whose forward pass was given `rollouts`, teachers' `scores` and a `plan`.
+
+    TRL's own fields are filled where log-probabilities were asked for, and `None` otherwise.
 
     Attributes:
-        measured (`list` of `dict[str, torch.Tensor]`): what the estimator measured against each judgement, of shape
-            `(B, C)` or `(B, C, K)`, 0 where `TeacherScore.mask` is. Only the student receives a gradient. TRL's own
-            fields are filled where log-probabilities were asked for, and `None` otherwise.
-        looked (`list` of `torch.Tensor`): how both models differ at a few of the tokens, see
-            [`~trl_distill.heads.comparison.comparison`]; of judgements with hidden states.
+        measured (`list` of [`~trl_distill.estimators.base.TokenMeasures`]): against each teacher's score, of shape
+            `(B, C)` or `(B, C, K)`, 0 where `TeacherScore.mask` is. Only the student receives a gradient.
     """
 
-    measured: list[dict[str, torch.Tensor]] | None = None
-    looked: list[torch.Tensor] | None = None
+    measured: list[Any] | None = None
 
 
 @dataclass(frozen=True)
 class ForwardPlan:
     """
-    What a student's forward is asked to do with the judgements.
+    What a student's forward pass is asked to do with teachers' scores.
 
     Attributes:
-        estimator ([`~trl_distill.estimators.base.Estimator`]): what is measured against each judgement.
+        estimator ([`~trl_distill.estimators.base.Estimator`]): what is measured against each score.
         log_probs (`str`): where log-probabilities come from, if they are wanted: "trl", from TRL's forward; "here", of
-            the judged tokens alone; "shared", from the logits of the one judgement, which is of all tokens.
+            the judged tokens alone; "shared", from the logits of the one score, which is of all tokens.
         temperature (`float`): of sampling, for "here".
         policy_slope (`torch.Tensor` of shape `(B, C)`, *optional*): derivative of the policy loss by each token's
-            log-probability, as far as foreseen, for "shared".
+            log-probability, as far as it is known beforehand, for "shared".
+        divergence_slopes (`list` of `torch.Tensor` of shape `(B, C)`): derivative of the loss by the divergence from
+            each teacher, which is known beforehand; empty where nothing is said.
     """
 
     estimator: Estimator
     log_probs: str = "trl"
     temperature: float = 1.0
     policy_slope: torch.Tensor | None = None
+    divergence_slopes: list[torch.Tensor] = field(default_factory=list)
+
+    def slopes(self, number: int, mask: torch.Tensor) -> ExpectedSlopes | None:
+        """Of the tokens `(B, C)` that one teacher judges, `(N,)`."""
+        if not self.divergence_slopes:
+            return None
+        of_policy = self.policy_slope if self.log_probs == "shared" else None
+        return ExpectedSlopes(
+            self.divergence_slopes[number].to(mask.device)[mask],
+            None if of_policy is None else of_policy.to(mask.device)[mask],
+        )
 
 
 def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
     """
-    Teach a student's forward to answer with what an estimator measures against the judgements of teachers.
+    Teach a student's forward pass to answer with what an estimator measures against teachers' scores.
 
-    `model(input_ids, attention_mask, rollouts=..., judgements=[...], asked=...)` returns a [`DistilledOutput`]. With
-    TRL's `fused_lm_head=True` (and `labels`) it also carries log-probabilities and entropy, from the same backbone
-    pass; without, none are computed. With `rollouts` alone it answers as a teacher would, with [`HiddenStates`];
-    without, the model behaves as before.
+    `model(input_ids, attention_mask, rollouts=..., scores=[...], plan=...)` returns a [`DistilledOutput`]. With TRL's
+    `fused_lm_head=True` (and `labels`) it also carries log-probabilities and entropy, from the same backbone pass;
+    without, none are computed. With `rollouts` alone it answers as a teacher would, with [`HiddenStates`]; without,
+    the model behaves as before.
 
     Args:
         model: the student, on top of TRL's fused LM head; its forward is extended in place.
         fp32_head (`bool`): project in fp32, outside autocast (TRL's `cast_lm_head_to_fp32`).
     """
     base = unwrap_adapter(model)
-    LMHead(base)
-    fused_forward = _unbound_forward(base)
+    LMHead(base)  # raises where there is none to use
+    fused_forward = unbound_forward(base)
 
     @functools.wraps(fused_forward)
     def forward(
         self: PreTrainedModel,
         *args: Any,
         rollouts: Rollouts | None = None,
-        judgements: list[TeacherScore] | None = None,
-        asked: ForwardPlan | None = None,
+        scores: list[TeacherScore] | None = None,
+        plan: ForwardPlan | None = None,
         fused_lm_head: bool = False,
         **kwargs: Any,
     ) -> Any:
         if rollouts is None:
             return fused_forward(self, *args, fused_lm_head=fused_lm_head, **kwargs)
-        if judgements is None or asked is None:
-            return HiddenStates(_judged(_last_hidden(self, *args, **kwargs), rollouts.mask), LMHead(self))
-        device = self.get_output_embeddings().weight.device  # of a model that is split across devices, the last
-        length, fields = rollouts.mask.shape[1], {}
-        if fused_lm_head and asked.log_probs == "trl":
-            with last_hidden_state(self.base_model) as caught:
-                fields = dict(fused_forward(self, *args, fused_lm_head=True, **kwargs))
-            if not caught:
-                raise ValueError(
-                    f"{type(self).__name__} did not call its backbone in TRL's forward, so its hidden states are not "
-                    "known. Leave out what needs TRL's log-probabilities: `cast_lm_head_to_fp32`, an entropy bonus."
-                )
-            hidden = caught[0]
+        if scores is None or plan is None:
+            return HiddenStates(judged_states(last_hidden(self, *args, **kwargs), rollouts.mask), LMHead(self))
+        if fused_lm_head and plan.log_probs == "trl":
+            hidden, fields = _trl_forward(fused_forward, self, *args, **kwargs)
         else:
             kwargs.pop("labels", None)
-            hidden = _last_hidden(self, *args, **kwargs)
-        sampled = rollouts.input_ids[:, -length:].to(device)
+            hidden, fields = last_hidden(self, *args, **kwargs), {}
         in_fp32: Any = torch.autocast(hidden.device.type, enabled=False) if fp32_head else nullcontext()
-        measured, looked = [], []
         with in_fp32, LMHead(self).gathered() as head:
-            if fused_lm_head and asked.log_probs == "here":
-                states = _judged(hidden, rollouts.mask)
-                found = log_probs_of(
-                    *(states.float() if fp32_head else states, head, sampled[rollouts.mask.to(device)]),
-                    *(head.vocab_size, asked.temperature, True),
-                )
-                fields = _as_trls(hidden, rollouts.mask, *found)
-            log_q = fields["log_probs"][:, -length:].to(device) if fields else None
-            for judgement in judgements:
-                mask, states = judgement.mask.to(device), _judged(hidden, judgement.mask)
-                signal = judgement.signal
-                if fp32_head:
-                    states, signal = states.float(), signal.float()
-                with signal_on(signal, device) as signal:
-                    found = asked.estimator.measure(
-                        *(states, head, signal, sampled[mask], None if log_q is None else log_q[mask]),
-                        slopes=_slopes(judgement, asked, mask),
-                    )
-                    if "looked" in found:
-                        looked.append(found.pop("looked"))
-                    elif isinstance(signal, HiddenStates):
-                        how = (asked.estimator.temperature, sampled[mask], asked.estimator.stops)
-                        looked.append(compared(states.detach(), head, signal, *how))
-                if "own_log_q" in found:
-                    fields = _as_trls(hidden, judgement.mask, found.pop("own_log_q"), found["entropy"])
-                measured.append({name: _scatter(values, mask) for name, values in found.items()})
-        return DistilledOutput(**fields, measured=measured, looked=looked)
+            if fused_lm_head and plan.log_probs == "here":
+                fields = _log_probs(hidden, head, rollouts, plan.temperature, fp32_head)
+            return _measure(hidden, head, rollouts, scores, plan, fields, fp32_head)
 
     base.forward = types.MethodType(forward, base)
 
 
+def _trl_forward(fused_forward: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    """TRL's forward pass with its log-probabilities, and the hidden states that it does not return."""
+    with last_hidden_state(model.base_model) as caught:
+        fields = dict(fused_forward(model, *args, fused_lm_head=True, **kwargs))
+    if not caught:
+        raise ValueError(
+            f"{type(model).__name__} did not call its backbone in TRL's forward, so its hidden states are not "
+            "known. Leave out what needs TRL's log-probabilities: `cast_lm_head_to_fp32`, an entropy bonus."
+        )
+    return caught[0], fields
+
+
+def _log_probs(
+    hidden: torch.Tensor, head: LMHead, rollouts: Rollouts, temperature: float, in_fp32: bool
+) -> dict[str, torch.Tensor]:
+    """Log-probabilities and entropy of the judged tokens alone, in the form of TRL's."""
+    mask = rollouts.mask.to(hidden.device)
+    sampled = rollouts.input_ids[:, -mask.shape[1] :].to(hidden.device)[mask]
+    states = judged_states(hidden, rollouts.mask)
+    found = log_probs_of(states.float() if in_fp32 else states, head, sampled, head.vocab_size, temperature, True)
+    return _as_trls(hidden, rollouts.mask, *found)
+
+
+def _measure(
+    hidden: torch.Tensor,
+    head: LMHead,
+    rollouts: Rollouts,
+    scores: list[TeacherScore],
+    plan: ForwardPlan,
+    fields: dict[str, torch.Tensor],
+    in_fp32: bool,
+) -> DistilledOutput:
+    """What the estimator measures against each teacher's score; `fields` are TRL's, filled where logits are shared."""
+    device = head.parameters()[0].device  # of a model that is split across devices, the last
+    length = rollouts.mask.shape[1]
+    sampled = rollouts.input_ids[:, -length:].to(device)
+    log_q = fields["log_probs"][:, -length:].to(device) if fields else None
+    measured: list[TokenMeasures] = []
+    for number, score in enumerate(scores):
+        mask, states, signal = score.mask.to(device), judged_states(hidden, score.mask), score.signal
+        if in_fp32:
+            states, signal = states.float(), signal.float()
+        with signal_on(signal, device) as signal:
+            found = plan.estimator.measure(
+                *(states, head, signal, sampled[mask], None if log_q is None else log_q[mask]),
+                slopes=plan.slopes(number, mask),
+            )
+            if found.comparison is None and isinstance(signal, HiddenStates):
+                how = (plan.estimator.temperature, sampled[mask], plan.estimator.stops)
+                found = replace(found, comparison=comparison_from_states(states.detach(), head, signal, *how))
+        if found.policy_log_q is not None and found.entropy is not None:
+            fields = _as_trls(hidden, score.mask, found.policy_log_q, found.entropy)
+        measured.append(replace(found, policy_log_q=None).map(functools.partial(_spread, mask=mask)))
+    return DistilledOutput(**fields, measured=measured)
+
+
+def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Measures of judged tokens as `(B, C, ...)`, numbers in fp32."""
+    return scatter(values.float() if values.is_floating_point() else values, mask)
+
+
 @contextmanager
 def signal_on(signal: Any, device: torch.device) -> Iterator[Any]:
-    """A signal where the student's head is, with the teacher's head whole."""
+    """A signal where the student's head is, with the teacher's head gathered."""
     if not isinstance(signal, HiddenStates):
         yield signal.map(lambda tensor: tensor.to(device))
         return
     with signal.head.gathered() as head:
         yield replace(signal, head=head)
-
-
-def _slopes(judgement: TeacherScore, asked: ForwardPlan, mask: torch.Tensor) -> ExpectedSlopes | None:
-    """What is known beforehand of the gradients of one judgement's tokens."""
-    if judgement.slope is None:
-        return None
-    of_policy = asked.policy_slope if asked.log_probs == "shared" else None
-    return ExpectedSlopes(
-        judgement.slope.to(mask.device)[mask], None if of_policy is None else of_policy.to(mask.device)[mask]
-    )
 
 
 def _as_trls(
@@ -173,19 +200,19 @@ def _as_trls(
     """Log-probabilities and entropy of judged tokens, `(N,)`, as TRL gives them: `(B, T - 1)`, 0 elsewhere."""
     before = hidden.shape[1] - 1 - mask.shape[1]
     found = {"log_probs": log_probs, "entropy": entropy}
-    return {name: nn.functional.pad(_scatter(values, mask), (before, 0)) for name, values in found.items()}
+    return {name: nn.functional.pad(scatter(values, mask), (before, 0)) for name, values in found.items()}
 
 
 class RecordedStudent:
     """
-    Calls the student with what teachers said added, once, and remembers the output.
+    Calls the student with teachers' scores added, once, and keeps the output.
 
-    TRL's loss only ever calls its `model`, so this gives it its log-probabilities and us the divergence of the same
-    forward.
+    TRL's loss only ever calls its `model`, so this gives TRL its log-probabilities and us the measures of the same
+    forward pass.
     """
 
-    def __init__(self, model: nn.Module, rollouts: Rollouts, judgements: list[TeacherScore], asked: ForwardPlan):
-        self._model = functools.partial(model, rollouts=rollouts, judgements=judgements, asked=asked)
+    def __init__(self, model: nn.Module, rollouts: Rollouts, scores: list[TeacherScore], plan: ForwardPlan):
+        self._model = functools.partial(model, rollouts=rollouts, scores=scores, plan=plan)
         self._output: DistilledOutput | None = None
 
     def __call__(self, **inputs: Any) -> DistilledOutput:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from ..heads.comparison import COMPARED
 from ..models.student import DistilledOutput
+from ..rollouts import MicroBatch
 from ..signals import TeacherScore
 
 
@@ -36,21 +37,19 @@ def means(accelerator: Accelerator, quantities: dict[str, tuple[torch.Tensor, to
 @torch.no_grad()
 def reward_and_teacher(
     output: DistilledOutput,
-    judgements: list[TeacherScore],
+    scores: list[TeacherScore],
     per_token: torch.Tensor,
-    mask: torch.Tensor,
-    inputs: dict[str, Any],
+    batch: MicroBatch,
     beta: float,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """
     What teacher and reward each ask for on one micro-batch.
 
     Args:
-        output ([`~trl_distill.forwards.DistilledOutput`]): of the student.
-        judgements (`list` of [`~trl_distill.signals.TeacherScore`]): what it was measured against.
+        output ([`~trl_distill.models.student.DistilledOutput`]): of the student.
+        scores (`list` of [`~trl_distill.signals.TeacherScore`]): what it was measured against.
         per_token (`torch.Tensor` of shape `(B, C)`): KL in nats.
-        mask (`torch.Tensor` of shape `(B, C)`): judged tokens.
-        inputs (`dict`): the micro-batch, with "rewards" and "advantages" of shape `(B,)` where there are rewards.
+        batch ([`~trl_distill.rollouts.MicroBatch`]): with rewards and advantages where there are any.
         beta (`float`): weight of the divergence, reward per nat.
 
     Returns:
@@ -59,23 +58,27 @@ def reward_and_teacher(
         "distill/sequence_kl", nats per completion, and "objective", reward minus beta times that; NaN without a reward,
         and where no token is judged.
     """
-    device, completion = per_token.device, slice(-mask.shape[1], None)
-    measured = [{name: values.to(device) for name, values in found.items()} for found in output.measured or []]
+    device, mask = per_token.device, batch.mask
+    completion = slice(-mask.shape[1], None)
+    measured = [found.map(lambda values: values.to(device)) for found in output.measured or []]
     of_tokens: dict[str, torch.Tensor] = {}
     if output.log_probs is None:  # the same from every teacher's judgement, and 0 where it has none
-        entropies = [found["entropy"] for found in measured]
+        entropies = [found.entropy for found in measured if found.entropy is not None]
         of_tokens["entropy"] = torch.stack(entropies).amax(0) if entropies else torch.zeros_like(per_token)
     elif output.entropy is not None:
         of_tokens["entropy"] = output.entropy[:, completion].to(device)
     of_rows = {"distill/sequence_kl": (per_token * mask).sum(1).masked_fill(mask.sum(1) == 0, torch.nan)}
-    if "rewards" in inputs:
-        of_rows["objective"] = inputs["rewards"] - beta * of_rows["distill/sequence_kl"]
-    if "rewards" in inputs and output.log_probs is not None and all("log_p" in found for found in measured):
+    if batch.rewards is None:
+        return of_tokens, of_rows
+    of_rows["objective"] = batch.rewards - beta * of_rows["distill/sequence_kl"]
+    if output.log_probs is not None and all(found.log_p is not None for found in measured):
         log_q = output.log_probs[:, completion].to(device)
         toward_teacher = torch.zeros_like(per_token)
-        for judgement, found in zip(judgements, measured, strict=True):
-            toward_teacher += judgement.weight[:, None] * (found["log_p"] - found.get("log_q", log_q)) * judgement.mask
-        toward_reward = inputs["advantages"].view(len(mask), -1)
+        for score, found in zip(scores, measured, strict=True):
+            own = log_q if found.log_q is None else found.log_q
+            toward_teacher += score.weight[:, None] * (found.log_p - own) * score.mask
+        assert batch.advantages is not None
+        toward_reward = batch.advantages.view(len(mask), -1)
         of_tokens["distill/disagreement"] = (toward_teacher * toward_reward < 0).float()
     return of_tokens, of_rows
 
@@ -88,7 +91,7 @@ def divergence_profile(
     Where in a micro-batch the divergence is, and how student and teacher differ.
 
     Args:
-        output ([`~trl_distill.forwards.DistilledOutput`]): of the student.
+        output ([`~trl_distill.models.student.DistilledOutput`]): of the student.
         per_token (`torch.Tensor` of shape `(B, C)`): the divergence, nats.
         mask (`torch.Tensor` of shape `(B, C)`, bool): judged tokens.
         name (`str`): of the divergence in the log.
@@ -106,12 +109,12 @@ def divergence_profile(
     carried = values.cumsum(0) < 0.8 * values.sum()
     share = (carried.sum() + 1) / max(len(values), 1)
     found["distill/concentration"] = share.view(1), (values.sum() > 0).view(1)
-    log_p = [one["log_p"].to(per_token.device) for one in output.measured or [] if "log_p" in one]
+    log_p = [one.log_p.to(per_token.device) for one in output.measured or [] if one.log_p is not None]
     alone = len(output.measured or []) == len(log_p) == 1
     found["distill/teacher_log_prob"] = (log_p[0], mask) if alone else (per_token, torch.zeros_like(mask))
-    parts = [one.to(per_token.device) for one in output.looked or []]
-    looked = torch.cat(parts, dim=1) if parts else per_token.new_zeros(len(COMPARED), 0)
-    found |= {f"distill/{what}": (row, torch.ones_like(row)) for what, row in zip(COMPARED, looked, strict=True)}
+    parts = [one.comparison.to(per_token.device) for one in output.measured or [] if one.comparison is not None]
+    few = torch.cat(parts, dim=1) if parts else per_token.new_zeros(len(COMPARED), 0)
+    found |= {f"distill/{what}": (row, torch.ones_like(row)) for what, row in zip(COMPARED, few, strict=True)}
     return found
 
 

@@ -1,8 +1,4 @@
-"""Teachers: anything with `score(rollouts) -> signal`. Here: the protocol, and models of their own in this process.
-
-Teachers that are the student itself are in `self_teachers.py`, one behind a server in `served.py`. Whom to ask and when
-is left to `panel.py`, what is computed from a signal to `estimators.py`.
-"""
+"""A teacher that is a model of its own in this process."""
 
 from __future__ import annotations
 
@@ -20,6 +16,7 @@ from ..models.hidden_states import add_teacher_forward
 from ..models.properties import has_relative_positions, unwrap_adapter
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
+from .base import Teacher
 
 
 def shard_layers(model: nn.Module, accelerator: Accelerator) -> None:
@@ -42,7 +39,7 @@ def shard_layers(model: nn.Module, accelerator: Accelerator) -> None:
         )
 
 
-class LocalTeacher:
+class LocalTeacher(Teacher):
     """
     A model in this process, frozen, in eval mode, prepared as TRL prepares its reference model.
 
@@ -55,8 +52,6 @@ class LocalTeacher:
         batch_size (`int`, *optional*): rows per forward. Defaults to all that it is asked about.
     """
 
-    gives = HiddenStates
-
     def __init__(
         self, model: nn.Module, accelerator: Accelerator, student_vocab_size: int, batch_size: int | None = None
     ):
@@ -67,7 +62,7 @@ class LocalTeacher:
         model.requires_grad_(False)
         model.eval()
         add_teacher_forward(model)
-        self.model = self._placed(model)
+        self.model = self.module = self._placed(model)
 
     def _placed(self, model: nn.Module) -> Any:
         accelerator = self.accelerator

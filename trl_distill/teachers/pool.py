@@ -1,8 +1,7 @@
-"""The panel: which teacher judges which row with what weight, and when it is asked.
+"""Which teacher judges which row with what weight, and when it is asked.
 
-A resident teacher judges each micro-batch as it comes. One that is parked or served, or whose answer is used more than
-once, judges the whole generation batch at once; its signals wait in CPU memory, by row id, until their last use.
-How a teacher judges is left to `teachers.py` and its kin, what becomes of a judgement to the trainer.
+A resident teacher judges each micro-batch as it comes. One that is offloaded or served, or whose answer is used more
+than once, judges the whole generation batch at once; its signals wait in CPU memory, by row id, until their last use.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 
 from ..errors import TeacherUnavailable
-from ..rollouts import Rollouts, teacher_rollouts
-from ..signals import HiddenStates, Signal, TeacherScore
-from .base import Teacher
+from ..rollouts import MicroBatch, Rollouts
+from ..signals import Signal, TeacherScore
+from .base import Teacher, as_teacher
 
 
 _row_ids = itertools.count()  # never the same twice, so that a stale entry cannot be taken for another row's
@@ -34,12 +33,12 @@ class TeacherPool:
     """
 
     def __init__(self, teachers: dict[str, Teacher], accelerator: Any, uses: int = 1, together: bool = False):
-        self.teachers, self.names = teachers, list(teachers)
+        self.teachers, self.names = {name: as_teacher(given) for name, given in teachers.items()}, list(teachers)
         self.accelerator, self.uses, self.together = accelerator, uses, together
         self.failed_everywhere = False  # whether all processes know that a teacher failed
         # names of the same teacher share one forward
         self.members: list[tuple[Teacher, list[int]]] = []
-        for column, teacher in enumerate(teachers.values()):
+        for column, teacher in enumerate(self.teachers.values()):
             columns = next((columns for known, columns in self.members if known is teacher), None)
             if columns is None:
                 self.members.append((teacher, [column]))
@@ -72,19 +71,20 @@ class TeacherPool:
             seats["teacher_weights"] = torch.tensor(weights, device=device)
         return seats
 
-    def score_ahead(self, inputs: dict[str, Any], training: bool) -> None:
+    def score_ahead(self, batch: MicroBatch, training: bool) -> None:
         """
         Ask those teachers that judge whole generation batches.
 
         Raises:
             TeacherUnavailable: on all processes, where a teacher did not answer one of them.
         """
-        rollouts, weights = teacher_rollouts(inputs), self._weights(inputs)
+        rollouts, weights = batch.for_teachers, self._weights(batch)
         for member, (teacher, columns) in enumerate(self.members):
             if not self._at_once(teacher, training):
                 continue
             chosen = weights[:, columns].sum(1) > 0
-            failure, signal = None, None
+            failure: Exception | None = None
+            signal: Any = None
             try:
                 signal = self._ask(teacher, rollouts, chosen)
             except Exception as error:  # whatever it is, the other processes must not wait for this one
@@ -96,33 +96,39 @@ class TeacherPool:
                 continue
             signal = signal.map(_to_host)
             self._nothing[member] = signal.map(lambda tensor: tensor[:0].clone())
-            counts, ids = rollouts.mask[chosen].sum(1).tolist(), inputs["row_id"][chosen].tolist()
+            counts, ids = rollouts.mask[chosen].sum(1).tolist(), self._ids(batch, chosen)
             uses = self.uses if training else 1
             self._waiting[member] |= {
                 row_id: (piece, uses) for row_id, piece in zip(ids, signal.split(counts), strict=True)
             }
 
-    def score(self, inputs: dict[str, Any], training: bool) -> list[TeacherScore]:
+    def score(self, batch: MicroBatch, training: bool) -> list[TeacherScore]:
         """What the teachers say about a micro-batch; those without a row in it are left out."""
-        rollouts, weights = teacher_rollouts(inputs), self._weights(inputs)
-        judgements = []
+        rollouts, weights = batch.for_teachers, self._weights(batch)
+        scores = []
         for member, (teacher, columns) in enumerate(self.members):
             weight = weights[:, columns].sum(1)
             chosen = weight > 0
             if self._at_once(teacher, training):
-                signal = self._take(member, inputs["row_id"][chosen].tolist())
+                signal = self._take(member, self._ids(batch, chosen))
             else:
                 signal = self._ask(teacher, rollouts, chosen)
             if signal is not None:
                 rows = {self.names[i]: weights[:, i] > 0 for i in columns} if self.several else {}
-                judgements.append(TeacherScore(rollouts.mask & chosen[:, None], weight, signal, rows))
-        return judgements
+                scores.append(TeacherScore(rollouts.mask & chosen[:, None], weight, signal, rows))
+        return scores
 
-    def _weights(self, inputs: dict[str, Any]) -> torch.Tensor:
+    @staticmethod
+    def _ids(batch: MicroBatch, chosen: torch.Tensor) -> list[int]:
+        assert batch.row_ids is not None  # `assign` has given them
+        return batch.row_ids[chosen].tolist()
+
+    def _weights(self, batch: MicroBatch) -> torch.Tensor:
         """`(B, teachers)`."""
         if self.several:
-            return inputs["teacher_weights"]
-        return torch.ones(len(inputs["completion_ids"]), 1, device=inputs["completion_ids"].device)
+            assert batch.teacher_weights is not None
+            return batch.teacher_weights
+        return torch.ones(len(batch.rollouts), 1, device=batch.mask.device)
 
     def _ask(self, teacher: Teacher, rollouts: Rollouts, chosen: torch.Tensor) -> Signal | None:
         if self.together:  # every row on every process, so that all run the same number of forwards; those are kept
@@ -131,24 +137,11 @@ class TeacherPool:
             return None
         else:
             asked = rollouts if chosen.all() else rollouts.rows(chosen)
-        signal = teacher.score(asked)
-        gives = getattr(teacher, "gives", HiddenStates)
-        if not isinstance(signal, gives):
-            raise TypeError(
-                f"The teacher's `score` returned a {type(signal).__name__}; it must return "
-                f"`trl_distill.{gives.__name__}` (see docs/teachers.md)."
-            )
-        expected, found = int(rollouts.mask[chosen].sum()), len(next(iter(vars(signal).values())))
-        if expected != found:
-            raise ValueError(
-                f"The teacher's `score` returned a signal for {found} tokens, but {expected} are judged: one for each "
-                "`True` of `rollouts.mask`, row by row."
-            )
-        return signal
+        return checked(teacher, teacher.score(asked), int(rollouts.mask[chosen].sum()))
 
     def _at_once(self, teacher: Teacher, training: bool) -> bool:
         """Whether a teacher judges whole generation batches."""
-        return getattr(teacher, "per_generation", False) or (training and self.uses > 1)
+        return teacher.per_generation or (training and self.uses > 1)
 
     def _take(self, member: int, row_ids: list[int]) -> Signal | None:
         """The signals of these rows, put together; forgotten after their last use."""
@@ -181,6 +174,33 @@ class TeacherPool:
             vars(failure)["is_of_another_process"] = True
         vars(failure)["on_all_processes"] = True
         raise failure
+
+
+def checked(teacher: Teacher, signal: Any, tokens: int) -> Signal:
+    """
+    A signal that a teacher has given, if it is what the teacher should give.
+
+    Args:
+        teacher ([`~trl_distill.Teacher`]): who gave it.
+        signal: what its `score` returned.
+        tokens (`int`): how many tokens are judged.
+
+    Raises:
+        TypeError: it is of another type.
+        ValueError: it is for another number of tokens.
+    """
+    if not isinstance(signal, teacher.gives):
+        raise TypeError(
+            f"The teacher's `score` returned a {type(signal).__name__}; it must return "
+            f"`trl_distill.{teacher.gives.__name__}` (see docs/teachers.md)."
+        )
+    found = len(next(iter(vars(signal).values())))
+    if tokens != found:
+        raise ValueError(
+            f"The teacher's `score` returned a signal for {found} tokens, but {tokens} are judged: one for each "
+            "`True` of `rollouts.mask`, row by row."
+        )
+    return signal  # type: ignore[return-value]
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

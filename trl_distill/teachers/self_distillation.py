@@ -19,14 +19,14 @@ from ..heads.lm_head import FixedHead
 from ..models.properties import has_relative_positions, unwrap_adapter
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
-from .base import is_sharded
+from .base import Teacher, is_sharded
 from .local import in_parts
 
 
 ADAPTER_OFF = "adapter-off"  # what to write where a name is expected
 
 
-class AdapterOff:
+class AdapterOff(Teacher):
     """
     The student without its adapter: the base model of a PEFT student judges, with no second set of weights.
 
@@ -34,7 +34,7 @@ class AdapterOff:
     `--teacher_model_name_or_path adapter-off`.
     """
 
-    gives = HiddenStates
+    follows_student = True
 
     def __init__(self) -> None:
         self._student: Any = None
@@ -77,7 +77,7 @@ class AdapterOff:
                 parameter.requires_grad_(requires_grad)
 
 
-class MovingAverage:
+class MovingAverage(Teacher):
     """
     The student's exponential moving average, θ_T ← d · θ_T + (1 − d) · θ after every step, starting at the student.
 
@@ -88,7 +88,7 @@ class MovingAverage:
         decay (`float`): d in (0, 1).
     """
 
-    gives = HiddenStates
+    follows_student = starts_equal = True
     file_name = "teacher_ema.safetensors"  # beside a checkpoint
 
     def __init__(self, decay: float):
@@ -114,6 +114,12 @@ class MovingAverage:
         for name, parameter in self._parameters.items():
             average = self.averages[name].to(parameter.device)  # an engine may have moved the student since
             self.averages[name] = torch.lerp(average, parameter.detach().float(), 1 - self.decay)
+
+    def call_it(self, name: str) -> None:
+        self.file_name = f"teacher_ema.{name}.safetensors"
+
+    def callbacks(self) -> list[TrainerCallback]:
+        return [FollowStudent(self)]
 
     def save(self, folder: str) -> None:
         """Write the averages beside a checkpoint."""

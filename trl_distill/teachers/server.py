@@ -23,6 +23,7 @@ from ..errors import TeacherAnswerError, TeacherUnavailable
 from ..http_client import HTTPClient, NoAnswerError, ServerURL, Settings, StatusError, read_url
 from ..rollouts import Rollouts
 from ..signals import TokenLogProbs
+from .base import Teacher
 from .server_answers import Row, TokenScore, read_answer, read_models
 
 
@@ -39,7 +40,7 @@ ADVICE = {  # what to do about a server's complaint
 }
 
 
-class ServedTeacher:
+class ServedTeacher(Teacher):
     """
     A teacher that one or several vLLM servers run. They must serve the same weights.
 

@@ -1,4 +1,8 @@
-"""A teacher as it was asked for: by name, as a model, or as an object; and how it is loaded."""
+"""A teacher as it was asked for, before anything is loaded: a name, a model, a server, or an object with `score`.
+
+One class for each, with the same questions: what it is called, its configuration, its tokenizer, how it ends a turn,
+and the teacher itself.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from .._trl import create_model_from_path, get_config_model_id
 from ..config import OPDConfig
 from ..models.loading import load_config, load_tokenizer, load_whole
 from ..models.properties import unwrap_adapter
-from .base import Teacher, is_sharded
+from .base import Teacher, as_teacher, is_sharded
 from .local import LocalTeacher
 from .offloaded import OffloadedTeacher
 from .pool import TeacherPool
@@ -21,7 +25,155 @@ from .self_distillation import ADAPTER_OFF, AdapterOff, MovingAverage
 from .server import ServedTeacher
 
 
-def read_specs(teacher_model: Any, args: OPDConfig) -> dict[str, Any]:
+class TeacherSpec:
+    """
+    A teacher that can be asked about without being loaded. This class: an object with `score`, of which nothing is
+    known beforehand.
+
+    Attributes:
+        given (`Any`): what was passed as `teacher_model`.
+        served (`bool`): whether it runs behind a server.
+        can_be_examined (`bool`): whether it has a tokenizer or a configuration to compare with the student's.
+    """
+
+    served = False
+    can_be_examined = False
+
+    def __init__(self, given: Any, args: OPDConfig):
+        self.given, self.args = given, args
+
+    @property
+    def name(self) -> str:
+        """What to call it in a log."""
+        return type(self.given).__name__
+
+    @property
+    def identity(self) -> Any:
+        """Equal for two names of the same teacher, which is loaded once."""
+        return id(self.given)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that was passed, if one was."""
+        return None
+
+    def config(self) -> PretrainedConfig | None:
+        """The model's configuration, without its weights. Raises `ValueError` where its name leads nowhere."""
+        return None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that lies beside it."""
+        return None
+
+    def generation_config(self) -> GenerationConfig | None:
+        """The settings that it generates with."""
+        return None
+
+    def load(self, accelerator: Accelerator, student: nn.Module, student_vocab_size: int) -> Teacher:
+        """The teacher, ready to judge."""
+        teacher = as_teacher(self.given)
+        teacher.bind(student, accelerator, self.args.teacher_batch_size or self.args.per_device_train_batch_size)
+        return teacher
+
+
+class _ModelSpec(TeacherSpec):
+    """What a name and a model have in common."""
+
+    can_be_examined = True
+
+    def _placed(self, model: nn.Module, accelerator: Accelerator, student_vocab_size: int) -> Teacher:
+        args = self.args
+        kind = OffloadedTeacher if args.teacher_offload else LocalTeacher
+        return kind(model, accelerator, student_vocab_size, args.teacher_batch_size or args.per_device_train_batch_size)
+
+
+class NamedModel(_ModelSpec):
+    """A hub name or a folder."""
+
+    @property
+    def name(self) -> str:
+        return self.given
+
+    @property
+    def identity(self) -> Any:
+        return self.given
+
+    def config(self) -> PretrainedConfig:
+        where = "`teacher_model` or `--teacher_model_name_or_path`"
+        return load_config(self.given, "teacher", where, **self._hub_kwargs)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return load_tokenizer(self.given, **self._hub_kwargs)
+
+    def generation_config(self) -> GenerationConfig | None:
+        return _generation_config(self.given, **self._hub_kwargs)
+
+    def load(self, accelerator: Accelerator, student: nn.Module, student_vocab_size: int) -> Teacher:
+        """
+        The model in this process, in the checkpoint's own dtype and on this process's device unless
+        `teacher_model_init_kwargs` say else; in CPU memory with `teacher_offload`.
+        """
+        kwargs: dict[str, Any] = {"dtype": "auto", **_init_kwargs(self.args)}
+        if accelerator.num_processes > 1 or accelerator.distributed_type == DistributedType.DEEPSPEED:
+            kwargs["device_map"] = None  # each process places its own copy, or its own shard
+        if self.args.teacher_offload:
+            kwargs.setdefault("device_map", None)
+        model = load_whole(create_model_from_path, self.given, "teacher", **kwargs)
+        return self._placed(model, accelerator, student_vocab_size)
+
+    @property
+    def _hub_kwargs(self) -> dict[str, Any]:
+        return hub_kwargs(_init_kwargs(self.args))
+
+
+class LoadedModel(_ModelSpec):
+    """A model."""
+
+    @property
+    def name(self) -> str:
+        return get_config_model_id(unwrap_adapter(self.given).config) or type(self.given).__name__
+
+    @property
+    def model(self) -> nn.Module:
+        return self.given
+
+    def config(self) -> PretrainedConfig:
+        if self.args.teacher_model_init_kwargs is not None:
+            raise ValueError(
+                "`teacher_model_init_kwargs` are for loading a teacher, but `teacher_model` is loaded already. Leave "
+                "them out, or pass the teacher's name."
+            )
+        return unwrap_adapter(self.given).config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        name = get_config_model_id(unwrap_adapter(self.given).config)
+        return load_tokenizer(name, **hub_kwargs(_init_kwargs(self.args)))
+
+    def generation_config(self) -> GenerationConfig | None:
+        return getattr(unwrap_adapter(self.given), "generation_config", None)
+
+    def load(self, accelerator: Accelerator, student: nn.Module, student_vocab_size: int) -> Teacher:
+        return self._placed(self.given, accelerator, student_vocab_size)
+
+
+class ServedModel(TeacherSpec):
+    """A model behind a server: its name says where its tokenizer is, if anything does."""
+
+    can_be_examined = True
+    served = True
+
+    @property
+    def name(self) -> str:
+        return self.given.model
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return load_tokenizer(self.given.model)
+
+    def generation_config(self) -> GenerationConfig | None:
+        return _generation_config(self.given.model)
+
+
+def read_specs(teacher_model: Any, args: OPDConfig) -> dict[str, TeacherSpec]:
     """
     Who the teachers are, by name, from what was passed and what the configuration says; nothing is loaded.
 
@@ -39,132 +191,76 @@ def read_specs(teacher_model: Any, args: OPDConfig) -> dict[str, Any]:
         from_args = ServedTeacher(args.teacher_server_urls, model=from_args, top_k=top_k)
     if teacher_model is not None and named is not None and teacher_model != from_args:
         raise ValueError(f"Two teachers: `teacher_model` was passed, and `args.{named}` is given. Keep one.")
-    spec = teacher_model if teacher_model is not None else from_args
-    if spec is None:
+    given = teacher_model if teacher_model is not None else from_args
+    if given is None:
         raise ValueError(
             f"There is no teacher, but `beta` is {args.beta}. Pass `teacher_model=...` (or "
             "`--teacher_model_name_or_path`), or set `beta=0` for plain GRPO. A PEFT student's own base model is "
             f"not taken in its place: ask for it by name, `teacher_model={ADAPTER_OFF!r}`."
         )
-    if isinstance(spec, dict) and not spec:
+    if isinstance(given, dict) and not given:
         raise ValueError("`teacher_model` is an empty dictionary. Give at least one teacher by name.")
-    specs = spec if isinstance(spec, dict) else {"teacher": spec}
-    return {name: _checked_spec(single) for name, single in specs.items()}
+    by_name = given if isinstance(given, dict) else {"teacher": given}
+    return {name: spec_of(single, args) for name, single in by_name.items()}
 
 
-def _checked_spec(spec: Any) -> str | nn.Module | Teacher:
-    if spec == ADAPTER_OFF:
-        return AdapterOff()
-    if isinstance(spec, str) and spec.startswith(("http://", "https://")):
+def spec_of(given: Any, args: OPDConfig) -> TeacherSpec:
+    """
+    What was passed as a teacher, as a [`TeacherSpec`].
+
+    Raises:
+        ValueError: it is a server without the name of a model.
+        TypeError: it cannot be a teacher.
+    """
+    if given == ADAPTER_OFF:
+        return TeacherSpec(AdapterOff(), args)
+    if isinstance(given, str) and given.startswith(("http://", "https://")):
         raise ValueError(
-            f"The teacher {spec!r} is a server. Say which model it serves: `ServedTeacher({spec!r}, model=...)`, or "
+            f"The teacher {given!r} is a server. Say which model it serves: `ServedTeacher({given!r}, model=...)`, or "
             "`--teacher_server_urls` with `--teacher_model_name_or_path`."
         )
-    if isinstance(spec, str | nn.Module) or (isinstance(spec, Teacher) and not isinstance(spec, type)):
-        return spec
+    if isinstance(given, str):
+        return NamedModel(given, args)
+    if isinstance(given, ServedTeacher):
+        return ServedModel(given, args)
+    if isinstance(given, nn.Module):
+        return LoadedModel(given, args)
+    if callable(getattr(given, "score", None)) and not isinstance(given, type):
+        return TeacherSpec(given, args)
     raise TypeError(
-        f"`teacher_model` is {spec!r}; give a hub name, a folder, a model, an object with `score(rollouts)`, or "
+        f"`teacher_model` is {given!r}; give a hub name, a folder, a model, an object with `score(rollouts)`, or "
         "several of these by name."
     )
 
 
 def load_pool(
-    specs: dict[str, Any], args: OPDConfig, accelerator: Any, student: nn.Module, student_vocab_size: int
+    specs: dict[str, TeacherSpec], args: OPDConfig, accelerator: Any, student: nn.Module, student_vocab_size: int
 ) -> TeacherPool:
     """
     Load or bind every teacher once, whatever the number of its names.
 
     Args:
-        specs (`dict`): by name, a hub name or folder, a model, or a [`Teacher`].
-        args ([`OPDConfig`]): for loading.
+        specs (`dict[str, TeacherSpec]`): by name.
+        args ([`OPDConfig`]): for the number of iterations.
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
         student: the model that is trained, for teachers that look at it.
         student_vocab_size (`int`): rows of its LM head.
     """
-    made: dict[Any, Teacher] = {}
-    teachers: dict[str, Teacher] = {}
-    for name, spec in specs.items():
-        key = spec if isinstance(spec, str) else id(spec)
-        if key not in made:
-            if isinstance(spec, str | nn.Module):
-                made[key] = load_teacher(spec, args, accelerator, student_vocab_size)
-            else:
-                made[key] = spec
-                if hasattr(spec, "bind"):
-                    spec.bind(student, accelerator, args.teacher_batch_size or args.per_device_train_batch_size)
-        teachers[name] = made[key]
+    loaded: dict[Any, Teacher] = {}
+    for spec in specs.values():
+        if spec.identity not in loaded:
+            loaded[spec.identity] = spec.load(accelerator, student, student_vocab_size)
+    teachers = {name: loaded[spec.identity] for name, spec in specs.items()}
     return TeacherPool(teachers, accelerator, uses=args.num_iterations, together=is_sharded(accelerator))
-
-
-def teacher_generation(spec: Any, args: OPDConfig) -> GenerationConfig | None:
-    """The settings that a teacher generates with, where it brings any."""
-    if isinstance(spec, nn.Module):
-        return getattr(unwrap_adapter(spec), "generation_config", None)
-    try:
-        if isinstance(spec, ServedTeacher):
-            return GenerationConfig.from_pretrained(spec.model)
-        return GenerationConfig.from_pretrained(spec, **hub_kwargs(args))
-    except (OSError, ValueError):
-        return None
-
-
-def load_teacher(spec: str | nn.Module, args: OPDConfig, accelerator: Accelerator, student_vocab_size: int) -> Teacher:
-    """
-    A teacher in this process: a name or folder is loaded, a model wrapped; parked with `args.teacher_offload`.
-
-    Weights are loaded in the checkpoint's own dtype, on this process's device, unless `args.teacher_model_init_kwargs`
-    say else.
-    """
-    if isinstance(spec, str):
-        kwargs: dict[str, Any] = {"dtype": "auto", **_init_kwargs(args)}
-        if accelerator.num_processes > 1 or accelerator.distributed_type == DistributedType.DEEPSPEED:
-            kwargs["device_map"] = None  # each process places its own copy, or its own shard
-        if args.teacher_offload:
-            kwargs.setdefault("device_map", None)
-        model: Any = load_whole(create_model_from_path, spec, "teacher", **kwargs)
-    else:
-        model = spec
-    kind = OffloadedTeacher if args.teacher_offload else LocalTeacher
-    return kind(model, accelerator, student_vocab_size, args.teacher_batch_size or args.per_device_train_batch_size)
-
-
-def teacher_config(spec: str | nn.Module, args: OPDConfig) -> PretrainedConfig:
-    """
-    The teacher's configuration, without its weights.
-
-    Raises:
-        ValueError: the name or folder leads nowhere, or `teacher_model_init_kwargs` were given beside a loaded model.
-    """
-    if isinstance(spec, str):
-        return load_config(
-            spec, "teacher", "`teacher_model` or `--teacher_model_name_or_path`", **_hub_kwargs(_init_kwargs(args))
-        )
-    if args.teacher_model_init_kwargs is not None:
-        raise ValueError(
-            "`teacher_model_init_kwargs` are for loading a teacher, but `teacher_model` is loaded already. Leave them "
-            "out, or pass the teacher's name."
-        )
-    return unwrap_adapter(spec).config
 
 
 def student_config(name_or_path: str, args: OPDConfig) -> PretrainedConfig:
     """The student's configuration, without its weights. Raises `ValueError` where the name leads nowhere."""
     kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
-    return load_config(name_or_path, "student", "`model` or `--model_name_or_path`", **_hub_kwargs(kwargs))
+    return load_config(name_or_path, "student", "`model` or `--model_name_or_path`", **hub_kwargs(kwargs))
 
 
-def load_teacher_tokenizer(spec: str | nn.Module, args: OPDConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside the teacher, `None` where there is none."""
-    name = spec if isinstance(spec, str) else get_config_model_id(unwrap_adapter(spec).config)
-    return load_tokenizer(name, **_hub_kwargs(_init_kwargs(args)))
-
-
-def hub_kwargs(args: OPDConfig) -> dict[str, Any]:
-    """Where and how the teacher's files are fetched."""
-    return _hub_kwargs(_init_kwargs(args))
-
-
-def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Of a model's keyword arguments, those that say where and how to fetch."""
     names = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "force_download", "proxies")
     return {name: value for name, value in kwargs.items() if name in names}
@@ -175,3 +271,10 @@ def _init_kwargs(args: OPDConfig) -> dict[str, Any]:
     if args.teacher_model_revision is not None:
         kwargs.setdefault("revision", args.teacher_model_revision)
     return kwargs
+
+
+def _generation_config(name: str, **kwargs: Any) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(name, **kwargs)
+    except (OSError, ValueError):
+        return None

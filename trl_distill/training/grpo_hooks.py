@@ -246,6 +246,11 @@ class GRPOHooks(GRPOTrainer):
     # -- attributes --------------------------------------------------------------------------------------------------
 
     @property
+    def zero3(self) -> bool:
+        """Whether DeepSpeed cuts up the weights."""
+        return self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+
+    @property
     def mode(self) -> str:
         """ "train" or "eval", as TRL tells them apart."""
         return "train" if self.model.training else "eval"

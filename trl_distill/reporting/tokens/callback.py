@@ -91,13 +91,13 @@ class TokenReport(TrainerCallback):
                 "`TokenReport` samples from the student on the main process alone, which ZeRO-3 and FSDP do not allow: "
                 "every forward takes all processes. Leave it out, and run `scripts/inspect.py` on checkpoints."
             )
-        if trainer.panel is None:
+        if trainer.pool is None:
             raise ValueError(
                 "`TokenReport` shows the KL to a teacher, but this trainer has none (`beta` is 0). Leave it out, or "
                 "give a `teacher_model`."
             )
-        names = trainer.panel.names
-        if self.teacher is None and trainer.panel.several:
+        names = trainer.pool.names
+        if self.teacher is None and trainer.pool.several:
             raise ValueError(
                 f"There are several teachers ({', '.join(names)}). Say which of them judges: "
                 f"`TokenReport(teacher={names[0]!r})`."
@@ -105,7 +105,7 @@ class TokenReport(TrainerCallback):
         name = names[0] if self.teacher is None else self.teacher
         if name not in names:
             raise ValueError(f"`TokenReport(teacher={name!r})`: there is no such teacher, only {', '.join(names)}.")
-        if getattr(trainer.panel.teachers[name], "gives", HiddenStates) is not HiddenStates:
+        if getattr(trainer.pool.teachers[name], "gives", HiddenStates) is not HiddenStates:
             raise ValueError(
                 "`TokenReport` needs the teacher's whole distribution, but one behind a server gives a few "
                 "log-probabilities. Leave it out, and run `scripts/inspect.py` where the teacher can be loaded."
@@ -166,7 +166,7 @@ class TokenReport(TrainerCallback):
             seed=self.seed,
             suppressed=tuple(suppressed),
         )
-        teacher, device = trainer.panel.teachers[self._name], trainer.accelerator.device
+        teacher, device = trainer.pool.teachers[self._name], trainer.accelerator.device
         completions: list[Completion] = []
         written: list[SampledCompletion] = []
         prompts = trainer.token_ids_of([row["prompt"] for row in self._rows])
@@ -182,7 +182,7 @@ class TokenReport(TrainerCallback):
             completions = with_rewards(completions, written, self.reward_funcs, tokenizer)
         return TokenTable(
             title=f"Tokens after step {step}",
-            teacher=self._name if trainer.panel.several else _name(teacher),
+            teacher=self._name if trainer.pool.several else _name(teacher),
             students=(_name(trainer),),
             completions=tuple(completions),
             labels=labels_of(completions, tokenizer),

@@ -1,0 +1,186 @@
+"""The loss of one micro-batch: TRL's policy loss plus beta times the divergence, from one forward pass of the student.
+
+Computed here are the parts; what is logged of them is in `step_metrics.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..estimators.base import Estimator
+from ..models.student import DistilledOutput, ForwardPlan, RecordedStudent
+from ..objective import terms
+from ..rollouts import MicroBatch
+from ..signals import TeacherScore
+from .setup import Setup
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """
+    What the loss of one micro-batch is made of.
+
+    Attributes:
+        batch ([`~trl_distill.rollouts.MicroBatch`]): what it was computed on.
+        scores (`list` of [`~trl_distill.signals.TeacherScore`]): what the teachers gave.
+        output ([`~trl_distill.models.student.DistilledOutput`]): of the student.
+        beta (`float`): weight of the divergence, reward per nat.
+        per_token (`torch.Tensor` of shape `(B, C)`): the teachers' term: value in nats, gradient of the objective.
+        by_teacher (`dict`): with several teachers, each one's term alone and the tokens that it counts for, by name.
+        divergence (`torch.Tensor`): beta times the mean of `per_token`, as TRL's loss is reduced.
+        policy (`torch.Tensor`, *optional*): TRL's own loss; `None` where there is nothing to compute.
+    """
+
+    batch: MicroBatch
+    scores: list[TeacherScore]
+    output: DistilledOutput
+    beta: float
+    per_token: torch.Tensor
+    by_teacher: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    divergence: torch.Tensor
+    policy: torch.Tensor | None = None
+
+    @property
+    def total(self) -> torch.Tensor:
+        return self.divergence if self.policy is None else self.policy + self.divergence
+
+
+class DistillationLoss:
+    """
+    Args:
+        trainer ([`~trl_distill.training.grpo_hooks.GRPOHooks`]): whose policy loss and normaliser are used.
+        setup ([`~trl_distill.training.setup.Setup`]): teachers and estimators.
+    """
+
+    def __init__(self, trainer: Any, setup: Setup):
+        self.trainer, self.setup, self.args = trainer, setup, trainer.args
+
+    def __call__(self, model: Any, batch: MicroBatch, beta: float, rewarded: bool) -> LossParts:
+        """
+        Args:
+            model: the student, as the engine has wrapped it.
+            batch ([`~trl_distill.rollouts.MicroBatch`]): rollouts of the student.
+            beta (`float`): weight of the divergence.
+            rewarded (`bool`): whether the reward has a weight at this step.
+        """
+        trainer, estimator = self.trainer, self.setup.estimator
+        scores = self.setup.pool.score(batch, trainer.mode == "train")
+        student = RecordedStudent(model, batch.rollouts, scores, self.forward_plan(batch, scores, beta))
+        policy = None
+        if rewarded or trainer.has_side_terms:
+            policy = trainer.policy_loss(student, batch.inputs)
+        else:
+            self._call(student, self._student_inputs(batch))
+        per_token, by_teacher = self.kl_term(estimator, student.output, scores, batch)
+        divergence = beta * self.reduced(per_token, batch)
+        return LossParts(batch, scores, student.output, beta, per_token, by_teacher, divergence, policy)
+
+    def off_policy(self, model: Any, batch: MicroBatch, beta: float) -> LossParts:
+        """Beta times the divergence on completions of the dataset; rewards, entropy bonus and MoE loss have no part."""
+        estimator = self.setup.off_policy_estimator
+        scores = self.setup.pool.score(batch, training=True)
+        slope = self.expected_slope(batch)
+        plan = ForwardPlan(estimator, divergence_slopes=self._divergence_slopes(scores, slope, beta))
+        student = RecordedStudent(model, batch.rollouts, scores, plan)
+        rollouts = batch.rollouts
+        self._call(student, {"input_ids": rollouts.input_ids, "attention_mask": rollouts.attention_mask})
+        per_token, by_teacher = self.kl_term(estimator, student.output, scores, batch)
+        divergence = beta * self.reduced(per_token, batch)
+        return LossParts(batch, scores, student.output, beta, per_token, by_teacher, divergence)
+
+    def _call(self, student: RecordedStudent, inputs: dict[str, Any]) -> None:
+        with self.trainer.accelerator.autocast():
+            student(**inputs)
+
+    def reduced(self, per_token: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """As TRL's loss is reduced; of rows that stand for several equal ones, each counts once."""
+        trainer = self.trainer
+        if batch.row_weight is None:
+            return trainer.reduce_per_token(per_token, batch.mask, batch.inputs)
+        if trainer.averages_over_rows:
+            per_token = per_token * batch.row_weight[:, None]
+        # a micro-batch of nothing but such rows has no mean of its own
+        kind = "dapo" if trainer.loss_type == "bnpo" else trainer.loss_type
+        return trainer.reduce_per_token(per_token, batch.mask, batch.inputs, kind)
+
+    def expected_slope(self, batch: MicroBatch) -> torch.Tensor:
+        """Derivative of TRL's reduction by a value of each token, `(B, C)`: known before the forward pass."""
+        with torch.enable_grad():
+            value = torch.zeros(batch.mask.shape, device=batch.mask.device, requires_grad=True)
+            (slope,) = torch.autograd.grad(self.reduced(value, batch), value)
+        return slope
+
+    @staticmethod
+    def _divergence_slopes(scores: list[TeacherScore], slope: torch.Tensor, beta: float) -> list[torch.Tensor]:
+        return [beta * score.weight[:, None] * slope for score in scores]
+
+    def forward_plan(self, batch: MicroBatch, scores: list[TeacherScore], beta: float) -> ForwardPlan:
+        """What the student's forward pass shall do, with as few projections as these rollouts allow."""
+        slope, estimator = self.expected_slope(batch), self.setup.estimator
+        plan = ForwardPlan(estimator, divergence_slopes=self._divergence_slopes(scores, slope, beta))
+        # a ratio to log-probabilities that TRL computed needs TRL's own, rounded alike; its side terms need more of it
+        if self.trainer.has_side_terms or batch.needs_trl_log_probs:
+            return plan
+        whole = len(scores) == 1 and bool((scores[0].mask == batch.mask).all())
+        if whole and self.setup.same_vocabulary and estimator.shares_logits(batch.mask.device):
+            # of fresh rollouts the policy loss is -A log q; where it is not, the backward pass makes up for it
+            assert batch.advantages is not None
+            policy_slope = -batch.advantages.view(len(slope), -1) * slope
+            return replace(plan, log_probs="shared", policy_slope=policy_slope)
+        return replace(plan, log_probs="here", temperature=self.args.temperature)
+
+    def _student_inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        """Arguments of the student's forward pass where there is no policy loss to call it."""
+        rollouts = batch.rollouts
+        inputs: dict[str, Any] = {"input_ids": rollouts.input_ids, "attention_mask": rollouts.attention_mask}
+        if self.setup.estimator.needs_log_probs or self.args.kl_discount > 0:
+            labels = torch.full_like(rollouts.input_ids, -100)
+            completion = slice(-batch.mask.shape[1], None)
+            labels[:, completion] = rollouts.input_ids[:, completion].masked_fill(~batch.mask, -100)
+            inputs |= {"labels": labels, "fused_lm_head": True}
+        return inputs
+
+    def kl_term(
+        self, estimator: Estimator, output: DistilledOutput, scores: list[TeacherScore], batch: MicroBatch
+    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """
+        The teachers' term for each completion token, `(B, C)`: value in nats, gradient of the objective.
+
+        With several teachers it is the sum of their terms by the weights of each row. Also returned, by name: each
+        teacher's term alone and the tokens that it counts for.
+        """
+        pool, device, mask = self.setup.pool, self.trainer.accelerator.device, batch.mask
+        assert output.measured is not None
+        log_q, ratio, weight = self._ratios(output, batch)
+        per_token = torch.zeros(mask.shape, device=device)
+        by_teacher = {name: (per_token, torch.zeros_like(mask)) for name in pool.names if pool.several}
+        for score, found in zip(scores, output.measured, strict=True):
+            measures = found.map(lambda values: values.to(device))
+            alone = estimator.term(measures, log_q, ratio, weight) * score.mask
+            per_token = per_token + score.weight[:, None] * alone
+            by_teacher |= {name: (alone, mask & rows[:, None]) for name, rows in score.rows.items()}
+        if self.args.kl_discount > 0 and not batch.is_off_policy:
+            assert ratio is not None
+            per_token = terms.sequence_term(per_token, mask, ratio, self.args.kl_discount)
+        return per_token, by_teacher
+
+    def _ratios(self, output: DistilledOutput, batch: MicroBatch) -> tuple[torch.Tensor | None, ...]:
+        """
+        The student's log-probabilities, their ratio to those of the policy that wrote the rollouts (with a gradient),
+        and the weight of a token's score function (without). `None` where log-probabilities were not asked for.
+        """
+        if output.log_probs is None:
+            return None, None, None
+        mask = batch.mask
+        log_q = output.log_probs[:, -mask.shape[1] :].to(self.trainer.accelerator.device)
+        change = log_q - (log_q.detach() if batch.old_log_q is None else batch.old_log_q)
+        ratio = torch.where(mask, change, 0.0).exp()  # masked before exp: what is not judged cannot overflow
+        weight = ratio.detach()
+        if batch.sampler_ratio is not None:
+            correction = batch.sampler_ratio
+            ratio = ratio * correction
+            weight = weight * correction if correction.shape[1] == mask.shape[1] else weight
+        return log_q, ratio, weight
