@@ -10,13 +10,29 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from processes import succeeds
+import torch
+from processes import run, succeeds
+from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parents[1]
 TINY = (
     'output_dir="out", max_steps=1, per_device_train_batch_size=2, max_completion_length=4, '
     'use_cpu=True, bf16=False, report_to="none"'
+)
+
+
+MODELS = ROOT / "scripts" / "studies" / "tasks" / "models"
+PROMPT = (
+    '{{"prompt": [{{"role": "user", "content": '
+    '"State the final answer to the following arithmetic problem: {0} + 1{0} ="}}]}}\n'
+)
+COMMAND = (
+    "--dataset_name prompts.jsonl --max_steps 2 --per_device_train_batch_size 4 --max_completion_length 8 "
+    "--learning_rate 1e-3 --use_cpu --bf16 false --report_to none --save_strategy no"
+)
+ONE_PROCESS = (
+    "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nuse_cpu: true\nnum_machines: 1\nnum_processes: 1\n"
 )
 
 
@@ -45,20 +61,61 @@ def test_wheel_and_sdist_hold_every_file_of_the_package(built):
         assert ours <= {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
 
 
+@pytest.fixture(scope="module")
+def empty(built, tmp_path_factory) -> Path:
+    """The programs of an environment that holds the wheel, what it needs, and nothing else."""
+    folder = tmp_path_factory.mktemp("empty")
+    succeeds([sys.executable, "-m", "venv", folder])
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    succeeds([*pip, "-c", ROOT / "constraints.txt", next(built.glob("*.whl"))])
+    return folder / "bin"
+
+
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+
+
 @pytest.mark.slow
-def test_the_ten_line_example_runs_from_an_empty_environment(built, saved, prompts, tmp_path):
+def test_the_commands_run_from_an_empty_environment(empty, tmp_path):
+    """Two steps with the demo's models, by the name of the command alone; then launched by accelerate, and checked."""
+    (tmp_path / "prompts.jsonl").write_text("".join(map(PROMPT.format, range(32))))
+    (tmp_path / "one.yaml").write_text(ONE_PROCESS)
+    words = [*COMMAND.split(), "--model_name_or_path", MODELS / "student"]
+    words += ["--teacher_model_name_or_path", MODELS / "teacher"]
+    train, check = ([empty / "trl-distill", command, *words] for command in ("train", "check"))
+    assert "Done after 2 steps" in succeeds([*train, "--output_dir", "out"], cwd=tmp_path, env=ENV)
+    launched = [*train, "--output_dir", "launched", "--accelerate_config", "one.yaml"]
+    assert "Done after 2 steps" in succeeds(launched, cwd=tmp_path, env=ENV)
+    out, again = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "launched"))
+    before = load_file(MODELS / "student" / "model.safetensors")
+    assert all(torch.equal(out[name], again[name]) for name in out)
+    assert any(not torch.equal(out[name], before[name]) for name in before)
+    assert "0 errors" in succeeds([*check, "--output_dir", "checked"], cwd=tmp_path, env=ENV)
+    assert not (tmp_path / "checked" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_shipped_configurations_are_found_in_an_empty_environment(empty, tmp_path):
+    """DeepSpeed is not installed there, which accelerate says once it has read the configuration."""
+    words = [empty / "trl-distill", "train", "--accelerate_config"]
+    done = run([*words, "zero3"], cwd=tmp_path, env=ENV)
+    assert done.returncode != 0
+    assert "DeepSpeed is not installed" in done.stderr
+    done = run([*words, "zero33"], cwd=tmp_path, env=ENV)
+    assert done.returncode == 1
+    assert "Did you mean 'zero3'?" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_ten_line_example_runs_from_an_empty_environment(built, empty, saved, prompts, tmp_path):
     """The README's example, with tiny models in the place of those it names; from the wheel, then from the sdist."""
-    succeeds([sys.executable, "-m", "venv", tmp_path / "empty"])
-    python = tmp_path / "empty" / "bin" / "python"
+    python = empty / "python"
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     (tmp_path / "example.py").write_text(example(saved))
     prompts.select_columns(["prompt"]).to_json(tmp_path / "prompts.jsonl")
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    succeeds([*pip, "-c", ROOT / "constraints.txt", next(built.glob("*.whl"))])
-    succeeds([python, "example.py"], cwd=tmp_path, env=env)
+    succeeds([python, "example.py"], cwd=tmp_path, env=ENV)
     (tmp_path / "out" / "model.safetensors").unlink()
     succeeds([*pip, "--no-deps", "--force-reinstall", next(built.glob("*.tar.gz"))])
-    succeeds([python, "example.py"], cwd=tmp_path, env=env)
+    succeeds([python, "example.py"], cwd=tmp_path, env=ENV)
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
