@@ -8,6 +8,7 @@ import shutil
 import tracemalloc
 
 import pytest
+from chat_server import ChatServer
 from rich.console import Console
 
 from trl_distill import TeacherUnavailable
@@ -171,6 +172,21 @@ def test_a_finished_chunk_is_never_asked_about_again(sums):
     assert len(teachers[0].asked) == 6
     assert sums.run(**sums.settings)["rows"] == len(sums.rows())
     assert len(teachers) == 1  # nobody is loaded for a finished dataset
+
+
+def test_a_login_in_a_url_is_written_nowhere(bench, caplog):
+    bench.prompts([{"prompt": f"p{i}"} for i in range(3)])
+    with ChatServer(lambda text, seed: f"Score: 1, says {text} at {seed}") as server:
+        url = server.url.replace("http://", "http://user:pa%24sword@") + "#m"
+        server.refuse = lambda text: 400 if "p1" in text else None
+        bench.run(teacher_models={"m": url}, judge=url)
+        assert server.headers["Authorization"].startswith("Basic ")
+        other = url.replace("pa%24sword", "sword2")
+        assert bench.run(teacher_models={"m": other}, judge=other)["rows"] == 2  # finished, whatever the password
+    files = [path for path in bench.folder.rglob("*") if path.is_file() and path.name != "prompts.jsonl"]
+    assert {"settings.json", "counts.json", "README.md", "skipped.jsonl"} <= {path.name for path in files}
+    assert not [path for path in files if b"sword" in path.read_bytes()]
+    assert "sword" not in caplog.text
 
 
 def test_filters_and_verifiers_may_change_without_asking_the_teacher_again(sums, reward):

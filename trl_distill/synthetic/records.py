@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .text import Text, as_completion
@@ -65,6 +65,96 @@ class Refusal:
 Answer = list[Completion] | Refusal
 
 
+Score = float | Refusal
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """
+    A prompt in the work folder.
+
+    Attributes:
+        id (`int`): its number, counted over all prompts.
+        prompt (`str` or messages): what is asked.
+        columns (`dict`): the input's other columns.
+    """
+
+    id: int
+    prompt: Text
+    columns: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as a line of JSON holds it."""
+        return {"id": self.id, "prompt": self.prompt, "columns": self.columns}
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> PromptRow:
+        return cls(found["id"], found["prompt"], found["columns"])
+
+
+@dataclass(frozen=True)
+class PromptAnswer:
+    """
+    What one teacher answered to one prompt.
+
+    Attributes:
+        id (`int`): of the prompt.
+        answer (`list[Completion]` or `Refusal`): its completions, or why there are none.
+    """
+
+    id: int
+    answer: Answer
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The completions; none where the prompt was refused."""
+        return [] if isinstance(self.answer, Refusal) else self.answer
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answer as a line of JSON holds it."""
+        return {"id": self.id, **answer_as_dict(self.answer)}
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> PromptAnswer:
+        return cls(found["id"], answer_from_dict(found))
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """
+    The verifier's scores of one teacher's completions of one prompt.
+
+    Attributes:
+        id (`int`): of the prompt.
+        scores (`list[float | Refusal]`): of each completion, or why there is none.
+    """
+
+    id: int
+    scores: list[Score]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The scores as a line of JSON holds them."""
+        return {"id": self.id, "scores": [asdict(s) if isinstance(s, Refusal) else s for s in self.scores]}
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> PromptScores:
+        return cls(found["id"], [Refusal(**s) if isinstance(s, dict) else s for s in found["scores"]])
+
+
+def answer_as_dict(answer: Answer) -> dict[str, Any]:
+    """An answer as JSON: its completions, or its refusal."""
+    if isinstance(answer, Refusal):
+        return {"refusal": asdict(answer)}
+    return {"completions": [asdict(completion) for completion in answer]}
+
+
+def answer_from_dict(found: dict[str, Any]) -> Answer:
+    """An answer from JSON."""
+    if "refusal" in found:
+        return Refusal(**found["refusal"])
+    return [Completion(**completion) for completion in found["completions"]]
+
+
 @dataclass(frozen=True)
 class Answered:
     """
@@ -79,6 +169,3 @@ class Answered:
     prompt: Text
     completion: str
     columns: dict[str, Any]
-
-
-Score = float | Refusal

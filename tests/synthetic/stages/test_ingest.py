@@ -7,6 +7,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
+from trl_distill.synthetic.records import PromptRow
 from trl_distill.synthetic.stages.ingest import Ingest, Prompts, read_rows
 from trl_distill.synthetic.work_folder import WorkFolder
 
@@ -36,8 +37,8 @@ def test_each_bad_line_is_skipped_with_its_number(bench):
     work = WorkFolder(bench.folder / "work")
     Ingest(work, 4).run(read_rows(str(bench.folder / "prompts.jsonl")))
     prompts = Prompts(work)
-    assert [row["prompt"] for row in prompts.chunk(0)] == ["one", "last"]
-    assert [(skip["where"], skip["why"]) for skip in prompts.skips()] == [
+    assert [row.prompt for row in prompts.chunk(0)] == ["one", "last"]
+    assert [(skip.where, skip.why) for skip in prompts.skips()] == [
         ("line 2", "broken JSON"),
         ("line 3", "empty line"),
         ("line 4", "empty prompt"),
@@ -57,8 +58,8 @@ def test_equal_prompts_and_other_columns(bench):
     rows = [{"prompt": "What is it?", "answer": "1", "completion": "taken out"}, {"prompt": "what  IS it? "}]
     prompts = ingest(bench, [*rows, {"prompt": "What is it!", "answer": None}])
     assert prompts.chunk(0) == [
-        {"id": 0, "prompt": "What is it?", "columns": {"answer": "1"}},
-        {"id": 1, "prompt": "What is it!", "columns": {"answer": None}},
+        PromptRow(0, "What is it?", {"answer": "1"}),
+        PromptRow(1, "What is it!", {"answer": None}),
     ]
     assert prompts.stages[1].dropped == {"equal to an earlier prompt": 1}
     assert prompts.columns == ["answer"]
@@ -74,14 +75,14 @@ def test_messages_are_equal_only_with_the_same_roles(bench):
 
 def test_chunks_and_limit(bench):
     prompts = ingest(bench, [{"prompt": f"p{i}"} for i in range(12)], limit=10)
-    assert [[row["id"] for row in prompts.chunk(i)] for i in range(len(prompts))] == [
+    assert [[row.id for row in prompts.chunk(i)] for i in range(len(prompts))] == [
         *([0, 1, 2, 3], [4, 5, 6, 7], [8, 9])
     ]
 
 
 def test_routing_names_known_teachers(bench):
     prompts = ingest(bench, [{"prompt": f"p{t}", "teacher": t} for t in ("a", "b", None)], routed=["a"])
-    assert [row["columns"] for row in prompts.chunk(0)] == [{"teacher": "a"}]
+    assert [row.columns for row in prompts.chunk(0)] == [{"teacher": "a"}]
     assert prompts.stages[0].dropped == {"column `teacher` names none of the teachers": 2}
 
 

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from ..config import GenerateConfig
-from .counts import Stage
+from .counts import Skip, Stage
 
 
 LISTED = 100  # skipped rows
@@ -30,7 +30,7 @@ def card(
     settings: dict[str, Any],
     stages: list[Stage],
     rows: dict[str, int],
-    skips: Iterable[dict[str, Any]],
+    skips: Iterable[Skip],
     notes: list[str],
 ) -> str:
     """
@@ -41,24 +41,24 @@ def card(
         settings (`dict`): what is listed as settings.
         stages (`list[Stage]`): in their order.
         rows (`dict[str, int]`): of the finished dataset, by who wrote them.
-        skips (`Iterable[dict]`): what could not be used; the first 100 are listed.
+        skips (`Iterable[Skip]`): what could not be used; the first 100 are listed.
         notes (`list[str]`): what a reader must know beside the numbers.
     """
     kind = "Preference pairs" if config.pairs else "Prompts and completions"
-    told = [HEAD, "# Synthetic dataset", f"{kind}, {sum(rows.values())} rows, made by `scripts/generate.py`."]
-    told += [f"**{note}**" for note in notes]
-    told += ["## What each stage kept", _table(("stage", "unit", "in", "kept", "dropped", "why"), map(_line, stages))]
-    told += ["## Who wrote the rows", _table(("writer", "rows"), ((n, str(count)) for n, count in rows.items()))]
+    text = [HEAD, "# Synthetic dataset", f"{kind}, {sum(rows.values())} rows, made by `scripts/generate.py`."]
+    text += [f"**{note}**" for note in notes]
+    text += ["## What each stage kept", _table(("stage", "unit", "in", "kept", "dropped", "why"), map(_line, stages))]
+    text += ["## Who wrote the rows", _table(("writer", "rows"), ((n, str(count)) for n, count in rows.items()))]
     where = [(name, address.kind, address.model) for name, address in config.teachers.items()]
-    told += ["## Teachers", _table(("name", "run by", "model"), where)]
+    text += ["## Teachers", _table(("name", "run by", "model"), where)]
     chosen = ((f"`{name}`", f"`{value}`") for name, value in settings.items() if value is not None)
-    told += ["## Settings", _table(("setting", "value"), chosen)]
+    text += ["## Settings", _table(("setting", "value"), chosen)]
     listed = list(islice(skips, LISTED + 1))
     if listed:
-        lines = [(skip["stage"], skip["where"], skip["why"]) for skip in listed[:LISTED]]
+        lines = [(skip.stage, skip.where, skip.why) for skip in listed[:LISTED]]
         more = f"The first {LISTED}; " if len(listed) > LISTED else ""
-        told += ["## Skipped", f"{more}all are in `skipped.jsonl`.", _table(("stage", "where", "why"), lines)]
-    return "\n\n".join(told) + "\n"
+        text += ["## Skipped", f"{more}all are in `skipped.jsonl`.", _table(("stage", "where", "why"), lines)]
+    return "\n\n".join(text) + "\n"
 
 
 def _line(stage: Stage) -> tuple[str, ...]:

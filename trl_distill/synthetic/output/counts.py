@@ -1,13 +1,16 @@
 """What each stage was given, kept and dropped, and for which reason.
 
 `seen` is counted where rows come in, `kept` and `dropped` where they leave, so that a row lost between the two shows.
-How the numbers are printed is left to `card.py`.
+How the numbers are shown is left to `card.py`.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 
@@ -70,5 +73,24 @@ class Skip:
     where: str
     why: str
 
-    def as_dict(self) -> dict[str, str]:
-        return {"stage": self.stage, "where": self.where, "why": self.why}
+
+class SkipFile:
+    """
+    A file of skips, one JSON object per line, open within a `with` block.
+
+    Args:
+        path (`Path`): made anew.
+    """
+
+    def __init__(self, path: Path):
+        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115  closed by the `with` block
+
+    def __enter__(self) -> SkipFile:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def add(self, skip: Skip) -> None:
+        """Append one."""
+        self._file.write(json.dumps(asdict(skip), ensure_ascii=False) + "\n")

@@ -16,10 +16,11 @@ from typing import Any
 from ...data.json_rows import BATCH, Columns, groups
 from ..config import GenerateConfig
 from ..output.card import card
-from ..output.counts import Skip, Stage
+from ..output.counts import Skip, SkipFile, Stage
 from ..output.parquet import write_parquet
 from ..records import Candidate
 from ..work_folder import WorkFolder, dump, read_lines, write_json
+from .candidates import CandidateReader
 from .dedup import Duplicates
 from .human import HUMAN, human_needed, mixed, read_human, text_of
 from .ingest import Prompts, read_rows
@@ -40,7 +41,7 @@ class DatasetBuilder:
     def __init__(self, config: GenerateConfig, work: WorkFolder, scores: str | None, advance: Callable[[], None]):
         self.config, self.work, self.scores, self.advance = config, work, scores, advance
         self.prompts = Prompts(work)
-        self.asked, self.written = Stage("ask the teachers", "requests"), Stage("verify", "completions")
+        self.reader = CandidateReader(work, self.prompts, list(config.teachers), scores)
         self.filtered, self.selected = Stage("filter", "completions"), Stage(f"keep {config.keep}", "completions")
         self.paired, self.unique = Stage("pair", "prompts"), Stage("duplicates", "pairs" if config.pairs else "rows")
         self.human, self.mixed = Stage("read human data", "rows"), Stage("mix in human data", "rows")
@@ -51,43 +52,55 @@ class DatasetBuilder:
         """
         Write the dataset to the folder "dataset" in the work folder.
 
+        Args:
+            settings (`dict`): what the card and `counts.json` list as settings.
+            fingerprint (`str`): of everything that the rows depend on.
+
         Raises:
             ValueError: no row is left.
         """
         with self.work.folder("dataset") as folder:
-            with open(folder / "skipped.jsonl", "w", encoding="utf-8") as self.skips:
+            with SkipFile(folder / "skipped.jsonl") as self.skips:
                 for skip in self.prompts.skips():
-                    self.skips.write(dump(skip) + "\n")
+                    self.skips.add(skip)
                 duplicates = Duplicates(folder / "duplicates.db", self.config.near_duplicates)
                 rows, columns = self._rows(folder, duplicates)
                 duplicates.close()
             total = write_parquet(folder / "data", rows, columns.schema)
             for name in ("duplicates.db", "rows.jsonl", "human.jsonl"):
                 (folder / name).unlink(missing_ok=True)
-            stages = self._stages()
-            made = next((stage.kept for stage in stages if stage.name == "new prompts"), 0)
-            if made < self.config.new_prompts:
-                self.notes.append(
-                    f"New prompts are {made}, not the {self.config.new_prompts} asked for: the teacher wrote nothing "
-                    "new any more."
-                )
-            lost = [stage.name for stage in stages if not stage.adds_up]
-            assert not lost, f"rows got lost in {lost}"
-            if not total:
-                raise ValueError(f"No row is left. {_where_they_went(stages)} Nothing is lost: {self._advice()}")
-            counts = {
-                "rows": total,
-                "writers": dict(self.writers),
-                "stages": [stage.as_dict() for stage in stages],
-                "notes": self.notes,
-                "settings": settings,
-                "fingerprint": fingerprint,
-            }
-            write_json(folder / "counts.json", counts)
-            told = card(
-                self.config, settings, stages, dict(self.writers), read_lines(folder / "skipped.jsonl"), self.notes
+            self._check(total)
+            self._describe(folder, total, settings, fingerprint)
+
+    def _check(self, total: int) -> None:
+        """That every stage accounts for its rows, and that some are left."""
+        stages = self._stages()
+        lost = [stage.name for stage in stages if not stage.adds_up]
+        assert not lost, f"rows got lost in {lost}"
+        if not total:
+            raise ValueError(f"No row is left. {_where_they_went(stages)} Nothing is lost: {self._advice()}")
+        made = next((stage.kept for stage in stages if stage.name == "new prompts"), 0)
+        if made < self.config.new_prompts:
+            self.notes.append(
+                f"New prompts are {made}, not the {self.config.new_prompts} asked for: the teacher wrote nothing new "
+                "any more."
             )
-            (folder / "README.md").write_text(told, encoding="utf-8")
+
+    def _describe(self, folder: Path, total: int, settings: dict[str, Any], fingerprint: str) -> None:
+        """Write `counts.json` and the card."""
+        stages, writers = self._stages(), dict(self.writers)
+        counts = {
+            "rows": total,
+            "writers": writers,
+            "stages": [stage.as_dict() for stage in stages],
+            "notes": self.notes,
+            "settings": settings,
+            "fingerprint": fingerprint,
+        }
+        write_json(folder / "counts.json", counts)
+        skips = (Skip(**row) for row in read_lines(folder / "skipped.jsonl"))
+        text = card(self.config, settings, stages, writers, skips, self.notes)
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
     def _rows(self, folder: Path, duplicates: Duplicates) -> tuple[Iterator[dict[str, Any]], Columns]:
         """All rows of the dataset in their order, and their columns; both files are read one row at a time."""
@@ -117,7 +130,7 @@ class DatasetBuilder:
 
     def _synthetic(self, duplicates: Duplicates) -> Iterator[dict[str, Any]]:
         for number in range(len(self.prompts)):
-            for candidates in self._answered(number):
+            for candidates in self.reader.read(number, self.skips):
                 for row in self._selected(candidates):
                     if self.unique.count(duplicates.fault(*text_of(row))):
                         yield row
@@ -136,52 +149,22 @@ class DatasetBuilder:
             if self.selected.count(fault):
                 yield candidate.as_row(self.scores is not None)
 
-    def _answered(self, number: int) -> Iterator[list[Candidate]]:
-        """The completions of each prompt of a chunk, of all teachers in their order."""
-        prompts = self.prompts.chunk(number)
-        found: dict[int, list[Candidate]] = {row["id"]: [] for row in prompts}
-        rows = {row["id"]: row for row in prompts}
-        for index, teacher in enumerate(self.config.teachers):
-            answers = read_lines(self.work.chunk("completions", index, number))
-            scores = self.scores and read_lines(self.work.chunk(self.scores, index, number))
-            for answer in answers:
-                row, score = rows[answer["id"]], next(scores) if scores else {"scores": None}
-                where = f"prompt {row['id']}, teacher {teacher}"
-                refusal: dict[str, str] | None = answer.get("refusal")
-                if not self.asked.count(refusal["kind"] if refusal else None):
-                    self._skip("ask the teachers", where, refusal or {})
-                    continue
-                values = score["scores"] or [None] * len(answer["completions"])
-                for completion, value in zip(answer["completions"], values, strict=True):
-                    unscored = value if isinstance(value, dict) else None
-                    if not self.written.count(unscored["kind"] if unscored else None):
-                        self._skip("verify", where, unscored or {})
-                        continue
-                    made = (completion["text"], completion["stop_reason"], teacher, value, _columns(row))
-                    found[row["id"]].append(Candidate(row["prompt"], *made))
-        yield from found.values()
-
     def _human(self, duplicates: Duplicates) -> Iterator[dict[str, Any]]:
         assert self.config.human_data is not None
         for found in read_rows(self.config.human_data):
             row = read_human(found, self.prompts.text)
             fault = row if isinstance(row, str) else None
             if fault:
-                self._skip("read human data", found.where, {"detail": fault})
+                self.skips.add(Skip(self.human.name, found.where, fault))
             elif isinstance(row, dict):
                 fault = duplicates.fault(*text_of(row))
             if self.human.count(fault) and isinstance(row, dict):
                 yield {**row, "teacher": HUMAN}
 
-    def _skip(self, stage: str, where: str, refusal: dict[str, str]) -> None:
-        self.skips.write(dump(Skip(stage, where, refusal["detail"]).as_dict()) + "\n")
-
     def _stages(self) -> list[Stage]:
-        stages = [*self.prompts.stages, self.asked]
-        self.written.name = "verify" if self.scores else "complete"
-        stages += [self.written, self.filtered]
-        stages += [self.paired] if self.config.pairs else [self.selected]
-        stages += [self.unique]
+        """All stages that took part, in their order."""
+        chosen = self.paired if self.config.pairs else self.selected
+        stages = [*self.prompts.stages, self.reader.asked, self.reader.written, self.filtered, chosen, self.unique]
         return [*stages, self.human, self.mixed] if self.config.human_data else stages
 
     def _advice(self) -> str:
@@ -201,10 +184,6 @@ def publish(work: WorkFolder, output_dir: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _columns(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row["columns"].items() if name != "teacher"}
-
-
 def _store(path: Path, rows: Iterator[dict[str, Any]], columns: Columns) -> int:
     """Write rows to a file and note their columns; how many there were."""
     total = 0
@@ -217,5 +196,5 @@ def _store(path: Path, rows: Iterator[dict[str, Any]], columns: Columns) -> int:
 
 
 def _where_they_went(stages: list[Stage]) -> str:
-    told = [f"{stage.name}: {reason} ({n})" for stage in stages for reason, n in stage.dropped.items()]
-    return f"Dropped were: {'; '.join(told)}." if told else ""
+    dropped = [f"{stage.name}: {reason} ({n})" for stage in stages for reason, n in stage.dropped.items()]
+    return f"Dropped were: {'; '.join(dropped)}." if dropped else ""

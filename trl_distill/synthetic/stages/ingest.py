@@ -7,6 +7,7 @@ equal but for case and white space the first stays. Making new prompts is left t
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from datasets.exceptions import DatasetGenerationError
 from ...data.datasets import load_splits, take_split
 from ...data.json_rows import BATCH, SUFFIXES, Columns, InputRow, groups, read_json_rows
 from ...data.rows import CONVERSATIONS, RowError, read_prompt
-from ..output.counts import Skip, Stage
+from ..output.counts import Skip, SkipFile, Stage
+from ..records import PromptRow
 from ..text import flat, normal
 from ..work_folder import WorkFolder, digest, dump, read_json, read_lines, write_json, write_lines
 from .dedup import Seen
@@ -92,7 +94,7 @@ class Ingest:
         self.examples: list[str] = []
         with self.work.folder("prompts") as folder:
             self.seen = Seen(folder / "seen.db")
-            with open(folder / "skipped.jsonl", "w", encoding="utf-8") as self.skips:
+            with SkipFile(folder / "skipped.jsonl") as self.skips:
                 chunks = write_chunks(folder, self._prompts(rows, limit), self.chunk_size)
             self.seen.close()
             (folder / "seen.db").unlink()
@@ -102,16 +104,15 @@ class Ingest:
                     "column `prompt` (text, or messages that end with the user's) or such `messages`."
                 )
             columns = [name for name in self.columns.types if name != "prompt"]
-            stages = [self.read.as_dict(), self.unique.as_dict()]
-            counts = {"stages": stages, "chunks": chunks, "columns": columns, "text": self.text}
-            write_json(folder / "counts.json", counts)
+            PromptCounts([self.read, self.unique], chunks, columns, bool(self.text)).write(folder)
 
-    def _prompts(self, rows: Iterator[InputRow], limit: int | None) -> Iterator[dict[str, Any]]:
-        for group in groups(self._judged(rows, limit), BATCH):
-            self.columns.add([{"prompt": row["prompt"], **row["columns"]} for row in group])
+    def _prompts(self, rows: Iterator[InputRow], limit: int | None) -> Iterator[PromptRow]:
+        for group in groups(self._usable(rows, limit), BATCH):
+            self.columns.add([{"prompt": row.prompt, **row.columns} for row in group])
             yield from group
 
-    def _judged(self, rows: Iterator[InputRow], limit: int | None) -> Iterator[dict[str, Any]]:
+    def _usable(self, rows: Iterator[InputRow], limit: int | None) -> Iterator[PromptRow]:
+        """The rows with a prompt that was not there before."""
         for found in rows:
             if limit is not None and self.unique.kept >= limit:
                 return
@@ -126,29 +127,64 @@ class Ingest:
                 continue
             self.text = isinstance(prompt, str)
             if self.unique.count(None if self.seen.add(_key(prompt)) else "equal to an earlier prompt"):
-                row = {"id": self.unique.kept - 1, "prompt": prompt, "columns": columns}
-                try:
-                    dump(row)
-                except TypeError as error:
-                    raise ValueError(
-                        f"{found.where}: a column holds something that is no text, number or list ({error}). Leave "
-                        "such columns out of the dataset."
-                    ) from None
+                row = PromptRow(self.unique.kept - 1, prompt, columns)
+                _check_storable(row, found.where)
                 yield row
 
     def _skip(self, found: InputRow, fault: str) -> None:
-        self.skips.write(dump(Skip("read", found.where, fault).as_dict()) + "\n")
+        self.skips.add(Skip("read", found.where, fault))
         if len(self.examples) < 3:
             columns = f" (columns: {', '.join(found.row)})" if found.row is not None else ""
             self.examples.append(f"{found.where}: {fault}{columns}.")
 
 
-def write_chunks(folder: Path, rows: Iterator[dict[str, Any]], size: int) -> int:
+def _check_storable(row: PromptRow, where: str) -> None:
+    """JSON must be able to hold a row: later stages read it from there."""
+    try:
+        dump(row.as_dict())
+    except TypeError as error:
+        raise ValueError(
+            f"{where}: a column holds something that is no text, number or list ({error}). Leave such columns out of "
+            "the dataset."
+        ) from None
+
+
+def write_chunks(folder: Path, rows: Iterator[PromptRow], size: int) -> int:
     """Write rows to files of `size` each; returns how many files there are."""
     number = 0
     for number, chunk in enumerate(groups(rows, size), start=1):
-        write_lines(folder / f"{number - 1:06}.jsonl", chunk)
+        write_lines(folder / f"{number - 1:06}.jsonl", (row.as_dict() for row in chunk))
     return number
+
+
+@dataclass(frozen=True)
+class PromptCounts:
+    """
+    What a folder of prompts holds, as `counts.json` in it.
+
+    Attributes:
+        stages (`list[Stage]`): that led to it.
+        chunks (`int`): files of prompts.
+        columns (`list[str]`): of the input, beside the prompt.
+        text (`bool`): whether prompts are text; otherwise messages.
+    """
+
+    stages: list[Stage]
+    chunks: int
+    columns: list[str]
+    text: bool
+
+    def write(self, folder: Path) -> None:
+        """Write `counts.json`."""
+        stages = [stage.as_dict() for stage in self.stages]
+        counts = {"stages": stages, "chunks": self.chunks, "columns": self.columns, "text": self.text}
+        write_json(folder / "counts.json", counts)
+
+    @classmethod
+    def read(cls, folder: Path) -> PromptCounts:
+        found = read_json(folder / "counts.json")
+        stages = [Stage.from_dict(stage) for stage in found["stages"]]
+        return cls(stages, found["chunks"], found["columns"], found["text"])
 
 
 def _key(prompt: Any) -> bytes:
@@ -169,11 +205,10 @@ class Prompts:
 
     def __init__(self, work: WorkFolder):
         self.folders = [path for name in ("prompts", "new_prompts") if (path := work.path / name).exists()]
-        found = [read_json(path / "counts.json") for path in self.folders]
-        self.columns: list[str] = found[0]["columns"]
-        self.text: bool = found[0]["text"]
-        self.stages = [Stage.from_dict(stage) for counts in found for stage in counts["stages"]]
-        self._chunks: list[int] = [counts["chunks"] for counts in found]  # in each folder
+        counts = [PromptCounts.read(folder) for folder in self.folders]
+        self.columns, self.text = counts[0].columns, counts[0].text
+        self.stages = [stage for found in counts for stage in found.stages]
+        self._chunks = [found.chunks for found in counts]  # in each folder
 
     def __len__(self) -> int:
         """How many chunks there are."""
@@ -184,11 +219,13 @@ class Prompts:
         """How many prompts there are."""
         return sum(stage.kept for stage in self.stages if stage.unit == "prompts")
 
-    def chunk(self, number: int) -> list[dict[str, Any]]:
-        """Rows with `id`, `prompt` and `columns`."""
+    def chunk(self, number: int) -> list[PromptRow]:
+        """The prompts of one chunk."""
         which = 0 if number < self._chunks[0] else 1
-        return list(read_lines(self.folders[which] / f"{number - which * self._chunks[0]:06}.jsonl"))
+        path = self.folders[which] / f"{number - which * self._chunks[0]:06}.jsonl"
+        return [PromptRow.from_dict(row) for row in read_lines(path)]
 
-    def skips(self) -> Iterator[dict[str, Any]]:
+    def skips(self) -> Iterator[Skip]:
+        """What could not be used on the way here."""
         for folder in self.folders:
-            yield from read_lines(folder / "skipped.jsonl")
+            yield from (Skip(**row) for row in read_lines(folder / "skipped.jsonl"))

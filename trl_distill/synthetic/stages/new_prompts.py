@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..config import GenerateConfig
-from ..output.counts import Skip, Stage
-from ..records import Refusal
+from ..output.counts import Skip, SkipFile, Stage
+from ..records import Answer, PromptRow, Refusal, answer_as_dict, answer_from_dict
 from ..sources.base import Source
 from ..text import Text, flat
-from ..work_folder import WorkFolder, dump, read_lines, seed_of, write_json, write_lines
+from ..work_folder import WorkFolder, read_lines, seed_of, write_lines
 from .dedup import Duplicates
-from .ingest import Prompts, write_chunks
+from .ingest import PromptCounts, Prompts, write_chunks
 
 
 POOL = 1000  # examples that are kept in memory, an even sample of all
@@ -52,12 +52,12 @@ class NewPrompts:
         self.stage = Stage("new prompts", "prompts")
         pool = self._pool()
         with self.work.folder("new_prompts") as folder:
-            with open(folder / "skipped.jsonl", "w", encoding="utf-8") as self.skips:
+            with SkipFile(folder / "skipped.jsonl") as self.skips:
                 index = self._index(folder)
                 chunks = write_chunks(folder, self._new(index, pool, show), self.config.chunk_size)
                 index.close()
             (folder / "duplicates.db").unlink()
-            write_json(folder / "counts.json", {"stages": [self.stage.as_dict()], "chunks": chunks})
+            PromptCounts([self.stage], chunks, self.seeds.columns, self.seeds.text).write(folder)
         if self.worker is not None:
             self.worker.close()
 
@@ -74,7 +74,7 @@ class NewPrompts:
     def _seed_texts(self) -> Iterator[str]:
         for number in range(len(self.seeds)):
             for row in self.seeds.chunk(number):
-                yield flat(row["prompt"])
+                yield flat(row.prompt)
 
     def _index(self, folder: Any) -> Duplicates:
         index = Duplicates(folder / "duplicates.db", self.config.near_duplicates)
@@ -82,7 +82,7 @@ class NewPrompts:
             index.fault(text, "")
         return index
 
-    def _new(self, index: Duplicates, pool: list[str], show: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+    def _new(self, index: Duplicates, pool: list[str], show: Callable[[int], None]) -> Iterator[PromptRow]:
         """New prompts as rows, numbered on from the seeds."""
         first, barren, number = self.seeds.total, 0, 0
         while self.stage.kept < self.config.new_prompts and barren < BARREN:
@@ -94,17 +94,16 @@ class NewPrompts:
                 if fault is None:
                     fault = index.fault(text, "")
                 if not self.stage.count(fault):
-                    if "refusal" in answer:
-                        why = answer["refusal"]["detail"]
-                        self.skips.write(dump(Skip("new prompts", f"round {number}", why).as_dict()) + "\n")
+                    if isinstance(answer, Refusal):
+                        self.skips.add(Skip("new prompts", f"round {number}", answer.detail))
                     continue
                 prompt: Text = text if self.seeds.text else [{"role": "user", "content": text}]
                 show(self.stage.kept)
-                yield {"id": first + self.stage.kept - 1, "prompt": prompt, "columns": {}}
+                yield PromptRow(first + self.stage.kept - 1, prompt, {})
             barren = 0 if self.stage.kept > before else barren + 1
             number += 1
 
-    def _round(self, number: int, pool: list[str]) -> list[dict[str, Any]]:
+    def _round(self, number: int, pool: list[str]) -> list[Answer]:
         """What the teacher wrote in one round, from its file if that is there."""
         path = self.work.chunk("rounds", number)
         if not path.exists():
@@ -113,8 +112,8 @@ class NewPrompts:
             examples = min(self.config.new_prompts_seeds, len(pool))
             asked = [self._question(draw.sample(pool, examples)) for _ in range(self.config.chunk_size)]
             answers = self.worker.complete(asked, seed_of(self.config.seed, "round", number))
-            write_lines(path, map(_stored, answers))
-        return list(read_lines(path))
+            write_lines(path, map(answer_as_dict, answers))
+        return [answer_from_dict(found) for found in read_lines(path)]
 
     def _question(self, examples: list[str]) -> Text:
         shown = "\n\n".join(f"Task {i}:\n{text}" for i, text in enumerate(examples, start=1))
@@ -127,19 +126,13 @@ class NewPrompts:
         return [{"role": "user", "content": ask}]
 
 
-def _stored(answer: Any) -> dict[str, Any]:
-    if isinstance(answer, Refusal):
-        return {"refusal": {"kind": answer.kind, "detail": answer.detail}}
-    return {"text": answer[0].text, "stop_reason": answer[0].stop_reason}
-
-
-def _read(answer: dict[str, Any]) -> tuple[str, str | None]:
+def _read(answer: Answer) -> tuple[str, str | None]:
     """The task in an answer, and why it is none (or `None`)."""
-    if "refusal" in answer:
-        return "", answer["refusal"]["kind"]
-    text = answer["text"].rpartition(CUE)[2]
+    if isinstance(answer, Refusal):
+        return "", answer.kind
+    text = answer[0].text.rpartition(CUE)[2]
     follow = re.search(r"^\s*Task \d+:", text, re.MULTILINE)  # a model that continues the list with more
-    if follow is None and answer["stop_reason"] != "stop":
+    if follow is None and answer[0].stop_reason != "stop":
         return "", "cut off at the length limit"
     text = (text[: follow.start()] if follow else text).strip()
     return text, None if text else "empty"

@@ -1,0 +1,137 @@
+"""Stages that make one file for each chunk of prompts: a teacher's completions, and their scores.
+
+A file that is there is complete and is not made again. Each is made with a seed of its own, so a run that was killed
+begins again with the chunk that it was at, and comes to the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
+
+from ..config import GenerateConfig
+from ..records import Answered, PromptAnswer, PromptRow, PromptScores
+from ..sources.base import Source
+from ..work_folder import WorkFolder, read_lines, seed_of, write_lines
+from .ingest import Prompts
+from .verify import Scorer
+
+
+class Closable(Protocol):
+    """Holds memory or connections that it can give back."""
+
+    def close(self) -> None:
+        """Give them back."""
+        ...
+
+
+Worker = TypeVar("Worker", bound=Closable)
+
+
+class ChunkStage(Generic[Worker]):
+    """
+    One stage for one teacher.
+
+    Args:
+        work (`WorkFolder`): where the files are.
+        prompts (`Prompts`): whose chunks are gone through.
+        load (`Callable[[], Worker]`): gives who does the work; called only if a file is missing.
+        folder (`str`): the stage's folder in the work folder.
+        index (`int`): the teacher's number, its folder in there.
+        teacher (`str`): the teacher's name.
+    """
+
+    label: str  # for the progress bar
+
+    def __init__(
+        self, work: WorkFolder, prompts: Prompts, load: Callable[[], Worker], folder: str, index: int, teacher: str
+    ):
+        self.work, self.prompts, self.load = work, prompts, load
+        self.folder, self.index, self.teacher = folder, index, teacher
+
+    def run(self, done: Callable[[int], None]) -> None:
+        """Make the files that are missing; `done` is told how many chunks there are."""
+        worker: Worker | None = None
+        try:
+            for number in range(len(self.prompts)):
+                path = self.work.chunk(self.folder, self.index, number)
+                if not path.exists():
+                    worker = worker or self.load()
+                    write_lines(path, self.rows(worker, number))
+                done(number + 1)
+        finally:
+            if worker is not None:
+                worker.close()
+
+    def rows(self, worker: Worker, number: int) -> Iterator[dict[str, Any]]:
+        """The lines of one chunk's file."""
+        raise NotImplementedError
+
+
+class CompleteStage(ChunkStage[Source]):
+    """
+    One teacher's completions.
+
+    Args:
+        config (`GenerateConfig`): which prompts each teacher completes, and the seed.
+        work, prompts, load, index, teacher: see [`ChunkStage`]; `load` gives the teacher.
+    """
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        work: WorkFolder,
+        prompts: Prompts,
+        load: Callable[[], Source],
+        index: int,
+        teacher: str,
+    ):
+        super().__init__(work, prompts, load, "completions", index, teacher)
+        self.config, self.label = config, f"completions of {teacher}"
+
+    def rows(self, worker: Source, number: int) -> Iterator[dict[str, Any]]:
+        rows = [row for row in self.prompts.chunk(number) if self._asks(row)]
+        seed = seed_of(self.config.seed, number, self.index)
+        answers = worker.complete([row.prompt for row in rows], seed) if rows else []
+        for row, answer in zip(rows, answers, strict=True):
+            yield PromptAnswer(row.id, answer).as_dict()
+
+    def _asks(self, row: PromptRow) -> bool:
+        """Whether this teacher completes a prompt."""
+        if self.config.teacher_assignment == "rotate":
+            return row.id % len(self.config.teachers) == self.index
+        return self.config.asks_all or row.columns.get("teacher", self.teacher) == self.teacher
+
+
+class ScoreStage(ChunkStage[Scorer]):
+    """
+    The scores of one teacher's completions.
+
+    Args:
+        work, prompts, load, folder, index, teacher: see [`ChunkStage`]; `load` gives the verifier, and `folder` belongs
+            to it, so that another verifier's scores are not taken for its own.
+    """
+
+    def __init__(
+        self, work: WorkFolder, prompts: Prompts, load: Callable[[], Scorer], folder: str, index: int, teacher: str
+    ):
+        super().__init__(work, prompts, load, folder, index, teacher)
+        self.label = f"scores of {teacher}"
+
+    def rows(self, worker: Scorer, number: int) -> Iterator[dict[str, Any]]:
+        rows = {row.id: row for row in self.prompts.chunk(number)}
+        answers = [
+            PromptAnswer.from_dict(line) for line in read_lines(self.work.chunk("completions", self.index, number))
+        ]
+        asked = [
+            Answered(rows[answer.id].prompt, completion.text, self._columns(rows[answer.id]))
+            for answer in answers
+            for completion in answer.completions
+        ]
+        scores = iter(worker.score(asked) if asked else [])
+        for answer in answers:
+            yield PromptScores(answer.id, [next(scores) for _ in answer.completions]).as_dict()
+
+    def _columns(self, row: PromptRow) -> dict[str, Any]:
+        """All of the dataset's columns, also those that this row does not have."""
+        return {name: row.columns.get(name) for name in self.prompts.columns}
