@@ -101,3 +101,19 @@ def test_from_grpo_keeps_everything(tmp_path):
         assert getattr(ours, field.name) == getattr(grpo, field.name), field.name
     assert ours.divergence == "reverse_kl"
     assert isinstance(ours, OPDConfig)
+
+
+def test_every_field_is_explained_in_the_docstring_and_the_help_is_that_text():
+    ours = {field.name: field for field in dataclasses.fields(OPDConfig)}
+    added = ours.keys() - {field.name for field in dataclasses.fields(GRPOConfig)} | {
+        "beta",
+        "num_generations",
+        "scale_rewards",
+    }
+    parser = HfArgumentParser([OPDConfig])
+    shown = {action.dest: action.help for action in parser._actions}
+    for name in added:
+        assert f"{name} (`" in OPDConfig.__doc__, name
+        words = " ".join(OPDConfig.__doc__.split())
+        assert shown[name].replace("%%", "%") in words, name
+        assert len(shown[name]) > 20

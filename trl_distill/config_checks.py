@@ -2,8 +2,250 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
+from .objective.divergences import DIVERGENCES
+
+
+logger = logging.getLogger(__name__)
 
 KL_ESTIMATORS = ("full", "topk", "sampled")
-
-
 SCHEDULES = ("constant", "linear", "cosine", "step")
+
+
+def check_values(config: Any) -> None:
+    """
+    Whether values, and their combinations, mean anything; what depends on rewards is in [`check_resolved`].
+
+    Args:
+        config ([`~trl_distill.OPDConfig`]): before TRL's own checks.
+
+    Raises:
+        ValueError: the first that does not; the message says what to write instead.
+    """
+    _check_choices(config)
+    _check_ranges(config)
+    _check_off_policy(config)
+    _check_divergence(config)
+    _check_schedule(config)
+    _check_one_teacher(config)
+    if config.sync_ref_model and config.beta > 0:
+        raise ValueError(
+            "`sync_ref_model=True` would write the student's weights into the teacher, which stands where TRL has "
+            "its reference model. Set `sync_ref_model=False`."
+        )
+
+
+def _check_choices(config: Any) -> None:
+    choices: tuple[tuple[str, Any], ...] = (
+        ("divergence", DIVERGENCES),
+        ("off_policy_divergence", DIVERGENCES),
+        ("kl_estimator", KL_ESTIMATORS),
+        ("beta_schedule", SCHEDULES),
+    )
+    for name, allowed in choices:
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"`{name}` is {getattr(config, name)!r}; this version has {', '.join(allowed)}.")
+
+
+def _check_ranges(config: Any) -> None:
+    if config.beta < 0:
+        raise ValueError(
+            f"`beta` is {config.beta}, but a negative weight would drive the student away from the teacher. Use a "
+            "positive value, or 0 for plain GRPO."
+        )
+    if config.kl_temperature is not None and config.kl_temperature <= 0:
+        raise ValueError(f"`kl_temperature` is {config.kl_temperature}; it divides the logits, so it must be > 0.")
+    if config.temperature <= 0:
+        raise ValueError(
+            f"`temperature` is {config.temperature}; it divides the logits, so it must be > 0. For greedy rollouts "
+            "set `top_k=1`."
+        )
+    if config.kl_top_k < 0:
+        raise ValueError(f"`kl_top_k` is {config.kl_top_k}; it counts ids. 0 is the sampled token alone.")
+    if not 0 <= config.kl_discount <= 1:
+        raise ValueError(f"`kl_discount` is {config.kl_discount}; a discount lies in [0, 1].")
+    if not 0 <= config.lmbda <= 1:
+        raise ValueError(f"`lmbda` is {config.lmbda}; it is a share, in [0, 1].")
+    for name, least in (("beta_schedule_steps", 1), ("reward_start_step", 0)):
+        if getattr(config, name) is not None and getattr(config, name) < least:
+            raise ValueError(f"`{name}` is {getattr(config, name)}; it counts optimizer steps, from {least}.")
+    if config.teacher_batch_size is not None and config.teacher_batch_size < 1:
+        raise ValueError(f"`teacher_batch_size` is {config.teacher_batch_size}; it counts rows, from 1.")
+    for name in ("stop_above_truncation", "stop_above_repetition"):
+        if getattr(config, name) is not None and not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"`{name}` is {getattr(config, name)}; it is a share, in [0, 1).")
+    if config.teacher_ema is not None and not 0 < config.teacher_ema < 1:
+        raise ValueError(f"`teacher_ema` is {config.teacher_ema}; it is a decay, in (0, 1), such as 0.99.")
+    if config.num_generations is not None and config.num_generations < 1:
+        raise ValueError(f"`num_generations` is {config.num_generations}; at least one completion is needed.")
+
+
+def _check_off_policy(config: Any) -> None:
+    """On text that the student did not write, only what is a function of the prefix alone is right."""
+    if config.lmbda == 1:
+        return
+    if config.beta == 0:
+        raise ValueError(
+            f"`lmbda` is {config.lmbda}, but `beta` is 0: there is no teacher to learn from on the dataset's "
+            "completions. Set `beta`, or `lmbda=1`."
+        )
+    if config.kl_estimator != "full" or config.kl_discount != 0:
+        raise ValueError(
+            f"`lmbda` is {config.lmbda}, so some batches are not written by the student, but "
+            f"kl_estimator={config.kl_estimator!r} with kl_discount={config.kl_discount:g} learns from its samples. "
+            "Use kl_estimator='full' with kl_discount=0, or `lmbda=1`."
+        )
+
+
+def _check_divergence(config: Any) -> None:
+    """Divergence, its parameter, and the estimator must fit together."""
+    used = [config.divergence, *([config.off_policy_divergence] if config.lmbda < 1 else [])]
+    if config.divergence_alpha is not None:
+        used = [name for name in used if DIVERGENCES[name] is not None]
+        if not used:
+            raise ValueError(
+                f"`divergence_alpha` is {config.divergence_alpha}, but divergence={config.divergence!r} has no "
+                "parameter. Leave it out, or use 'jsd', 'skewed_forward_kl', 'skewed_reverse_kl' or 'mixed'."
+            )
+        skewed = any(name.startswith("skewed") for name in used)
+        if not 0 <= config.divergence_alpha <= 1 or (skewed and config.divergence_alpha == 1):
+            bounds = "[0, 1), since at 1 both sides are the same" if skewed else "[0, 1]"
+            raise ValueError(f"`divergence_alpha` is {config.divergence_alpha}; it lies in {bounds}.")
+    if config.kl_estimator == "topk" and DIVERGENCES[config.divergence] is not None:
+        raise ValueError(
+            f"kl_estimator='topk' has no form for divergence={config.divergence!r}. Use kl_estimator='full', or "
+            "'reverse_kl' or 'forward_kl'."
+        )
+    if config.kl_estimator == "sampled" and config.divergence != "reverse_kl":
+        raise ValueError(
+            f"kl_estimator='sampled' estimates the reverse KL alone; divergence={config.divergence!r} is an average "
+            "over the teacher's tokens, of which none was sampled. Use kl_estimator='full', or no `divergence`."
+        )
+    if config.kl_estimator != "full" and config.kl_temperature not in (None, config.temperature):
+        raise ValueError(
+            f"`kl_temperature` is {config.kl_temperature}, but tokens are sampled at `temperature` "
+            f"{config.temperature}, and kl_estimator={config.kl_estimator!r} learns from the sampled token. Leave "
+            "`kl_temperature` out, or use kl_estimator='full'."
+        )
+
+
+def _check_schedule(config: Any) -> None:
+    if (config.beta_schedule == "constant") != (config.beta_end is None):
+        raise ValueError(
+            f"`beta_schedule` is {config.beta_schedule!r} and `beta_end` is {config.beta_end}: a schedule needs an "
+            "end, and a constant weight has none. Set both or neither."
+        )
+    if config.beta_end is not None and (config.beta_end < 0 or config.beta == 0):
+        raise ValueError(
+            f"`beta` goes from {config.beta} to {config.beta_end}. The end must not be negative, and the start must "
+            "not be 0, which loads no teacher: start from a small value instead."
+        )
+    if config.beta_schedule == "step" and config.beta_schedule_steps is None:
+        raise ValueError("`beta_schedule='step'` jumps at `beta_schedule_steps`; say when.")
+    if config.beta_schedule == "constant" and config.beta_schedule_steps is not None:
+        raise ValueError("`beta_schedule_steps` is given, but `beta_schedule` is 'constant'. Set both or neither.")
+    if config.beta == 0 and config.reward_start_step > 0:
+        raise ValueError(
+            f"`reward_start_step` is {config.reward_start_step}, but `beta` is 0: nothing would be learnt before it. "
+            "Give a teacher weight, or start with the reward."
+        )
+
+
+def _check_one_teacher(config: Any) -> None:
+    """The ways to name a teacher exclude each other."""
+    ways = ("teacher_model_name_or_path", "teacher_models", "teacher_ema")
+    named = [name for name in ways if getattr(config, name) is not None]
+    if len(named) > 1:
+        raise ValueError(f"Both `{named[0]}` and `{named[1]}` say who the teacher is. Keep one.")
+    if config.teacher_server_urls and config.teacher_model_name_or_path is None:
+        raise ValueError(
+            "`teacher_server_urls` are given, but not which model they serve. Name it with "
+            "`teacher_model_name_or_path`, as `/v1/models` of the server lists it."
+        )
+    if config.teacher_offload and (config.teacher_server_urls or config.teacher_ema is not None):
+        raise ValueError(
+            "`teacher_offload=True` keeps a teacher that is loaded here in CPU memory, and this one is not loaded "
+            "here. Leave it out."
+        )
+
+
+def check_group(config: Any, group: int) -> None:
+    """Whether the groups of completions of one prompt fill the generation batch."""
+    if config.generation_batch_size % group != 0:
+        raise ValueError(
+            f"The generation batch holds {config.generation_batch_size} completions, which `num_generations` "
+            f"({group}) does not divide. Change `num_generations`, or `per_device_train_batch_size`, "
+            "`gradient_accumulation_steps` or `generation_batch_size`."
+        )
+
+
+def check_resolved(config: Any, has_rewards: bool) -> None:
+    """
+    Whether settings fit to there being rewards, or none.
+
+    Args:
+        config ([`~trl_distill.OPDConfig`]): resolved.
+        has_rewards (`bool`): whether there are rewards.
+
+    Raises:
+        ValueError: groups of one with rewards, or batches that groups do not fill.
+    """
+    if has_rewards and config.beta > 0:
+        _check_units(config)
+    if not has_rewards and config.beta > 0:
+        _check_ignored(config)
+    group = config.num_generations
+    if has_rewards and group < 2:
+        raise ValueError(
+            "`num_generations` is 1, but rewards are compared within the completions of one prompt. Set it to 2 "
+            "or more, or leave it out (8)."
+        )
+    check_group(config, group)
+    group_eval = config.num_generations_eval or group
+    eval_batch = config.per_device_eval_batch_size * config.world_size
+    if config.do_eval and config.eval_strategy != "no" and eval_batch % group_eval != 0:
+        raise ValueError(
+            f"The global evaluation batch holds {eval_batch} completions, which the number of generations used "
+            f"for evaluation ({group_eval}) does not divide. Change `per_device_eval_batch_size` or "
+            "`num_generations_eval`."
+        )
+
+
+def _check_units(config: Any) -> None:
+    """`beta` is a weight in reward per nat only where rewards keep their size."""
+    if config.scale_rewards != "none":
+        logger.warning(
+            f"`scale_rewards={config.scale_rewards!r}` divides rewards by their standard deviation, so `beta` is "
+            "no longer a weight in reward per nat and the optimum is another. Use 'none' to optimise the stated "
+            "objective."
+        )
+    if config.multi_objective_aggregation != "sum_then_normalize":
+        logger.warning(
+            f"`multi_objective_aggregation={config.multi_objective_aggregation!r}` divides rewards by their "
+            "standard deviations, so `beta` is no longer a weight in reward per nat. Use 'sum_then_normalize' to "
+            "optimise the stated objective."
+        )
+    ceiling = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    if config.loss_type == "cispo" and ceiling < 1:
+        raise ValueError(
+            f"loss_type='cispo' clips the ratio at `epsilon_high` ({ceiling}), below its value on fresh rollouts, "
+            f"so the reward would weigh {ceiling} times what it says and `beta` would not be reward per nat. Set "
+            "`epsilon_high` to more than 1 (5.0 in the ScaleRL recipe)."
+        )
+
+
+def _check_ignored(config: Any) -> None:
+    """Settings of the policy loss, where there is no reward and so no policy loss."""
+    if config.reward_weights is not None:
+        raise ValueError("`reward_weights` are given, but no `reward_funcs`. Give both or neither.")
+    ignored = {
+        "delta": None,
+        "off_policy_mask_threshold": None,
+        "top_entropy_quantile": 1.0,
+        "reward_start_step": 0,
+    }
+    for name, default in ignored.items():
+        if getattr(config, name) != default:
+            logger.warning(f"`{name}` shapes the policy loss, and without rewards there is none: it has no effect.")

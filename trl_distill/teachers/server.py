@@ -4,7 +4,7 @@
 
 The protocol is that of vLLM 0.33, unchanged since 0.22: `/v1/completions`, `prompt_logprobs` and `return_token_ids`.
 An answer is taken only if every position in it fits what was asked; anything else is an error, never a number. When to
-ask is left to the caller, what is computed from the signal to `heads.py`.
+ask is left to the caller, what is computed from the signal to `estimators/`.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class ServedTeacher(Teacher):
     gives = TokenLogProbs
     per_generation = True  # whole generation batches keep the server busy, and waiting is done once
     temperature = 1.0  # `prompt_logprobs` know no other
+    top_k: int
 
     def __init__(
         self,
