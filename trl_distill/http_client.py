@@ -47,11 +47,11 @@ LONGEST_CONNECT = 5.0  # seconds
 FAILED_RECENTLY_SECONDS = 30.0  # seconds during which a URL that failed comes after the others
 
 
-PASSING = (408, 409, 425, 429)  # statuses that another attempt may mend, beside 5xx
+PASSING = (408, 409, 425, 429)  # statuses after which another attempt may succeed, beside 5xx
 
 
 class PassingError(Exception):
-    """A failure that another attempt may mend; `retry_after` is what the server asks to wait, in seconds."""
+    """A failure after which another attempt may succeed; `retry_after` is what the server asks to wait, in seconds."""
 
     def __init__(self, message: str, retry_after: float = 0.0):
         super().__init__(message)
@@ -167,7 +167,7 @@ class HTTPClient:
             path (`str`): appended to a base.
             body (`dict`, *optional*): posted as JSON; without one the request is a GET.
             read (`Callable[[str, bytes], T]`): what becomes of an answer, given its URL and content. It may raise
-                [`PassingError`] for one that another attempt may mend.
+                [`PassingError`] where another attempt may succeed.
             halt (`threading.Event`, *optional*): ends pauses and further attempts when it is set.
 
         Raises:
@@ -289,7 +289,7 @@ def read_url(url: str, setting: str) -> ServerURL:
         setting (`str`): what the user calls it, for messages.
 
     Raises:
-        ValueError: it is no full http URL, or has a query or a fragment, to which no path can be appended.
+        ValueError: it is not a full http URL, or has a query or a fragment, to which no path can be appended.
     """
     try:
         parsed = httpx.URL(url)

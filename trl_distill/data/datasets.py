@@ -59,7 +59,7 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
         raise ValueError(f"The dataset {name!r} could not be read: {error.__cause__ or error}.") from None
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise ValueError(
-            f"The dataset {name!r} could not be found: it is no local file or folder, and the hub did not give it. "
+            f"The dataset {name!r} could not be found: it is not a local file or folder, and the hub does not have it. "
             f"({error})"
         ) from None
 

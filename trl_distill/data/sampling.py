@@ -245,15 +245,15 @@ def scorer_of(model: nn.Module, as_in_training: bool = False) -> Signals:
     Args:
         model: see [`~trl_distill.models.hidden_states.add_teacher_forward`].
         as_in_training (`bool`): count positions as a forward in training does, padding on the left included. Otherwise
-            they are told to models with absolute positions, so that what stands beside a row does not matter.
+            models with absolute positions are given them, so that padding does not matter.
     """
     base = unwrap_adapter(model)
     takes = inspect.signature(base.base_model.forward).parameters
-    told = not as_in_training and not has_relative_positions(base.config) and "position_ids" in takes
+    given = not as_in_training and not has_relative_positions(base.config) and "position_ids" in takes
 
     def answer(rollouts: Rollouts) -> HiddenStates:
         attended = rollouts.attention_mask
-        places = {"position_ids": (attended.cumsum(1) - 1).clamp(min=0)} if told else {}
+        places = {"position_ids": (attended.cumsum(1) - 1).clamp(min=0)} if given else {}
         return model(input_ids=rollouts.input_ids, attention_mask=attended, rollouts=rollouts, **places)
 
     return answer

@@ -19,7 +19,7 @@ KEEP = ("all", "correct", "best")
 ASSIGN = ("all", "rotate", "column")
 
 
-# what the completions hang on: a restart must not change it. All else may differ and is computed anew from them
+# settings that the completions depend on: a restart must not change them. What follows from others is computed again
 FIXED = (
     *("dataset_name", "dataset_config", "dataset_split", "max_prompts", "new_prompts", "new_prompts_seeds"),
     *("teacher_model_name_or_path", "teacher_models", "teacher_assignment", "completions_per_prompt"),
@@ -276,7 +276,7 @@ def _json(name: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"`{name}` is no JSON ({error}): {text!r}. Write an object in single quotes.") from None
+        raise ValueError(f"`{name}` holds no JSON ({error}): {text!r}. Write an object in single quotes.") from None
     if not isinstance(value, dict):
         raise ValueError(f"`{name}` is {text!r}; it must be a JSON object.")
     return value

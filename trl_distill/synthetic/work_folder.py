@@ -1,4 +1,4 @@
-"""The work folder: what is finished stays on disk, so that a run that was killed goes on where it stood.
+"""The work folder: what is finished stays on disk, so that a run that was killed can be resumed.
 
 A file or folder with its final name is complete: it is written under another name, synced and renamed. What is in the
 files is left to the stages.
@@ -35,7 +35,7 @@ class WorkFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """
-        Keep other runs out. The operating system lets go of the lock of a process that was killed.
+        Keep other runs out. The operating system releases the lock of a process that was killed.
 
         Raises:
             ValueError: another run has it.
@@ -55,8 +55,8 @@ class WorkFolder:
 
     def check_settings(self, settings: dict[str, Any]) -> None:
         """
-        Note the settings that what is in here hangs on, or compare with those noted before. While no model has answered
-        there is nothing to lose: other settings then begin anew.
+        Note the settings that the stored answers depend on, or compare them with those noted before. While no model
+        has answered, nothing can be lost: other settings then start over.
 
         Raises:
             ValueError: they differ.
@@ -72,11 +72,11 @@ class WorkFolder:
                 shutil.rmtree(self.path / name, ignore_errors=True)
             return write_json(path, settings)
         if changed:
-            told = "; ".join(f"`{name}` was {before.get(name)!r}, now {settings.get(name)!r}" for name in changed)
+            changes = "; ".join(f"`{name}` was {before.get(name)!r}, now {settings.get(name)!r}" for name in changed)
             raise ValueError(
-                f"{self.path} holds completions that were made with other settings: {told}. Go back to those settings "
-                "to continue, pass another `--output_dir` to begin anew beside it, or delete that folder to begin "
-                "anew here."
+                f"{self.path} holds completions that were made with other settings: {changes}. Go back to those "
+                "settings to continue, pass another `--output_dir` to start over beside it, or delete that folder to "
+                "start over here."
             )
 
     def chunk(self, *parts: str | int) -> Path:
@@ -137,7 +137,7 @@ def digest(*parts: Any, size: int = 16) -> bytes:
 
 
 def seed_of(*parts: Any) -> int:
-    """A seed below 2^31 that hangs on all parts and nothing else."""
+    """A seed below 2^31 that depends on all parts and nothing else."""
     return int.from_bytes(digest(*parts, size=4)) >> 1
 
 

@@ -1,6 +1,6 @@
 """What a teacher's server answered: read position by position, and taken only where all of it fits the question.
 
-The wire format is that of vLLM, see `served.py`, which does the asking.
+The wire format is that of vLLM, see `server.py`, which asks.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class ChunkStage(Generic[Worker]):
 
     Args:
         work (`WorkFolder`): where the files are.
-        prompts (`Prompts`): whose chunks are gone through.
+        prompts (`Prompts`): whose chunks are worked on.
         load (`Callable[[], Worker]`): gives who does the work; called only if a file is missing.
         folder (`str`): the stage's folder in the work folder.
         index (`int`): the teacher's number, its folder in there.
@@ -50,7 +50,7 @@ class ChunkStage(Generic[Worker]):
         self.folder, self.index, self.teacher = folder, index, teacher
 
     def run(self, done: Callable[[int], None]) -> None:
-        """Make the files that are missing; `done` is told how many chunks there are."""
+        """Make the files that are missing; `done` is given the number of finished chunks."""
         worker: Worker | None = None
         try:
             for number in range(len(self.prompts)):

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from ...data.json_rows import InputRow
-from ...data.rows import RowError, read_messages, read_prompt
+from ...data.rows import CONVERSATIONS, RowError, read_messages, read_prompt
 from ..text import Text, flat
 from .ingest import read_rows
 
@@ -33,8 +33,8 @@ def read_human(found: InputRow, text: bool) -> dict[str, Any] | str:
         return str(found.fault)
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
-    elif isinstance(row.get("messages"), list) and row["messages"]:
-        prompt, completion = row["messages"][:-1], row["messages"][-1:]
+    elif turns := next((row[name] for name in CONVERSATIONS if isinstance(row.get(name), list)), None):
+        prompt, completion = turns[:-1], turns[-1:]
     else:
         return "no columns `prompt` and `completion`, nor `messages`"
     try:

@@ -63,7 +63,7 @@ class Scorer(Protocol):
         ...
 
     def identity(self) -> list[str]:
-        """What the scores hang on. Scores of another identity are made anew."""
+        """What the scores depend on. A scorer with another identity scores again."""
         ...
 
     def close(self) -> None:
@@ -126,8 +126,8 @@ class RewardFunctions:
             values = list(function(**given))
         except Exception as error:
             raise ValueError(
-                f"The reward function {path!r} failed: {type(error).__name__}: {error}. The completions are kept: mend "
-                "it and start the same command again."
+                f"The reward function {path!r} failed: {type(error).__name__}: {error}. The completions are kept: fix "
+                "it and run the same command again."
             ) from error
         if len(values) != rows:
             raise ValueError(f"The reward function {path!r} returned {len(values)} numbers for {rows} completions.")
@@ -256,7 +256,7 @@ def load_scorer(config: GenerateConfig) -> Scorer | None:
         return RewardModel(config.reward_model, config.batch_size)
     if config.judge:
         if config.judge_prompt and not Path(config.judge_prompt).is_file():
-            raise ValueError(f"`judge_prompt` names {config.judge_prompt!r}, which is no file.")
+            raise ValueError(f"`judge_prompt` names {config.judge_prompt!r}, which is not a file.")
         template = Path(config.judge_prompt).read_text(encoding="utf-8") if config.judge_prompt else JUDGE_PROMPT
         return Judge(Endpoint.from_config(parse_address(config.judge), config), template)
     return None
