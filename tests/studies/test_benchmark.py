@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import math
@@ -37,14 +36,13 @@ def benchmark():
 @pytest.fixture
 def measured(benchmark, cells):
     """Measures a preset's cell in miniature; memory is left out, since it starts processes."""
+    from scripts.studies.benchmark.results import Machine, Results
 
-    def call(name: str, repeats: int = 1, **changes) -> dict:
+    def call(name: str, repeats: int = 1, **changes) -> Results:
         cell = next(cell for cell in cells.preset("cpu", dry_run=True) if cell.name == name)
-        options = argparse.Namespace(repeats=repeats, threads=1)
-        found = benchmark.measure(replace(cell, **changes), options, CPU, None, lambda: None)
-        machine = {"processor": "p", "device": "d", "threads": 1}
-        about = {"preset": "cpu", "dry_run": True, "machine": machine, "versions": {}, "command": "c"}
-        return {**about, "cells": [json.loads(json.dumps(found))]}
+        how = benchmark.Measuring(repeats, threads=1, device=CPU)
+        found = benchmark.measure(replace(cell, **changes), how, lambda: None)
+        return Results("cpu", True, Machine("p", "d", 1), {}, "c", [found])
 
     return call
 
@@ -62,16 +60,17 @@ def test_every_loss_is_what_its_objective_has_on_the_rollouts(measured, name, ch
     from scripts.studies.benchmark import report as report
 
     results = measured(name, repeats=2, **changes)
-    (cell,) = results["cells"]
+    (cell,) = results.cells
     assert report.disagreeing(results) == []
-    for found in cell["contenders"].values():
-        assert len(found["update_s"]) == 2
-        assert all(seconds > 0 for seconds in found["shares"].values())
-    for _, _, ours, theirs in report.pairs(results):
+    for found in cell.contenders.values():
+        assert len(found.update_s) == 2
+        assert len(found.shares) == 5
+        assert all(seconds > 0 for seconds in found.shares.values())
+    for _, _, ours, theirs in results.pairs():
         value = report.ratio(ours, theirs, "float32", "update_s")
-        assert value["least"] <= value["median"] <= value["most"]
+        assert value.least <= value.median <= value.most
     if name == "ragged":
-        losses = [cell["contenders"][one]["loss"] for one in ("ours", "distillation", "gkd")]
+        losses = [cell.contenders[one].loss for one in ("ours", "distillation", "gkd")]
         assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
@@ -103,9 +102,30 @@ def test_no_ratio_at_all_where_ours_is_wrong(measured, monkeypatch):
 
 def test_generation_counts_for_the_step_alone(measured):
     results = measured("uniform", contenders=("ours", "gkd"), generates=True, tokens=12)
-    for found in results["cells"][0]["contenders"].values():
-        assert found["generation_s"] > 0
-        assert found["step_s"][0] > found["generation_s"]
+    for found in results.cells[0].contenders.values():
+        assert found.generation_s > 0
+        assert found.step_s[0] > found.generation_s
+
+
+def test_without_metrics_the_loss_is_the_same_and_the_profile_is_not_logged(cells, tmp_path):
+    from scripts.studies.benchmark.contenders import Contender, TrainerParts
+
+    cell = cells.preset("cpu", dry_run=True)[0]
+    logged, losses = [], []
+    for i, name in enumerate(("ours", "ours, without metrics")):
+        contender = Contender(name, TrainerParts(cell, cells.make_rollouts(cell), tmp_path / str(i), CPU))
+        names: set[str] = set()
+        record = contender.trainer.record
+        contender.trainer.record = lambda name, *value, names=names, record=record: (
+            names.add(name) or record(name, *value)
+        )
+        losses.append(contender.turn(0).loss)
+        logged.append(names)
+    assert losses[0] == losses[1]
+    profile = logged[0] - logged[1]
+    assert logged[1] < logged[0]
+    assert {"distill/concentration", "distill/top1_agreement", "distill/reverse_kl/quarter1"} <= profile
+    assert "distill/reverse_kl" in logged[1]
 
 
 def test_an_optimizer_that_is_forgotten_is_gone_and_made_anew(cells, tmp_path):
@@ -162,6 +182,22 @@ def test_peak_memory_sees_what_was_there_for_a_moment():
     peak = peak_memory(CPU, lambda: torch.ones(2**25).sum().item())  # 128 MiB, let go at once
     assert 120 < peak < 150
     assert peak_memory(CPU, lambda: kept[0].sum().item()) < 20
+
+
+def test_the_saved_file_holds_every_number(measured, tmp_path):
+    results = measured("uniform", repeats=2, contenders=("ours", "gkd"), generates=True)
+    results.save(tmp_path)
+    whole = json.loads((tmp_path / "benchmark.json").read_text())
+    (cell,) = whole["cells"]
+    assert (whole["preset"], whole["dry_run"], whole["machine"]["threads"]) == ("cpu", True, 1)
+    assert (cell["name"], cell["contenders"].keys()) == ("uniform", {"ours", "gkd"})
+    assert len(cell["lengths"]) == cell["rows"]
+    assert cell["tokens_in_all"] == cell["completion_tokens"] + cell["rows"] * cell["prompt"]
+    assert len(cell["floor_s"]) == 2
+    for name, found in cell["contenders"].items():
+        assert found["update_s"] == results.cells[0].contenders[name].update_s
+        assert found.keys() >= {"label", "ours", "objective", "expected", "scale", "loss", "step_s", "shares"}
+        assert found.keys().isdisjoint({"failed", "peak_mib"})  # not measured
 
 
 def test_docs_are_written_between_the_markers_of_their_preset(measured, tmp_path):

@@ -56,12 +56,14 @@ class Estimator(Protocol):
         takes (`tuple` of types): the signals that it can work with.
         temperature (`float`): softmax temperature of both models.
         stops (`list[int]`): ids that count as one; empty where there is nothing to merge.
+        profiles (`bool`): whether to measure for the log where the divergence is and how the models differ.
     """
 
     needs_log_probs: bool
     takes: tuple[type, ...]
     temperature: float
     stops: list[int]
+    profiles: bool
 
     def shares_logits(self, device: torch.device) -> bool:
         """Whether `measure` also gives the student's log-probabilities at the sampling temperature: `policy_log_q`."""

@@ -27,7 +27,7 @@ def uses_kernel(device: torch.device, divergence: str) -> bool:
 class Full:
     """The exact divergence over the whole vocabulary: no noise of its own, and right on any prefix."""
 
-    needs_log_probs = False
+    needs_log_probs, profiles = False, True
     takes: tuple[type, ...] = (HiddenStates,)
 
     def __init__(
@@ -45,7 +45,7 @@ class Full:
         if uses_kernel(hidden.device, self.divergence):
             return self._by_kernel(hidden, head, signal, sampled, log_q)
         form = DivergenceSpec(self.divergence, self.alpha, self.temperature, tuple(self.stops))
-        positions = compared_positions(sampled)
+        positions = compared_positions(sampled) if self.profiles else None
         found = fused_divergence(hidden, head, signal.hidden, signal.head, form, sampled, slopes, positions)
         log_p = found.log_p if self.log_p_temperature == self.temperature else self._log_p(head, signal, sampled, log_q)
         shared = slopes is not None and slopes.log_q is not None

@@ -14,7 +14,7 @@ from ..signals import HiddenStates, Signal, TokenLogProbs
 class FromLogProbs:
     """Estimators that are given the student's log-probabilities."""
 
-    needs_log_probs = True
+    needs_log_probs, profiles = True, True
     takes: tuple[type, ...] = (HiddenStates, TokenLogProbs)
 
     def shares_logits(self, device: torch.device) -> bool:

@@ -170,7 +170,7 @@ def _measure(
                 *(states, head, signal, sampled[mask], None if log_q is None else log_q[mask]),
                 slopes=plan.slopes(number, mask),
             )
-            if found.comparison is None and isinstance(signal, HiddenStates):
+            if found.comparison is None and plan.estimator.profiles and isinstance(signal, HiddenStates):
                 how = (plan.estimator.temperature, sampled[mask], plan.estimator.stops)
                 found = replace(found, comparison=comparison_from_states(states.detach(), head, signal, *how))
         if found.policy_log_q is not None and found.entropy is not None:

@@ -13,7 +13,9 @@ from .loss import LossParts
 Quantities = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by name: values, and a mask of what counts
 
 
-def step_quantities(parts: LossParts, name: str, has_rewards: bool, entropy_key: str | None) -> Quantities:
+def step_quantities(
+    parts: LossParts, name: str, has_rewards: bool, entropy_key: str | None, profile: bool
+) -> Quantities:
     """
     Of rollouts of the student.
 
@@ -22,10 +24,11 @@ def step_quantities(parts: LossParts, name: str, has_rewards: bool, entropy_key:
         name (`str`): of the divergence.
         has_rewards (`bool`): whether there are rewards.
         entropy_key (`str`, *optional*): where to log the entropy; `None` where TRL has done so.
+        profile (`bool`): whether to log where the divergence is and how student and teacher differ.
     """
     mask, key = parts.batch.mask, f"distill/{name}"
     of_tokens, of_rows = reward_and_teacher(parts.output, parts.scores, parts.per_token, parts.batch, parts.beta)
-    quantities = divergence_profile(parts.output, parts.per_token, mask, key)
+    quantities: Quantities = divergence_profile(parts.output, parts.per_token, mask, key) if profile else {}
     quantities |= {name: (values, mask) for name, values in {**of_tokens, key: parts.per_token}.items()}
     # rows that no reward function could score have no objective
     quantities |= {name: (values, ~values.isnan()) for name, values in of_rows.items()}

@@ -6,7 +6,6 @@ in `safeguards.py`, and every private name of TRL's trainer in `grpo_hooks.py`.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import textwrap
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
@@ -32,7 +30,7 @@ from ..heads.tiles import release_memory
 from ..objective.weights import scheduled_beta
 from ..reporting.metrics import means
 from ..reporting.tokens.callback import TokenReport
-from ..rollouts import MicroBatch
+from ..rollouts import MicroBatch, teacher_prompts
 from ..teachers.base import Teacher
 from ..teachers.pool import TeacherPool
 from ..teachers.spec import TeacherSpec, read_specs
@@ -52,6 +50,35 @@ GENERATIONS = "generations.json"  # in a checkpoint, where `lmbda` is below 1
 def no_reward(completions: list, **_: Any) -> list[float]:
     """Stands where TRL demands a reward source; never called."""
     return [0.0] * len(completions)
+
+
+def _as_opd_config(args: GRPOConfig | None, model: Any, teacher_model: Any) -> OPDConfig:
+    """The settings: none given, GRPO's, or ours."""
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return OPDConfig(f"{name.split('/')[-1]}-OPD")
+    if isinstance(args, OPDConfig):
+        return args
+    if teacher_model is not None and args.beta == 0:
+        raise ValueError(
+            f"A teacher is given, but `args` is a {type(args).__name__} with `beta=0`, under which it would not be "
+            "used. Use `OPDConfig` (its `beta` is 1.0), or set `beta`."
+        )
+    return OPDConfig.from_grpo(args)
+
+
+def _teachers_of(teacher_model: Any, args: OPDConfig, has_rewards: bool) -> dict[str, TeacherSpec]:
+    """Who judges, by name; nobody where `beta` is 0."""
+    if args.beta > 0:
+        return read_specs(teacher_model, args)
+    if not has_rewards:
+        raise ValueError(
+            "No reward source provided, and `beta` is 0, so that the teacher counts for nothing: there is nothing to "
+            "learn. Pass `reward_funcs`, or an `environment_factory` with a reward, or set `beta` above 0."
+        )
+    if teacher_model is not None:
+        logger.warning("`beta` is 0, so this is plain GRPO: the teacher is not loaded.")
+    return {}
 
 
 class OPDTrainer(GRPOHooks):
@@ -137,22 +164,12 @@ class OPDTrainer(GRPOHooks):
         *,
         teacher_model: str | PreTrainedModel | Teacher | dict[str, Any] | None = None,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = OPDConfig(f"{name.split('/')[-1]}-OPD")
-        elif not isinstance(args, OPDConfig):
-            if teacher_model is not None and args.beta == 0:
-                raise ValueError(
-                    f"A teacher is given, but `args` is a {type(args).__name__} with `beta=0`, under which it would not be "
-                    "used. Use `OPDConfig` (its `beta` is 1.0), or set `beta`."
-                )
-            args = OPDConfig.from_grpo(args)
+        args = _as_opd_config(args, model, teacher_model)
         if reward_funcs is not None and not isinstance(reward_funcs, list):
             reward_funcs = [reward_funcs]
         environment_rewards, environment_factory = probe_environments(environment_factory)
         self.has_rewards = bool(reward_funcs) or environment_rewards
         args = args.resolved(self.has_rewards)
-
         # one reward per nat, whatever the size of the group; other scalings and aggregations keep GRPO's baseline
         self.leave_one_out = (
             args.beta > 0 and args.scale_rewards == "none" and args.multi_objective_aggregation == "sum_then_normalize"
@@ -162,16 +179,8 @@ class OPDTrainer(GRPOHooks):
             eval_dataset = with_prompts(eval_dataset, "the evaluation dataset")
         if environment_factory is None and reward_funcs:
             check_rewards(reward_funcs, train_dataset)
-        specs: dict[str, TeacherSpec] = {}
-        if args.beta == 0 and not self.has_rewards:
-            raise ValueError(
-                "No reward source provided, and `beta` is 0, so that the teacher counts for nothing: there is nothing to "
-                "learn. Pass `reward_funcs`, or an `environment_factory` with a reward, or set `beta` above 0."
-            )
-        if args.beta == 0 and teacher_model is not None:
-            logger.warning("`beta` is 0, so this is plain GRPO: the teacher is not loaded.")
-        if args.beta > 0:
-            specs = read_specs(teacher_model, args)
+        specs = _teachers_of(teacher_model, args, self.has_rewards)
+        if specs:
             check_before_loading(model, specs, args)
             writers = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
             check_datasets(train_dataset, eval_dataset, list(specs), args, writers)
@@ -201,14 +210,18 @@ class OPDTrainer(GRPOHooks):
         self.safeguards = Safeguards(self)
         add_reporting(self, specs)
         if specs:
-            self.preflight = Report()
-            try:
-                self.setup = prepare(self, specs, self.preflight)
-            except (ValueError, TeacherAnswerError, TeacherUnavailable) as error:
-                vars(error).setdefault("report", self.preflight)  # what was found until then, for `check`
-                raise
-            self.loss = DistillationLoss(self, self.setup)
+            self._prepare(specs)
         self._bind_reports()
+
+    def _prepare(self, specs: dict[str, TeacherSpec]) -> None:
+        """Bring teachers and student together; an error carries what was found until then, for `trl-distill check`."""
+        self.preflight = Report()
+        try:
+            self.setup = prepare(self, specs, self.preflight)
+        except (ValueError, TeacherAnswerError, TeacherUnavailable) as error:
+            vars(error).setdefault("report", self.preflight)
+            raise
+        self.loss = DistillationLoss(self, self.setup)
 
     @property
     def pool(self) -> TeacherPool | None:
@@ -283,26 +296,10 @@ class OPDTrainer(GRPOHooks):
             self.safeguards.watch(batch)
         if self.pool is None or self.beta_at(self.state.global_step) == 0:  # a weight of 0 stays 0
             return
-        batch |= self._teacher_prompts(rows, batch)
+        own = [row.get("teacher_prompt") for row in rows]
+        batch |= teacher_prompts(own, batch, self.token_ids_of, self.tokenizer.pad_token_id)
         batch |= self.pool.assign(rows, batch["prompt_ids"].device)
         self.pool.score_ahead(MicroBatch.from_inputs(batch), self.mode == "train")
-
-    def _teacher_prompts(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Prompts of the teacher's own, `(B, P')`, left-padded; rows without one keep the student's."""
-        own = [row.get("teacher_prompt") for row in rows]
-        some = next((prompt for prompt in own if prompt), None)
-        if some is None:
-            return {}
-        rendered = self.token_ids_of([prompt or some for prompt in own])
-        ids = [
-            torch.tensor(theirs, device=kept.device) if prompt else kept[mask.bool()]
-            for prompt, theirs, kept, mask in zip(own, rendered, batch["prompt_ids"], batch["prompt_mask"], strict=True)
-        ]
-        pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-        return {
-            "teacher_prompt_ids": pad(ids, padding_value=self.tokenizer.pad_token_id),
-            "teacher_prompt_mask": pad([torch.ones_like(row) for row in ids], padding_value=0),
-        }
 
     def rollout_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's policy loss plus beta times the divergence from the teacher, from one forward of the student."""
@@ -331,7 +328,8 @@ class OPDTrainer(GRPOHooks):
         if parts.batch.is_off_policy:
             quantities = off_policy_quantities(parts, self.args.off_policy_divergence)
         else:
-            quantities = step_quantities(parts, self.args.divergence, self.has_rewards, self._entropy_key(parts))
+            how = (self.args.divergence, self.has_rewards, self._entropy_key(parts), self.estimator.profiles)
+            quantities = step_quantities(parts, *how)
         accumulation = self.current_gradient_accumulation_steps if self.mode == "train" else 1
         quantities |= loss_quantities(terms, accumulation)
         for name, mean in means(self.accelerator, quantities).items():

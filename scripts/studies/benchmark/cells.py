@@ -1,8 +1,8 @@
-"""What `benchmark.py` measures on: models by size, rollouts by length, and the named cells of each preset.
+"""What the benchmark measures on: models by size, rollouts by length, and the named cells of each preset.
 
 A cell is one shape and the contenders that run on it. Lengths stand at the quantiles of their distribution, so that a
 "ragged" batch of eight rows is ragged in the same way on every seed; order and token ids are drawn. Who the contenders
-are is left to `benchmark_contenders.py`.
+are is in `contenders.py`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Cell:
         return [max(2, round(self.tokens * math.exp(sigma * normal.inv_cdf(q)))) for q in quantiles]
 
     def shrunk(self) -> Cell:
-        """The same cell, small enough for a rehearsal of everything but speed."""
+        """The same cell in miniature, for a rehearsal."""
         tiny = Size(32, 2, 64, 2, 1, 16)
         small: dict[str, Any] = {"student": tiny, "teacher": replace(tiny, hidden=48, layers=3), "prompt": 4}
         return replace(self, turns=1, vocab=max(64, self.vocab // 256), tokens=max(3, self.tokens // 256), **small)

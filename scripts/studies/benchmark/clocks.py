@@ -1,4 +1,4 @@
-"""Clocks and memory for `benchmark.py`: where the seconds of a step go, and how much memory it needs at its peak.
+"""Clocks and memory for the benchmark: where the seconds of a step go, and its peak memory.
 
 Hooks on modules and on gradients only: nothing here knows how a trainer computes its loss. What a loss does between
 the backbones counts as LM heads.
@@ -111,7 +111,7 @@ class Shares:
 
 
 class _Bounds(TrainerCallback):
-    """Where a step begins and ends: between, what nothing else claims is the rest."""
+    """Begins and ends a step: time in between that belongs to no other part is "rest"."""
 
     def __init__(self, shares: Shares):
         self.shares = shares

@@ -1,14 +1,14 @@
-"""Who runs in `benchmark.py`: our trainer in its variants and three of TRL's, set up alike and fed the same rollouts.
+"""Who runs in the benchmark: our trainer in its variants and three of TRL's, set up alike and fed the same rollouts.
 
 Each is driven through its own `train()`: only the student's `generate` is replaced, by one that returns the cell's
 rollouts, so that padding, shuffling, ordering and splitting are the trainer's own. The learning rate is 0, which costs
-an optimizer what any other does and leaves every step with the same loss. What is done with the numbers is left to
-`benchmark_report.py`.
+an optimizer what any other does and leaves every step with the same loss. Tables are in `report.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 import time
 import types
 from collections import defaultdict
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -38,6 +37,14 @@ class StepTime:
 
     update: float
     generation: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Peak of a step above models and optimizer, MiB, and the step's loss."""
+
+    mib: float
     loss: float
 
 
@@ -109,17 +116,10 @@ def ours(parts: TrainerParts, **changes: Any) -> Any:
     )
 
 
-def ours_unmeasured(parts: TrainerParts) -> Any:
+def ours_unprofiled(parts: TrainerParts) -> Any:
     """Without the metrics that are there for the log alone; the divergence itself is still logged."""
     trainer = ours(parts)
-    loss = trainer.rollout_loss
-
-    def without_metrics(*args: Any, **kwargs: Any) -> Any:
-        nothing: Any = patch("trl_distill.training.trainer.divergence_profile", lambda *_: {})
-        with nothing, patch("trl_distill.estimators.full.compared_positions", lambda _: None):
-            return loss(*args, **kwargs)
-
-    trainer.rollout_loss = without_metrics
+    trainer.estimator.profiles = False
     return trainer
 
 
@@ -181,18 +181,32 @@ class Kind:
     label: str
     objective: str
     build: Callable[[TrainerParts], Any]
+    teacher_of: Callable[[Any], Any]
     is_ours: bool = False
 
 
+def our_teacher(trainer: Any) -> Any:
+    (teacher, _), *_ = trainer.pool.members
+    return teacher.model
+
+
+def _ours(label: str, objective: str, build: Callable[[TrainerParts], Any]) -> Kind:
+    return Kind(label, objective, build, our_teacher, is_ours=True)
+
+
+def _trls(label: str, objective: str, build: Callable[[TrainerParts], Any], teacher: str = "teacher_model") -> Kind:
+    return Kind(label, objective, build, operator.attrgetter(teacher))
+
+
 CONTENDERS = {
-    "ours": Kind("`OPDTrainer`", "reverse KL", ours, True),
-    "distillation": Kind("`DistillationTrainer`", "reverse KL", distillation),
-    "gkd": Kind("`GKDTrainer`", "reverse KL", gkd),
-    "ours, without metrics": Kind("`OPDTrainer`, without metrics", "reverse KL", ours_unmeasured, True),
-    "ours, top-k": Kind("`OPDTrainer`, top-k", "top-k KL", lambda parts: ours(parts, kl_estimator="topk"), True),
-    "ours, sampled": Kind("`OPDTrainer`, sampled", "sampled KL", lambda p: ours(p, kl_estimator="sampled"), True),
-    "ours, combined": Kind("`OPDTrainer`, reward and exact KL", "reward and exact KL", ours_combined, True),
-    "grpo": Kind("`GRPOTrainer`, reward and sampled KL", "reward and sampled KL", grpo),
+    "ours": _ours("`OPDTrainer`", "reverse KL", ours),
+    "distillation": _trls("`DistillationTrainer`", "reverse KL", distillation),
+    "gkd": _trls("`GKDTrainer`", "reverse KL", gkd),
+    "ours, without metrics": _ours("`OPDTrainer`, without metrics", "reverse KL", ours_unprofiled),
+    "ours, top-k": _ours("`OPDTrainer`, top-k", "top-k KL", lambda parts: ours(parts, kl_estimator="topk")),
+    "ours, sampled": _ours("`OPDTrainer`, sampled", "sampled KL", lambda parts: ours(parts, kl_estimator="sampled")),
+    "ours, combined": _ours("`OPDTrainer`, reward and exact KL", "reward and exact KL", ours_combined),
+    "grpo": _trls("`GRPOTrainer`, reward and sampled KL", "reward and sampled KL", grpo, "ref_model"),
 }
 
 
@@ -216,8 +230,8 @@ class Contender:
     A trainer ready to take turns.
 
     Args:
-        name (`str`): a key of `KINDS`.
-        parts ([`Parts`]): what it is made of.
+        name (`str`): a key of [`CONTENDERS`].
+        parts ([`TrainerParts`]): what it is made of.
     """
 
     def __init__(self, name: str, parts: TrainerParts):
@@ -225,9 +239,7 @@ class Contender:
         self.trainer = self.kind.build(parts)
         model = self.trainer.model
         self.student = model.get_base_model() if hasattr(model, "get_base_model") else model
-        panel = getattr(self.trainer, "panel", None)  # ours; the others name their teacher
-        attribute = "ref_model" if self.kind.build is grpo else "teacher_model"
-        self.teacher = panel.members[0][0].model if panel is not None else getattr(self.trainer, attribute)
+        self.teacher = self.kind.teacher_of(self.trainer)
         self.clock = StepClock(parts.device)
         self.trainer.add_callback(self.clock)
         self.trainer.remove_callback(PrinterCallback)
@@ -316,8 +328,8 @@ class Contender:
         self.__dict__.clear()
 
 
-def memory_of(name: str, cell: Cell, folder: str, device: str, threads: int) -> dict[str, float] | None:
-    """Peak of a step above what models and optimizer hold, MiB, and its loss; `None` where memory did not suffice."""
+def memory_of(name: str, cell: Cell, folder: str, device: str, threads: int) -> PeakMemory | None:
+    """Peak memory of a step, in a process of its own; `None` where memory did not suffice."""
     torch.set_num_threads(threads)
     parts = TrainerParts(cell, make_rollouts(cell), Path(folder), torch.device(device))
     losses = []
@@ -328,4 +340,4 @@ def memory_of(name: str, cell: Cell, folder: str, device: str, threads: int) -> 
             peak = peak_memory(parts.device, lambda: losses.append(contender.step(1).loss))
     except (torch.OutOfMemoryError, MemoryError):
         return None
-    return {"peak_mib": peak, "loss": losses[0]}
+    return PeakMemory(peak, losses[0])

@@ -1,7 +1,7 @@
-"""What `benchmark.py` holds its contenders against: losses computed plainly, and bare matrix products of their sizes.
+"""What contenders are compared with: losses computed plainly, and bare matrix products of their sizes.
 
 The losses come row by row from whole log-softmaxes, with none of the trainers' code. The floor is the time of the
-products that a step cannot do without: over real tokens, the student's backbone forward and backward, the teacher's
+products that no step can avoid: over real tokens, the student's backbone forward and backward, the teacher's
 forward, and four projections of the LM heads (two logits, two gradients). Norms, softmaxes, the optimizer and padding
 are left out of it on purpose.
 """
@@ -27,12 +27,17 @@ TOKENS_AT_ONCE = 256
 PRODUCT_ROWS = 1024  # a longer product is timed at this length, and its time scaled
 
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}  # of a loss, relative to the size of its terms
+@dataclass(frozen=True)
+class ReferenceLosses:
+    """Losses of one step by objective, as `contenders.CONTENDERS` names them, and the size of the terms they sum."""
+
+    by_objective: dict[str, float]
+    scale: float
 
 
 @torch.no_grad()
-def reference_losses(cell: Cell, rollouts: Rollouts, device: torch.device) -> dict[str, float]:
-    """The loss of one step by objective (see `KINDS`), and as "scale" the size of the terms that it is a sum of."""
+def reference_losses(cell: Cell, rollouts: Rollouts, device: torch.device) -> ReferenceLosses:
+    """The loss of one step on the cell's rollouts, for every objective."""
     student, teacher = (
         make_model(size, cell, seed, device).eval() for seed, size in ((1, cell.student), (2, cell.teacher))
     )
@@ -62,14 +67,14 @@ def reference_losses(cell: Cell, rollouts: Rollouts, device: torch.device) -> di
             sums["k3"] += (gap.exp() - gap - 1).sum().item()
     mean = {name: value / rollouts.completion_tokens for name, value in sums.items()}
     policy = {one_out: policy_loss(cell, rollouts, one_out) for one_out in (True, False)}
-    return {
+    by_objective = {
         "reverse KL": mean["exact"],
         "top-k KL": mean["top-k"],
         "sampled KL": mean["k1"],
         "reward and exact KL": policy[True] + BETA * mean["exact"],
         "reward and sampled KL": policy[False] + BETA * mean["k3"],
-        "scale": mean["exact"],
     }
+    return ReferenceLosses(by_objective, mean["exact"])
 
 
 def policy_loss(cell: Cell, rollouts: Rollouts, leave_one_out: bool) -> float:

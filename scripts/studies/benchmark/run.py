@@ -5,16 +5,17 @@
     python scripts/benchmark.py --preset gpu --dry_run   # the same cells in miniature, on a CPU: a rehearsal
 
 Random weights and rollouts, the same for all; contenders take turns within one run. A number is a ratio of medians,
-ours by theirs, given only where both losses are what their objectives have on these rollouts. Every cell is also held
-against its floor, the bare matrix products that it cannot do without. Peak memory is measured apart from time, each
+ours by theirs, given only where both losses are what their objectives have on these rollouts. Every cell is also
+compared with its floor, the matrix products that no trainer can avoid. Peak memory is measured apart from time, each
 contender in a process of its own. Writes `benchmark.json` and a picture; `--write_docs` puts both into `docs/`.
 
-Left out on purpose: quality (all minimise what they say), several devices, vLLM, and every combination of settings.
+Left out: quality, since losses are checked instead; several devices; vLLM; most combinations of settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import multiprocessing
 import os
@@ -23,9 +24,10 @@ import shlex
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from scripts.studies.benchmark import report as report
 from scripts.studies.benchmark.cells import Cell, make_rollouts, preset
 from scripts.studies.benchmark.contenders import CONTENDERS, Contender, TrainerParts, memory_of
 from scripts.studies.benchmark.reference import floor_seconds, reference_losses
+from scripts.studies.benchmark.results import CellResult, ContenderResult, Machine, Results
 
 
 warnings.filterwarnings("ignore", message="Unfeasible length constraints")  # the length is forced, on purpose
@@ -54,72 +57,94 @@ ROOT = Path(__file__).parents[3]
 OUT_OF_MEMORY = "out of memory"
 
 
-def measure(
-    cell: Cell,
-    options: argparse.Namespace,
-    device: torch.device,
-    pool: ProcessPoolExecutor | None,
-    advance: Any,
-) -> dict[str, Any]:
-    """Everything that is measured of one cell: plain numbers, ready for JSON."""
+@dataclass(frozen=True)
+class Measuring:
+    """
+    How cells are measured.
+
+    Attributes:
+        repeats (`int`): timed turns of each contender, times the cell's own `turns`.
+        threads (`int`): of PyTorch, in the processes that measure memory.
+        device (`torch.device`): that contenders train on.
+        pool (`ProcessPoolExecutor`, *optional*): measures memory; without one it is left out.
+    """
+
+    repeats: int
+    threads: int
+    device: torch.device
+    pool: ProcessPoolExecutor | None = None
+
+
+def measure(cell: Cell, how: Measuring, advance: Callable[[], object]) -> CellResult:
+    """Everything that is measured of one cell; `advance` is called now and then, [`steps_of`] times in all."""
     rollouts = make_rollouts(cell)
-    expected = reference_losses(cell, rollouts, device)
-    found: dict[str, Any] = {
-        name: {
-            "label": CONTENDERS[name].label,
-            "ours": CONTENDERS[name].is_ours,
-            "objective": CONTENDERS[name].objective,
-            "expected": expected[CONTENDERS[name].objective],
-            "scale": expected["scale"],
-        }
-        for name in cell.contenders
-    }
-    result = {**asdict(cell), "lengths": cell.lengths(), "contenders": found, "floor_s": []}
-    result |= {"tokens_in_all": rollouts.tokens, "completion_tokens": rollouts.completion_tokens}
+    expected = reference_losses(cell, rollouts, how.device)
+    found = {}
+    for name in cell.contenders:
+        kind = CONTENDERS[name]
+        loss = expected.by_objective[kind.objective]
+        found[name] = ContenderResult(kind.label, kind.is_ours, kind.objective, loss, expected.scale)
+    result = CellResult(cell, rollouts.tokens, rollouts.completion_tokens, found)
     with tempfile.TemporaryDirectory() as folder:
         if cell.timed:
-            parts = {name: TrainerParts(cell, rollouts, Path(folder) / str(i), device) for i, name in enumerate(found)}
-            result["floor_s"] = take_turns(cell, parts, found, options.repeats * cell.turns, advance)
+            parts = {
+                name: TrainerParts(cell, rollouts, Path(folder) / str(i), how.device) for i, name in enumerate(found)
+            }
+            result.floor_s = take_turns(cell, parts, found, how.repeats * cell.turns, advance)
         for name in cell.contenders:
-            if pool is None:
+            if how.pool is None:
                 break
-            peak = pool.submit(memory_of, name, cell, folder, device.type, options.threads).result()
+            peak = how.pool.submit(memory_of, name, cell, folder, how.device.type, how.threads).result()
             if peak is None:
-                found[name].setdefault("failed", OUT_OF_MEMORY)
+                found[name].failed = found[name].failed or OUT_OF_MEMORY
             else:
-                found[name] = {**found[name], "loss": peak["loss"], "peak_mib": peak["peak_mib"]}
+                found[name].loss, found[name].peak_mib = peak.loss, peak.mib
             advance()
     return result
 
 
 def take_turns(
-    cell: Cell, parts: dict[str, TrainerParts], found: dict[str, Any], repeats: int, advance: Any
+    cell: Cell,
+    parts: dict[str, TrainerParts],
+    found: dict[str, ContenderResult],
+    repeats: int,
+    advance: Callable[[], object],
 ) -> list[float]:
-    """Time the contenders of a cell one after another, `repeats` times; returns the floor's seconds in each round."""
+    """
+    Time the contenders of a cell one after another, `repeats` times.
+
+    Args:
+        cell ([`Cell`]): the shape.
+        parts (`dict[str, TrainerParts]`): of each contender, by name.
+        found (`dict[str, ContenderResult]`): is filled in.
+        repeats (`int`): rounds.
+        advance (`Callable`): called after each turn.
+
+    Returns:
+        `list[float]`: seconds of the floor in each round.
+    """
     contenders: dict[str, Contender] = {}
     floor = []
     for name, its_parts in parts.items():
         try:
             contender = Contender(name, its_parts)
-            found[name]["loss"] = contender.turn(0).loss  # not timed: it warms up
-            found[name]["update_s"] = []
+            found[name].loss = contender.turn(0).loss  # not timed: it warms up
             contenders[name] = contender
         except torch.OutOfMemoryError:
-            found[name]["failed"] = OUT_OF_MEMORY
+            found[name].failed = OUT_OF_MEMORY
         advance()
     device, rollouts = next((p.device, p.rollouts) for p in parts.values())
     for seed in range(1, repeats + 1):
         for name, contender in contenders.items():
-            turn = contender.turn(seed)
-            found[name]["update_s"].append(turn.update)
+            found[name].update_s.append(contender.turn(seed).update)
             advance()
         if not cell.axis:
             floor.append(floor_seconds(cell, rollouts, device))
     for name, contender in contenders.items() if not cell.axis else ():
         if cell.generates:
             turn = contender.turn(repeats, generating=True)
-            found[name] |= {"step_s": [turn.update + turn.generation], "generation_s": turn.generation}
-        found[name]["shares"] = contender.shares(repeats)
+            found[name].step_s, found[name].generation_s = [turn.update + turn.generation], turn.generation
+        found[name].shares = contender.shares(repeats)
         advance()
     for contender in contenders.values():
         contender.close()
@@ -139,14 +164,14 @@ def memory_pool(wanted: bool) -> Any:
     context = multiprocessing.get_context("forkserver")
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # the server imports before it knows ours
-    # there, memory that is freed goes back at once, so that a peak is one of use
+    # there, freed memory goes back at once, so that a peak is memory in use
     os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
-    context.set_forkserver_preload(["benchmark_contenders"])
+    context.set_forkserver_preload(["scripts.studies.benchmark.contenders"])
     return ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1, initializer=be_quiet)
 
 
 def be_quiet() -> None:
-    """Let the libraries keep to themselves what is known: unchecked tokenizers, progress of saving a model."""
+    """Hide warnings that are expected here, and the progress of saving models."""
     quiet_datasets()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -154,8 +179,8 @@ def be_quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Machine, versions and command, as they stand above the tables."""
+def no_results_yet(options: argparse.Namespace, device: torch.device) -> Results:
+    """Machine, versions and command, as they stand above the tables; no cells."""
     names = Path("/proc/cpuinfo")
     processor = next(
         (line.split(":")[1].strip() for line in names.read_text().splitlines() if line.startswith("model name"))
@@ -164,16 +189,14 @@ def about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         platform.processor() or platform.machine(),
     )
     shown = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores, no GPU"
-    return {
-        "preset": options.preset,
-        "dry_run": options.dry_run,
-        "machine": {"processor": processor, "device": shown, "threads": torch.get_num_threads()},
-        "versions": {
-            "Python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "peft", "trl_distill")},
-        },
-        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
-    }
+    libraries = ("torch", "transformers", "trl", "accelerate", "peft", "trl_distill")
+    return Results(
+        preset=options.preset,
+        dry_run=options.dry_run,
+        machine=Machine(processor, shown, torch.get_num_threads()),
+        versions={"Python": platform.python_version(), **{name: version(name) for name in libraries}},
+        command=shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+    )
 
 
 def chosen(options: argparse.Namespace) -> list[Cell]:
@@ -218,22 +241,23 @@ def main(options: argparse.Namespace) -> int:
     be_quiet()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if options.preset == "gpu" and not options.dry_run else "cpu")
-    results: dict[str, Any] = {**about(options, device), "cells": []}
+    results = no_results_yet(options, device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with memory_pool(not options.no_memory) as pool, Progress(*columns, console=console) as progress:
+        how = Measuring(options.repeats, options.threads, device, pool)
         for cell in cells:
             task = progress.add_task(cell.name, total=steps_of(cell, options.repeats, pool is not None))
-            results["cells"].append(measure(cell, options, device, pool, lambda task=task: progress.advance(task)))
+            results.cells.append(measure(cell, how, functools.partial(progress.advance, task)))
             progress.update(task, completed=progress.tasks[task].total)
-            report.save(results, options.output_dir)  # nothing is lost where a later cell fails
+            results.save(options.output_dir)  # nothing is lost where a later cell fails
             if not console.is_terminal:  # where bars are drawn only at the end
                 console.print(f"{cell.name}: done")
     report.show(results, console)
-    if any(cell["axis"] for cell in results["cells"]):
+    if any(found.cell.axis for found in results.cells):
         report.draw(results, options.output_dir / "benchmark_growth.png")
     if options.write_docs:
         report.write_docs(results, ROOT / "docs" / "benchmarks.md")
-        if any(cell["axis"] for cell in results["cells"]):
+        if any(found.cell.axis for found in results.cells):
             report.draw(results, ROOT / "docs" / "images" / "benchmark_growth.png")
     others = report.disagreeing(results)
     for line in others:
@@ -243,5 +267,5 @@ def main(options: argparse.Namespace) -> int:
 
 
 def script() -> int:
-    """The script, with the arguments of the process."""
+    """The command, with the arguments of the process."""
     return main(parse())

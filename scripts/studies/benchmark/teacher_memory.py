@@ -1,11 +1,11 @@
-"""What does a parked teacher save? Peak memory of the same training steps with a resident and with a parked teacher.
+"""What does an offloaded teacher save? Peak memory of the same training steps with a resident and an offloaded one.
 
-    python scripts/teacher_memory.py                      # on a GPU, if there is one
-    python scripts/teacher_memory.py --hidden_size 2048   # a larger teacher
+    python -m scripts.studies.benchmark.teacher_memory                      # on a GPU, if there is one
+    python -m scripts.studies.benchmark.teacher_memory --hidden_size 2048   # a larger teacher
 
 Random weights, since only their size matters; each run is a process of its own. On a GPU the numbers are what PyTorch
 allocated there, while the teacher judges and while the student is updated. On a CPU both teachers lie in the same
-memory, so the peak of the whole process says what parking costs there: the cache of hidden states.
+memory, so the peak of the whole process says what offloading costs there: the cache of hidden states.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl_distill import OPDConfig, OPDTrainer
 
 
+ROOT = Path(__file__).parents[3]
+
+
 def model(hidden_size: int, layers: int, vocab_size: int) -> LlamaForCausalLM:
     heads = max(hidden_size // 64, 1)
     return LlamaForCausalLM(
@@ -46,8 +49,8 @@ def model(hidden_size: int, layers: int, vocab_size: int) -> LlamaForCausalLM:
     )
 
 
-def run(options: argparse.Namespace, parked: bool) -> dict[str, float]:
-    """Two optimizer steps; peaks in MiB by phase."""
+def run(options: argparse.Namespace, offloaded: bool) -> dict[str, float]:
+    """Two optimizer steps; peaks in MiB by phase, and the size of the teacher."""
     words = {f"w{i}": i for i in range(options.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -75,7 +78,7 @@ def run(options: argparse.Namespace, parked: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         args = OPDConfig(
             output_dir=folder,
-            teacher_offload=parked,
+            teacher_offload=offloaded,
             max_steps=2,
             per_device_train_batch_size=options.batch_size,
             gradient_accumulation_steps=2,
@@ -99,19 +102,19 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64, help="per completion")
-    parser.add_argument("--one", choices=["resident", "parked"], help="run this one here, and print its numbers")
+    parser.add_argument("--one", choices=["resident", "offloaded"], help="run this one here, and print its numbers")
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(run(options, options.one == "parked")))
+        print(json.dumps(run(options, options.one == "offloaded")))
         return
     place = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, whole process"
     table = Table(title=f"Peak memory, MiB ({place})")
     for column in ("", "while the teacher judges", "while the student is updated"):
         table.add_column(column, justify="left" if not column else "right")
     size = 0.0
-    for kind in ("resident", "parked"):
-        command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--one", kind]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for kind in ("resident", "offloaded"):
+        command = [sys.executable, "-m", "scripts.studies.benchmark.teacher_memory", *sys.argv[1:], "--one", kind]
+        output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
         found = json.loads(output.splitlines()[-1])
         size = found["teacher"]
         table.add_row(kind, f"{found['judging']:.0f}", f"{found['update']:.0f}")
