@@ -70,7 +70,7 @@ def test_a_verifier_that_fails_is_named(main, saved):
 
 def test_an_empty_prompt_is_named(main, saved):
     (saved / "prompts.jsonl").write_text('{"prompt": "a b"}\n{"prompt": ""}\n')
-    with pytest.raises(SystemExit, match="Row 1 of the dataset has the prompt ''; .* not empty"):
+    with pytest.raises(SystemExit, match=r"Row 1 of the dataset has the prompt ''; .* not empty"):
         main("--model_name_or_path", "student")
 
 
