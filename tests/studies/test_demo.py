@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -86,21 +86,22 @@ def test_a_second_seed_recovers_most_of_the_gap(tmp_path):
 def test_recipes_are_compared_and_a_second_call_goes_on(tmp_path, monkeypatch, capsys):
     """With very few steps: every recipe runs, the table names them, and what has been run is not run again."""
     from scripts.studies.demo import rewards as demo_rewards
+    from scripts.studies.demo.student import Setting
 
     monkeypatch.setattr(demo_rewards, "SEEDS", (0,))
-    options = argparse.Namespace(
-        output_dir=tmp_path, models=MODELS, steps=2, learning_rate=1e-3, held_out=50, seed=0, rewards=True
-    )
-    demo_rewards.compare(options)
+    setting = Setting(MODELS, tmp_path, steps=2, learning_rate=1e-3, held_out=50, seed=0)
+    demo_rewards.compare(setting)
     first = capsys.readouterr().out
-    assert all(name in first for name in ("teacher", "student before", *demo_rewards.recipes(2)))
+    assert all(
+        name in first
+        for name in ("teacher", "student before", *(recipe.label for recipe in demo_rewards.recipes(2).values()))
+    )
     assert (tmp_path / "rewards" / "rewards.png").stat().st_size > 10_000
     summary = json.loads((tmp_path / "rewards" / "summary.json").read_text())
     assert all(len(row["accuracy"]) == 1 for row in summary.values())
     monkeypatch.setattr(demo_rewards, "train", None)  # calling it would fail
     (tmp_path / "rewards" / "summary.json").unlink()
-    demo_rewards.compare(options)
+    demo_rewards.compare(setting)
     assert json.loads((tmp_path / "rewards" / "summary.json").read_text()) == summary
-    options.learning_rate = 1e-2
     with pytest.raises(TypeError):  # other options are another run
-        demo_rewards.compare(options)
+        demo_rewards.compare(dataclasses.replace(setting, learning_rate=1e-2))

@@ -1,96 +1,127 @@
 """Reward, teacher, or both? The demo's student under four recipes, three seeds each.
 
-    python scripts/demo.py --rewards            # one to two hours on two cores; stopped and called again, it goes on
+    python scripts/demo.py --rewards      # one to two hours on two cores; if interrupted, rerun it to resume
 
-The reward is 1 for a right final answer and 0 otherwise; it knows nothing about the steps. All recipes see the same
-problems and as many answers, for the same number of steps. A table and `rewards.png` compare the accuracy on held-out
-problems; each finished run leaves its numbers in a file of its own, which later calls read instead of training again.
+The reward is 1 for a right final answer and 0 otherwise, whatever the steps. All recipes see the same problems and as
+many answers, for the same number of steps. A table and `rewards.png` compare the accuracy on held-out problems; each
+finished run leaves its numbers in a file of its own, which later calls read instead of training again.
 
 Left out: a search for the best settings of each recipe. The reward alone has a smaller learning rate, since in trials
-it fell apart at larger ones.
+it collapsed at larger ones.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from scripts.studies.demo.student import console, load, measure, train
+from scripts.studies.demo.student import Setting, console, load, measure, train
 from scripts.studies.tasks.additions import correct, problems
-
-
-STEPS = 500  # unless `--steps` says else
 
 
 SEEDS = (0, 1, 2)
 
 
-def recipes(steps: int) -> dict[str, dict[str, Any]]:
-    """By name, what differs from the demo's settings."""
+@dataclass(frozen=True)
+class Recipe:
+    """
+    How the student is trained.
+
+    Attributes:
+        label (`str`): in the table.
+        rewarded (`bool`): whether right answers are rewarded.
+        changes (`dict[str, Any]`): fields of `OPDConfig` that differ from the demo's.
+    """
+
+    label: str
+    rewarded: bool
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+def recipes(steps: int) -> dict[str, Recipe]:
+    """By name, which also names the files of their runs."""
     switch = steps * 3 // 5  # step at which "distil, then RL" turns from the teacher to the reward
+    then_rl = {
+        "reward_start_step": switch,
+        "beta_schedule": "step",
+        "beta_schedule_steps": switch,
+        "beta_end": 0.01,
+        "num_generations": 2,
+    }
     return {
-        "reward only": {"reward_funcs": [correct], "beta": 0.0, "learning_rate": 5e-5, "num_generations": 8},
-        "teacher only": {"num_generations": 2},
-        "both": {"reward_funcs": [correct], "beta": 0.1, "num_generations": 2},
-        "distil, then RL": {
-            "reward_funcs": [correct],
-            "reward_start_step": switch,
-            "beta_schedule": "step",
-            "beta_schedule_steps": switch,
-            "beta_end": 0.01,
-            "num_generations": 2,
-        },
+        "reward-only": Recipe("reward only", True, {"beta": 0.0, "learning_rate": 5e-5, "num_generations": 8}),
+        "teacher-only": Recipe("teacher only", False, {"num_generations": 2}),
+        "both": Recipe("both", True, {"beta": 0.1, "num_generations": 2}),
+        "distil-then-RL": Recipe("distil, then RL", True, then_rl),
     }
 
 
-def run(options: argparse.Namespace, recipe: str, seed: int, path: Path) -> dict[str, Any]:
-    """Train one recipe on one seed, or read what an earlier call with the same options found."""
-    settings = {**recipes(options.steps)[recipe], "max_steps": options.steps, "seed": seed}
-    asked = {"steps": options.steps, "learning_rate": options.learning_rate, "held_out": options.held_out}
+@dataclass(frozen=True)
+class RewardRun:
+    """
+    One finished run.
+
+    Attributes:
+        recipe (`str`): its label.
+        seed (`int`): of the run.
+        options (`dict[str, Any]`): what it was made with; runs with other options are not compared.
+        accuracy, reverse_kl (`float`): of the trained student, on held-out problems.
+        seconds (`int`): that it took.
+        curve (`list[tuple[int, float]]`): accuracy on other problems by optimizer step.
+    """
+
+    recipe: str
+    seed: int
+    options: dict[str, Any]
+    accuracy: float
+    reverse_kl: float
+    seconds: int
+    curve: list[tuple[int, float]]
+
+
+def run(setting: Setting, recipe: Recipe, path: Path) -> RewardRun:
+    """Train one recipe on the setting's seed, or read what an earlier call with the same options found."""
+    options = {name: getattr(setting, name) for name in ("steps", "learning_rate", "held_out")}
     if path.exists():
-        found = json.loads(path.read_text())
-        if found["options"] == asked:
+        found = RewardRun(**json.loads(path.read_text()))
+        if found.options == options:
             return found
-    start = time.perf_counter()
-    student, teacher, tokenizer = load(options.models)
-    held_out, glance = problems(options.held_out, seed=10_000 + seed), problems(250, seed=20_000 + seed)
+    start, seed = time.perf_counter(), setting.seed
+    models = load(setting.models)
+    held_out, glance = problems(setting.held_out, seed=10_000 + seed), problems(250, seed=20_000 + seed)
     _, watch = train(
-        options,
-        f"{recipe}, seed {seed}",
-        student,
-        lambda: measure(student, teacher, tokenizer, glance, seed),
-        **settings,
+        setting,
+        models,
+        f"{recipe.label}, seed {seed}",
+        lambda: measure(models, models.student, glance, seed),
+        reward=[correct] if recipe.rewarded else None,
+        **recipe.changes,
     )
-    result = {
-        "recipe": recipe,
-        "seed": seed,
-        "options": asked,
-        **measure(student, teacher, tokenizer, held_out, seed),
-        "seconds": round(time.perf_counter() - start),
-        "curve": watch.accuracy,
-    }
+    after = measure(models, models.student, held_out, seed)
+    seconds = round(time.perf_counter() - start)
+    result = RewardRun(recipe.label, seed, options, after.accuracy, after.reverse_kl, seconds, watch.accuracy)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result) + "\n")
+    path.write_text(json.dumps(asdict(result)) + "\n")
     return result
 
 
-def baselines(options: argparse.Namespace) -> dict[str, list[float]]:
+def baselines(setting: Setting) -> dict[str, list[float]]:
     """Accuracy of the teacher and of the untrained student on each seed's held-out problems."""
-    student, teacher, tokenizer = load(options.models)
-    rows = {seed: problems(options.held_out, seed=10_000 + seed) for seed in SEEDS}
+    models = load(setting.models)
+    rows = {seed: problems(setting.held_out, seed=10_000 + seed) for seed in SEEDS}
     return {
-        name: [measure(model, teacher, tokenizer, rows[seed], seed)["accuracy"] for seed in SEEDS]
-        for name, model in (("teacher", teacher), ("student before", student))
+        name: [measure(models, model, rows[seed], seed).accuracy for seed in SEEDS]
+        for name, model in (("teacher", models.teacher), ("student before", models.student))
     }
 
 
-def draw(results: dict[str, list[dict[str, Any]]], teacher: float, path: Path) -> None:
+def draw(results: dict[str, list[RewardRun]], teacher: float, path: Path) -> None:
     """Accuracy over the steps: the mean of each recipe's seeds, and the range between them."""
     import matplotlib
 
@@ -101,10 +132,10 @@ def draw(results: dict[str, list[dict[str, Any]]], teacher: float, path: Path) -
     figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     axis.axhline(teacher, color="#555555", linestyle="--", linewidth=1.2, label=f"teacher {teacher:.1%}")
     for colour, (recipe, runs) in zip(colours, results.items(), strict=True):
-        steps = [step for step, _ in runs[0]["curve"]]
-        at = list(zip(*([value for _, value in run["curve"]] for run in runs), strict=True))
+        steps = [step for step, _ in runs[0].curve]
+        at = list(zip(*([value for _, value in run.curve] for run in runs), strict=True))
         axis.fill_between(steps, [min(v) for v in at], [max(v) for v in at], color=colour, alpha=0.15, linewidth=0)
-        mean = statistics.mean(run["accuracy"] for run in runs)
+        mean = statistics.mean(run.accuracy for run in runs)
         axis.plot(steps, [statistics.mean(v) for v in at], color=colour, linewidth=2, label=f"{recipe} {mean:.1%}")
     axis.set(
         xlabel="optimizer step (64 answers each)", ylabel="accuracy on 250 problems", ylim=(0, 1.02), xlim=(0, None)
@@ -117,32 +148,30 @@ def draw(results: dict[str, list[dict[str, Any]]], teacher: float, path: Path) -
     plt.close(figure)
 
 
-def compare(options: argparse.Namespace) -> None:
+def compare(setting: Setting) -> None:
     """Run what has not been run yet, then table and picture."""
-    folder = options.output_dir / "rewards"
-    options.steps = options.steps or STEPS
-    results: dict[str, list[dict[str, Any]]] = {}
-    for recipe in recipes(options.steps):
-        name = recipe.replace(", ", "-").replace(" ", "-")
-        results[recipe] = [run(options, recipe, seed, folder / f"{name}-{seed}.json") for seed in SEEDS]
+    folder = setting.output_dir / "rewards"
+    results: dict[str, list[RewardRun]] = {}
+    for name, recipe in recipes(setting.steps).items():
+        seeds = [replace(setting, seed=seed) for seed in SEEDS]
+        results[recipe.label] = [run(one, recipe, folder / f"{name}-{one.seed}.json") for one in seeds]
     console.print("Measuring teacher and untrained student ...")
-    known = baselines(options)
+    known = baselines(setting)
     teacher = statistics.mean(known["teacher"])
-    table = Table(
-        title=f"{options.held_out} held-out problems per seed, one sampled answer each; {options.steps} steps"
-    )
+    rows: dict[str, tuple[list[float], list[float] | None]] = {label: (values, None) for label, values in known.items()}
+    rows |= {label: ([r.accuracy for r in runs], [r.reverse_kl for r in runs]) for label, runs in results.items()}
+    title = f"{setting.held_out} held-out problems per seed, one sampled answer each; {setting.steps} steps"
+    table = Table(title=title)
     for column in ("", "accuracy", "by seed", "KL to the teacher, nats per token"):
         table.add_column(column, justify="left" if not column else "right")
-    rows: dict[str, tuple[list[float], list[float] | None]] = {name: (values, None) for name, values in known.items()}
-    rows |= {name: ([r["accuracy"] for r in runs], [r["reverse_kl"] for r in runs]) for name, runs in results.items()}
-    for name, (values, kl) in rows.items():
+    for label, (values, kl) in rows.items():
         by_seed = " ".join(f"{value:.1%}" for value in values)
-        table.add_row(name, f"{statistics.mean(values):.1%}", by_seed, f"{statistics.mean(kl):.3f}" if kl else "")
+        table.add_row(label, f"{statistics.mean(values):.1%}", by_seed, f"{statistics.mean(kl):.3f}" if kl else "")
     console.print(table)
     draw(results, teacher, folder / "rewards.png")
-    summary = {name: {"accuracy": values, "reverse_kl": kl} for name, (values, kl) in rows.items()}
+    summary = {label: {"accuracy": values, "reverse_kl": kl} for label, (values, kl) in rows.items()}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    best = max(results, key=lambda name: statistics.mean(r["accuracy"] for r in results[name]))
-    above = statistics.mean(r["accuracy"] for r in results[best]) - teacher
+    best = max(results, key=lambda label: statistics.mean(r.accuracy for r in results[label]))
+    above = statistics.mean(r.accuracy for r in results[best]) - teacher
     console.print(f"Best: {best}, {abs(above):.1%} {'above' if above > 0 else 'below'} the teacher.")
     console.print(f"Results are in {folder}: summary.json, rewards.png, and the numbers of each run")

@@ -3,12 +3,12 @@
     make demo        # or: python scripts/demo.py
 
 The task is four-digit addition with written-out steps. The teacher (0.6 M parameters) solves it; the student (0.34 M)
-was made by SFT on 200 of the teacher's answers, and mostly derails. Here it writes answers of its own, and the teacher
-judges every token. A table, `summary.json` and `training.png` say how far that brings it.
+was made by SFT on 200 of the teacher's answers, and mostly makes mistakes. Here it writes answers of its own, and the
+teacher scores every token. A table, `summary.json` and `training.png` show how far that brings it.
 
-With `--rewards` it compares the teacher alone with a reward alone and with both (`demo_rewards.py`). Left out on
-purpose: a search for good settings, and anything that needs a network or a GPU. How the two models were made:
-`scripts/make_demo_models.py`.
+`python scripts/demo.py --rewards` compares the teacher alone with a reward alone and with both (`rewards.py`). Left
+out: a search for good settings, and anything that needs a network or a GPU.
+`python -m scripts.studies.tasks.make_models` makes the two models again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from datasets import Dataset
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from scripts.studies.demo.student import MODELS, Watch, console, load, measure, train
+from scripts.studies.demo.student import MODELS, Measured, Setting, Watch, console, load, measure, train
 from scripts.studies.tasks.additions import problems
 
 
-STEPS = 250  # unless `--steps` says else
+STEPS, STEPS_WITH_REWARDS = 250, 500  # unless `--steps` is given
 
 
 def draw(watch: Watch, teacher_accuracy: float, path: Path) -> None:
@@ -60,7 +60,7 @@ def draw(watch: Watch, teacher_accuracy: float, path: Path) -> None:
         ha="right",
     )
     top.set(
-        ylabel="accuracy on 250 problems", ylim=(0, 1.05), title="The student writes, the teacher judges every token"
+        ylabel="accuracy on 250 problems", ylim=(0, 1.05), title="The student writes, the teacher scores every token"
     )
     bottom.plot(*zip(*watch.kl, strict=True), color=orange, linewidth=1.6)
     bottom.set(xlabel="optimizer step (64 answers each)", ylabel="KL(student ‖ teacher)\nnats per token", yscale="log")
@@ -71,55 +71,71 @@ def draw(watch: Watch, teacher_accuracy: float, path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
     parser.add_argument("--models", type=Path, default=MODELS)
-    parser.add_argument("--steps", type=int, help="optimizer steps: 250, with --rewards 500 for each run")
+    parser.add_argument(
+        "--steps", type=int, help=f"optimizer steps: {STEPS}, with --rewards {STEPS_WITH_REWARDS} a run"
+    )
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--held_out", type=int, default=1000, help="problems for the table")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rewards", action="store_true", help="compare reward, teacher and both: see demo_rewards.py")
-    options = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="with --rewards there are three seeds, whatever is given")
+    parser.add_argument("--rewards", action="store_true", help="compare reward, teacher and both")
+    return parser.parse_args(words)
+
+
+def table(held_out: int, teacher: Measured, before: Measured, after: Measured) -> Table:
+    made = Table(title=f"{held_out} held-out problems, one sampled answer each")
+    for column in ("", "accuracy", "KL to the teacher, nats per token"):
+        made.add_column(column, justify="left" if not column else "right")
+    made.add_row("teacher", f"{teacher.accuracy:.1%}", "0")
+    made.add_row("student before", f"{before.accuracy:.1%}", f"{before.reverse_kl:.3f}")
+    made.add_row("student after", f"{after.accuracy:.1%}", f"{after.reverse_kl:.3f}")
+    return made
+
+
+def demonstrate(setting: Setting) -> None:
+    """Measure, train, measure again; save and show what came out."""
+    start = time.perf_counter()
+    models = load(setting.models)
+    held_out, glance = problems(setting.held_out, seed=10_000 + setting.seed), problems(250, seed=20_000 + setting.seed)
+
+    def measured(model: Any, rows: Dataset) -> Measured:
+        return measure(models, model, rows, setting.seed)
+
+    console.print(f"Measuring teacher and student on {setting.held_out} held-out problems ...")
+    teacher, before = measured(models.teacher, held_out), measured(models.student, held_out)
+    trainer, watch = train(setting, models, "distilling", lambda: measured(models.student, glance))
+    trainer.save_model(str(setting.output_dir / "student"))
+    after = measured(models.student, held_out)
+
+    summary = {
+        "teacher_accuracy": teacher.accuracy,
+        "student_accuracy_before": before.accuracy,
+        "student_accuracy_after": after.accuracy,
+        "reverse_kl_before": before.reverse_kl,
+        "reverse_kl_after": after.reverse_kl,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    (setting.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    draw(watch, teacher.accuracy, setting.output_dir / "training.png")
+    console.print(table(setting.held_out, teacher, before, after))
+    gap = teacher.accuracy - before.accuracy
+    recovered = (after.accuracy - before.accuracy) / gap if gap else float("nan")
+    console.print(f"{recovered:.0%} of the gap to the teacher recovered in {summary['seconds']:.0f} seconds.")
+    console.print(f"Results are in {setting.output_dir}: summary.json, training.png, and the model in student/")
+
+
+def main(words: list[str] | None = None) -> None:
+    options = parse(words)
     logging.getLogger("trl_distill").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()  # of loading; ours follows
+    steps = options.steps or (STEPS_WITH_REWARDS if options.rewards else STEPS)
+    setting = Setting(options.models, options.output_dir, steps, options.learning_rate, options.held_out, options.seed)
     if options.rewards:
         from scripts.studies.demo.rewards import compare
 
-        return compare(options)
-    options.steps = options.steps or STEPS
-    start = time.perf_counter()
-    student, teacher, tokenizer = load(options.models)
-    held_out, glance = problems(options.held_out, seed=10_000 + options.seed), problems(250, seed=20_000 + options.seed)
-
-    def measured(model: Any, rows: Dataset) -> dict[str, float]:
-        return measure(model, teacher, tokenizer, rows, options.seed)
-
-    console.print(f"Measuring teacher and student on {options.held_out} held-out problems ...")
-    of_teacher, before = measured(teacher, held_out), measured(student, held_out)
-    trainer, watch = train(options, "distilling", student, lambda: measured(student, glance))
-    trainer.save_model(str(options.output_dir / "student"))
-    after = measured(student, held_out)
-
-    summary = {
-        "teacher_accuracy": of_teacher["accuracy"],
-        "student_accuracy_before": before["accuracy"],
-        "student_accuracy_after": after["accuracy"],
-        "reverse_kl_before": before["reverse_kl"],
-        "reverse_kl_after": after["reverse_kl"],
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    (options.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    draw(watch, of_teacher["accuracy"], options.output_dir / "training.png")
-
-    table = Table(title=f"{options.held_out} held-out problems, one sampled answer each")
-    for column in ("", "accuracy", "KL to the teacher, nats per token"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row("teacher", f"{of_teacher['accuracy']:.1%}", "0")
-    table.add_row("student before", f"{before['accuracy']:.1%}", f"{before['reverse_kl']:.3f}")
-    table.add_row("student after", f"{after['accuracy']:.1%}", f"{after['reverse_kl']:.3f}")
-    console.print(table)
-    gap = of_teacher["accuracy"] - before["accuracy"]
-    recovered = (after["accuracy"] - before["accuracy"]) / gap if gap else float("nan")
-    console.print(f"{recovered:.0%} of the gap to the teacher recovered in {summary['seconds']:.0f} seconds.")
-    console.print(f"Results are in {options.output_dir}: summary.json, training.png, and the model in student/")
+        compare(setting)
+    else:
+        demonstrate(setting)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,37 @@ MODELS = Path(__file__).parents[1] / "tasks" / "models"
 console = Console()
 
 
+@dataclass(frozen=True)
+class Setting:
+    """
+    What a training of the demo is given.
+
+    Attributes:
+        models (`Path`): folder with `student/` and `teacher/`.
+        output_dir (`Path`): for results.
+        steps (`int`): optimizer steps.
+        learning_rate (`float`): at its peak.
+        held_out (`int`): problems for the table.
+        seed (`int`): of everything.
+    """
+
+    models: Path
+    output_dir: Path
+    steps: int
+    learning_rate: float
+    held_out: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Models:
+    """Student, teacher and their tokenizer."""
+
+    student: Any
+    teacher: Any
+    tokenizer: Any
+
+
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, prompts: list[Any]) -> tuple[torch.Tensor, ...]:
     """One answer per prompt at temperature 1: ids and attention mask `(B, P + C)`, completions and mask `(B, C)`."""
@@ -41,11 +73,17 @@ def sample(model: Any, tokenizer: Any, prompts: list[Any]) -> tuple[torch.Tensor
     return ids, torch.cat([inputs["attention_mask"], mask.long()], dim=1), completions, mask
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Of a model on some problems: share of right answers, and KL to the teacher in nats per token."""
+
+    accuracy: float
+    reverse_kl: float
+
+
 @torch.no_grad()
-def measure(
-    model: Any, teacher: Any, tokenizer: Any, rows: Dataset, seed: int, batch_size: int = 250
-) -> dict[str, float]:
-    """Sample one answer per problem at temperature 1: accuracy, and KL(model ‖ teacher) in nats per token."""
+def measure(models: Models, model: Any, rows: Dataset, seed: int, batch_size: int = 250) -> Measured:
+    """Accuracy and KL(model ‖ teacher), nats per token, on one answer to each problem, sampled at temperature 1."""
     was_training = model.training
     model.eval()
     state = torch.random.get_rng_state()
@@ -53,22 +91,31 @@ def measure(
     right, kl, tokens = 0.0, 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        ids, attention_mask, completions, mask = sample(model, tokenizer, batch["prompt"])
-        logits = [m(input_ids=ids, attention_mask=attention_mask).logits for m in (model, teacher)]
+        ids, attention_mask, completions, mask = sample(model, models.tokenizer, batch["prompt"])
+        logits = [m(input_ids=ids, attention_mask=attention_mask).logits for m in (model, models.teacher)]
         per_token = reverse_kl(*logits)[:, -completions.shape[1] - 1 : -1]  # small vocabulary: full logits are fine
         kl += (per_token * mask).sum().item()
         tokens += int(mask.sum())
-        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        texts = models.tokenizer.batch_decode(completions, skip_special_tokens=True)
         right += sum(correct(texts, batch["answer"]))
     torch.random.set_rng_state(state)
     model.train(was_training)
-    return {"accuracy": right / len(rows), "reverse_kl": kl / tokens}
+    return Measured(right / len(rows), kl / tokens)
 
 
 class Watch(TrainerCallback):
-    """Moves the progress bar, and measures accuracy now and then on problems that are not used for the final table."""
+    """
+    Moves the progress bar, and measures accuracy now and then.
 
-    def __init__(self, progress: Progress, label: str, total: int, every: int, measure_now: Any):
+    Args:
+        progress (`Progress`): the bar's.
+        label (`str`): of the bar.
+        total (`int`): optimizer steps.
+        every (`int`): steps between two measurements.
+        measure_now (`Callable[[], Measured]`): measures the student.
+    """
+
+    def __init__(self, progress: Progress, label: str, total: int, every: int, measure_now: Callable[[], Measured]):
         self.progress, self.every, self.measure_now = progress, every, measure_now
         self.task = progress.add_task(label, total=total, kl=float("nan"), accuracy=float("nan"))
         self.kl: list[tuple[int, float]] = []
@@ -88,21 +135,38 @@ class Watch(TrainerCallback):
             self._look(state.global_step)
 
     def _look(self, step: int) -> None:
-        self.accuracy.append((step, self.measure_now()["accuracy"]))
+        self.accuracy.append((step, self.measure_now().accuracy))
         self.progress.update(self.task, accuracy=self.accuracy[-1][1])
 
 
-def load(models: Path) -> tuple[Any, Any, Any]:
-    """Student, teacher and their tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(models / "student")
-    student, teacher = (AutoModelForCausalLM.from_pretrained(models / name) for name in ("student", "teacher"))
-    for model in (student, teacher):  # `measure` calls these directly; without it generation would read defaults
+def load(folder: Path) -> Models:
+    """The models in `folder`."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("student", "teacher"))
+    for model in (student, teacher):  # `sample` calls `generate` without a padding token
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return student, teacher, tokenizer
+    return Models(student, teacher, tokenizer)
 
 
-def train(options: argparse.Namespace, label: str, student: Any, watch_with: Any, **changes: Any) -> tuple[Any, Watch]:
-    """Train the student with a progress bar: the demo's settings, with `changes`, `reward_funcs` among them."""
+def train(
+    setting: Setting,
+    models: Models,
+    label: str,
+    measure_now: Callable[[], Measured],
+    reward: Any = None,
+    **changes: Any,
+) -> tuple[OPDTrainer, Watch]:
+    """
+    Train the student, with a progress bar.
+
+    Args:
+        setting ([`Setting`]): steps, learning rate, folders, seed.
+        models ([`Models`]): whose student is trained, in place.
+        label (`str`): of the progress bar.
+        measure_now (`Callable[[], Measured]`): measures the student now and then.
+        reward (*optional*): reward function.
+        changes: fields of `OPDConfig` that differ from the demo's.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -111,18 +175,17 @@ def train(options: argparse.Namespace, label: str, student: Any, watch_with: Any
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    reward_funcs = changes.pop("reward_funcs", None)
     settings = {
-        "output_dir": str(options.output_dir / "checkpoints"),
-        "max_steps": options.steps,
+        "output_dir": str(setting.output_dir / "checkpoints"),
+        "max_steps": setting.steps,
         "per_device_train_batch_size": 64,
-        "learning_rate": options.learning_rate,
+        "learning_rate": setting.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 5,  # at this rate the student first gets worse; gentler starts end lower in the same time
         "max_completion_length": MAX_COMPLETION_LENGTH,
         "logging_steps": 1,
         "save_strategy": "no",
-        "seed": options.seed,
+        "seed": setting.seed,
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -131,14 +194,14 @@ def train(options: argparse.Namespace, label: str, student: Any, watch_with: Any
     }
     args = OPDConfig(**{**settings, **changes})
     with Progress(*columns, console=console) as progress:
-        watch = Watch(progress, label, args.max_steps, every=25, measure_now=watch_with)
+        watch = Watch(progress, label, args.max_steps, every=25, measure_now=measure_now)
         trainer = OPDTrainer(
-            model=student,
-            teacher_model=str(options.models / "teacher") if args.beta > 0 else None,
-            reward_funcs=reward_funcs,
+            model=models.student,
+            teacher_model=str(setting.models / "teacher") if args.beta > 0 else None,
+            reward_funcs=reward,
             args=args,
             train_dataset=problems(64 * args.max_steps, seed=30_000 + args.seed),
-            processing_class=AutoTokenizer.from_pretrained(options.models / "student"),
+            processing_class=AutoTokenizer.from_pretrained(setting.models / "student"),
             callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)

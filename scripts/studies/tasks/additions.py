@@ -2,8 +2,7 @@
 
 The questions read like those of reasoning-gym's `chain_sum`, so its verifier can take the place of `correct`; the
 package itself is not used because one of its dependencies needs a C compiler to install. The chain of steps (one column
-at a time, from the right, with the carry) is what the demo's teacher was taught to write. Models and training are left
-to the scripts.
+at a time, from the right, with the carry) is what the demo's teacher was taught to write.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ MAX_COMPLETION_LENGTH = 64  # tokens; a complete solution has 43 or 44
 
 def problems(size: int, seed: int) -> Dataset:
     """
-    `size` problems, the same for the same `seed`; among 81 million, those of two seeds hardly meet.
+    `size` problems, the same for the same `seed`; of 81 million, so two seeds have next to none in common.
 
     Columns: `prompt` (one user message), `solution` (the chain of steps) and `answer` (digits).
     """

@@ -1,16 +1,16 @@
 """Make the demo's two models again from scratch: a teacher, and a weaker student made by SFT on a few of its answers.
 
-    python scripts/make_demo_models.py --output_dir scripts/demo_models
+    python -m scripts.studies.tasks.make_models --output_dir scripts/studies/tasks/models
 
 1. A byte-pair tokenizer is trained on the task's own text (digits stay single tokens).
 2. The teacher (Qwen3 classes, 0.6 M parameters) learns the written-out solutions by SFT.
 3. The teacher answers `--sft_samples` problems by sampling; the student (0.35 M) learns those answers by SFT.
-   Nothing else is done to it. The regime is chosen openly: with many samples SFT alone closes the gap, with very few
-   nothing is learnt that on-policy distillation could build on.
+   Nothing else is done to it. The number of samples is chosen for a demo: with many, SFT alone closes the gap; with
+   very few, the student learns nothing that on-policy distillation could build on.
 
 About half an hour on two cores. The models in the repository were made this way, the teacher on additions that
-reasoning-gym's `chain_sum` drew, so they are repeated in kind, not bit for bit. Left out on purpose: a search for the
-best teacher.
+reasoning-gym's `chain_sum` drew, so the new ones are alike, not the same bit for bit. Left out: a search for the best
+teacher.
 """
 
 from __future__ import annotations

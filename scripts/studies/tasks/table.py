@@ -1,9 +1,8 @@
-"""Tasks of `reproduce.py`: the demo's additions, with one right answer each, orders, with many, and GSM8K.
+"""Tasks of `scripts/reproduce.py`: the demo's additions, with one right answer each, orders, with many, and GSM8K.
 
-An order is any arrangement of five given digits: "74219" may be answered with "19742" and 119 others. What was written
-already must not come again, and what was not given must not come at all, so a teacher has much to choose from and still
-knows exactly what is wrong. GSM8K (https://arxiv.org/abs/2110.14168) is for models from the hub. Training is left to
-`reproduce_runs.py`.
+An order is any arrangement of five given digits: "74219" may be answered with "19742" and 119 others. A digit must not
+come twice, and no other digit must come, so many answers are right and every mistake is certain. GSM8K
+(https://arxiv.org/abs/2110.14168) is for models from the hub.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from scripts.studies.tasks import additions as demo_task
+from scripts.studies.tasks import additions
 from scripts.studies.tasks.gsm8k import ends_with, gsm8k
 from scripts.studies.tasks.orders import in_any_order, orders
 
@@ -30,10 +29,10 @@ class Task:
 
     Attributes:
         name (`str`): of the task.
-        problems (`Callable`): `(size, seed)` to rows with "prompt", "solution" and "answer"; see the seeds above.
+        problems (`Callable`): `(size, seed)` to rows with "prompt", "solution" and "answer"; see `seeds.py`.
         verifier (`Callable`): reward function, 1.0 for a right answer.
         limit (`int`): tokens of an answer.
-        student, teacher (`str`, *optional*): folders or names; made on the spot where there are none.
+        student, teacher (`str`, *optional*): folders or names; `None` where they are made on the spot.
     """
 
     name: str
@@ -47,9 +46,9 @@ class Task:
 TASKS = {
     "additions": Task(
         "additions",
-        demo_task.problems,
-        demo_task.correct,
-        demo_task.MAX_COMPLETION_LENGTH,
+        additions.problems,
+        additions.correct,
+        additions.MAX_COMPLETION_LENGTH,
         str(SHIPPED / "student"),
         str(SHIPPED / "teacher"),
     ),
