@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass
@@ -120,3 +123,33 @@ class MicroBatch:
         assert self.advantages is not None
         silent = torch.zeros_like(self.advantages)
         return replace(self, inputs={**self.inputs, "advantages": silent}, advantages=silent)
+
+
+def teacher_prompts(
+    prompts: list[Any], batch: dict[str, Any], tokenize: Callable[[list[Any]], list[list[int]]], pad: int
+) -> dict[str, torch.Tensor]:
+    """
+    Prompts of the teacher's own for a batch of `GRPOTrainer`, left-padded; rows without one keep the student's.
+
+    Args:
+        prompts (`list`): one per row, text or messages; `None` where a row has none.
+        batch (`dict`): with "prompt_ids" and "prompt_mask" of shape `(B, P)`.
+        tokenize (`Callable`): prompts to token ids, as in training.
+        pad (`int`): id of padding.
+
+    Returns:
+        `dict`: "teacher_prompt_ids" and "teacher_prompt_mask" of shape `(B, P')`; nothing where no row has one.
+    """
+    some = next((prompt for prompt in prompts if prompt), None)
+    if some is None:
+        return {}
+    rendered = tokenize([prompt or some for prompt in prompts])
+    ids = [
+        torch.tensor(theirs, device=kept.device) if prompt else kept[mask.bool()]
+        for prompt, theirs, kept, mask in zip(prompts, rendered, batch["prompt_ids"], batch["prompt_mask"], strict=True)
+    ]
+    left_padded = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    return {
+        "teacher_prompt_ids": left_padded(ids, padding_value=pad),
+        "teacher_prompt_mask": left_padded([torch.ones_like(row) for row in ids], padding_value=0),
+    }

@@ -56,7 +56,7 @@ def other_special():
         (
             lambda: tokenizer_checks.same_tokenizer(make_tokenizer([*WORDS, "+"]), make_tokenizer([*WORDS, "-", "+"])),
             "error",
-            "differ in 2 of 30",
+            "differ in 2 of 31",
         ),
         (lambda: tokenizer_checks.same_tokenizer(make_tokenizer(), None), "warning", "came without a tokenizer"),
         (

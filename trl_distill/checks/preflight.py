@@ -199,7 +199,7 @@ def check_head(model: nn.Module, whose: str, accelerator: Accelerator) -> None:
     """
     if is_sharded(accelerator):
         return
-    base, training = unwrap_adapter(model), model.training
+    base, training = unwrap_adapter(accelerator.unwrap_model(model)), model.training  # out of DeepSpeed's engine
     input_ids = torch.arange(4, device=next(base.parameters()).device)[None]
     with torch.no_grad(), accelerator.autocast():
         model.eval()

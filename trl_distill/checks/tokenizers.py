@@ -24,7 +24,13 @@ def same_tokenizer(
         assume_same (`bool`): a difference is no error.
         served (`bool`): the teacher is behind a server, so its tokenizer can only be found by the model's name.
     """
-    if teacher is None and served:
+    if teacher is None:
+        return _not_known(served)
+    return _differing_ids(student, teacher, assume_same) or _differing_special_tokens(student, teacher)
+
+
+def _not_known(served: bool) -> Finding:
+    if served:
         return Finding(
             "tokenizer",
             "warning",
@@ -32,20 +38,27 @@ def same_tokenizer(
             "they mean to the student.",
             "Serve it under its hub name or folder (`--served-model-name`) to have this checked.",
         )
-    if teacher is None:
-        return Finding(
-            "tokenizer",
-            "warning",
-            "The teacher came without a tokenizer, so it was not checked that its token ids mean what they mean to the "
-            "student.",
-            "Load the teacher from a folder or hub name that holds its tokenizer to have this checked.",
-        )
+    return Finding(
+        "tokenizer",
+        "warning",
+        "The teacher came without a tokenizer, so it was not checked that its token ids mean what they mean to the "
+        "student.",
+        "Load the teacher from a folder or hub name that holds its tokenizer to have this checked.",
+    )
+
+
+def _differing_ids(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, assume_same: bool
+) -> Finding | None:
+    """Ids that are not the same token for both; `None` where there are none."""
     of_student = {index: token for token, index in student.get_vocab().items()}
     of_teacher = {index: token for token, index in teacher.get_vocab().items()}
-    differing = [i for i in sorted(of_student.keys() | of_teacher.keys()) if of_student.get(i) != of_teacher.get(i)]
+    ids = sorted(of_student.keys() | of_teacher.keys())
+    differing = [i for i in ids if of_student.get(i) != of_teacher.get(i)]
+    if not differing:
+        return None
     moved = {of_student.get(i) for i in differing} & {of_teacher.get(i) for i in differing} - {None}
-    clashing = [i for i in differing if i in of_student and i in of_teacher]
-    if differing and not clashing and not moved:
+    if not moved and not any(i in of_student and i in of_teacher for i in differing):
         shown = ", ".join(f"{i}: {of_student.get(i, of_teacher.get(i))!r}" for i in differing[:5])
         return Finding(
             "tokenizer",
@@ -53,19 +66,23 @@ def same_tokenizer(
             f"{len(differing)} ids are known to only one of the two tokenizers; all others agree. The first: {shown}.",
             "Make sure that prompts and answers do without them.",
         )
-    if differing:
-        shown = "; ".join(f"{i}: {of_student.get(i)!r} against {of_teacher.get(i)!r}" for i in differing[:5])
-        found = (
-            f"The tokenizers of student and teacher differ in {len(differing)} of {len(of_student)} ids. The first, "
-            f"student against teacher: {shown}."
-        )
-        if assume_same:
-            return Finding("tokenizer", "warning", found, "Going on, as `assume_same_tokenizer=True` asks.")
-        advice = (
-            "The divergence compares probabilities id by id, so it would compare different tokens. Use a teacher with "
-            "the student's tokenizer, or set `assume_same_tokenizer=True` if these ids do not matter."
-        )
-        return Finding("tokenizer", "error", found, advice)
+    shown = "; ".join(f"{i}: {of_student.get(i)!r} against {of_teacher.get(i)!r}" for i in differing[:5])
+    found = (
+        f"The tokenizers of student ({len(of_student)} ids) and teacher ({len(of_teacher)}) differ in "
+        f"{len(differing)} of {len(ids)} ids. The first, student against teacher: {shown}."
+    )
+    if assume_same:
+        return Finding("tokenizer", "warning", found, "Going on, as `assume_same_tokenizer=True` asks.")
+    return Finding(
+        "tokenizer",
+        "error",
+        found,
+        "The divergence compares probabilities id by id, so it would compare different tokens. Use a teacher with "
+        "the student's tokenizer, or set `assume_same_tokenizer=True` if these ids do not matter.",
+    )
+
+
+def _differing_special_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Finding:
     special = [
         f"{name} {getattr(student, name)!r} against {getattr(teacher, name)!r}"
         for name in ("bos_token", "unk_token")  # padding is never attended to
@@ -78,7 +95,7 @@ def same_tokenizer(
             f"Same ids, other special tokens, student against teacher: {', '.join(special)}.",
             "The teacher reads what the student's tokenizer writes: make sure that it was trained to.",
         )
-    return Finding("tokenizer", "ok", f"The same {len(of_student)} ids and special tokens.")
+    return Finding("tokenizer", "ok", f"The same {len(student.get_vocab())} ids and special tokens.")
 
 
 def vocabulary(

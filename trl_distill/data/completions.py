@@ -1,14 +1,16 @@
 """Off-policy batches: completions of the dataset in the place of rollouts, and when it is their turn.
 
 Prompts are tokenised as for generation, completions go on from there, and are cut, ended and masked like rollouts. What
-is minimised on them is left to the trainer, reading datasets to `data.py`.
+is minimised on them is left to the loss, reading datasets to `datasets.py`.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,29 @@ def is_on_policy(generation: int, lmbda: float) -> bool:
     """
     written = [math.floor(n * lmbda + 1e-9) for n in (generation, generation + 1)]  # 10 · 0.3 is below 3 in floats
     return written[1] > written[0]
+
+
+class Turns:
+    """Counts generation batches, so that a resumed run goes on with the batch that is due."""
+
+    FILE = "generations.json"  # in a checkpoint
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def next_is_on_policy(self, lmbda: float) -> bool:
+        """Whether the student writes the next generation batch, which is counted; see [`is_on_policy`]."""
+        self.done += 1
+        return is_on_policy(self.done - 1, lmbda)
+
+    def save(self, folder: str, under_way: bool) -> None:
+        """Write how many batches there have been; one that is under way is written anew after a resume."""
+        Path(folder, self.FILE).write_text(json.dumps({"generations": self.done - int(under_way)}))
+
+    def load(self, folder: str | None) -> None:
+        """Go on after a checkpoint, or begin; a checkpoint without the file is of a run without off-policy batches."""
+        path = Path(folder or "", self.FILE)
+        self.done = json.loads(path.read_text())["generations"] if folder and path.is_file() else 0
 
 
 def token_ids(

@@ -1,15 +1,12 @@
 """`OPDTrainer`: GRPO with the reward set to zero and the teacher in the place of the reference model.
 
-It decides in which order things are asked for. What is minimised is in `loss.py`, set-up in `setup.py`, what stops a run
-in `safeguards.py`, and every private name of TRL's trainer in `grpo_hooks.py`.
+It decides in which order things are asked for. What is minimised is in `loss.py`, set-up in `setup.py`, what stops a
+run in `safeguards.py`, and every private name of TRL's trainer in `grpo_hooks.py`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import textwrap
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +18,7 @@ from ..checks.datasets import check_datasets
 from ..checks.findings import Report
 from ..checks.preflight import check_before_loading
 from ..config import OPDConfig
-from ..data.completions import completion_batch, is_on_policy
+from ..data.completions import Turns, completion_batch
 from ..data.datasets import with_prompts
 from ..data.rewards import check_rewards
 from ..errors import RunawayError, StoppedBySignal, TeacherAnswerError, TeacherUnavailable
@@ -34,6 +31,7 @@ from ..rollouts import MicroBatch, teacher_prompts
 from ..teachers.base import Teacher
 from ..teachers.pool import TeacherPool
 from ..teachers.spec import TeacherSpec, read_specs
+from .citation import PAPER
 from .grpo_hooks import GRPOHooks
 from .loss import DistillationLoss, LossParts
 from .safeguards import Safeguards
@@ -42,9 +40,6 @@ from .step_metrics import loss_quantities, off_policy_quantities, step_quantitie
 
 
 logger = logging.getLogger(__name__)
-
-
-GENERATIONS = "generations.json"  # in a checkpoint, where `lmbda` is below 1
 
 
 def no_reward(completions: list, **_: Any) -> list[float]:
@@ -104,7 +99,7 @@ class OPDTrainer(GRPOHooks):
     ```
 
     Args:
-        teacher_model (`str`, [`~transformers.PreTrainedModel`], `PeftModel`, [`Teacher`] or `dict` of these, *optional*):
+        teacher_model (`str`, [`~transformers.PreTrainedModel`], `PeftModel`, [`Teacher`], `dict` of these, *optional*):
             Who judges: a hub name or folder, `"adapter-off"`, a model, or anything with `score(rollouts)`; several by
             name, of which the dataset's `teacher` column chooses. Needed where `beta > 0`; `args` may name it instead.
             A model is frozen, and its forward extended in place.
@@ -120,30 +115,11 @@ class OPDTrainer(GRPOHooks):
     setup: Setup | None = None
     loss: DistillationLoss | None = None
     preflight: Report
-    _generations: int = 0  # how many generation batches there have been
     _terms: dict[str, torch.Tensor] = {}  # the parts of the last loss, for the evidence
 
     _tag_names = ["trl", "trl_distill", "on-policy-distillation"]
     _name = "On-Policy Distillation"
-    _paper = {
-        "title": "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
-        "id": "2306.13649",
-        "citation": textwrap.dedent("""\
-            @inproceedings{agarwal2024onpolicy,
-                title        = {{On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes}},
-                author       = {Rishabh Agarwal and Nino Vieillard and Yongchao Zhou and Piotr Stanczyk and Sabela Ramos and Matthieu Geist and Olivier Bachem},
-                year         = 2024,
-                booktitle    = {The Twelfth International Conference on Learning Representations},
-                eprint       = {arXiv:2306.13649},
-            }
-            @inproceedings{gu2024minillm,
-                title        = {{MiniLLM: Knowledge Distillation of Large Language Models}},
-                author       = {Yuxian Gu and Li Dong and Furu Wei and Minlie Huang},
-                year         = 2024,
-                booktitle    = {The Twelfth International Conference on Learning Representations},
-                eprint       = {arXiv:2306.08543},
-            }"""),
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -207,7 +183,7 @@ class OPDTrainer(GRPOHooks):
             )
         finally:
             args.beta = beta
-        self.safeguards = Safeguards(self)
+        self.safeguards, self.turns = Safeguards(self), Turns()
         add_reporting(self, specs)
         if specs:
             self._prepare(specs)
@@ -272,8 +248,7 @@ class OPDTrainer(GRPOHooks):
         args = self.args
         if args.lmbda == 1 or self.mode == "eval" or self.beta_at(self.state.global_step) == 0:
             return None
-        on_policy = is_on_policy(self._generations, args.lmbda)
-        self._generations += 1
+        on_policy = self.turns.next_is_on_policy(args.lmbda)
         self.record("distill/on_policy", float(on_policy))
         if on_policy:
             return None
@@ -347,7 +322,7 @@ class OPDTrainer(GRPOHooks):
         return "entropy" if same or parts.output.log_probs is not None else "distill/entropy"
 
     def on_run_start(self, checkpoint: str | None) -> None:
-        self._generations = self._generations_until(checkpoint)
+        self.turns.load(checkpoint)
         self._bind_reports()  # those that were added since
         for teacher, _ in self.pool.members if self.pool is not None and checkpoint else ():
             teacher.load(str(checkpoint))
@@ -364,15 +339,9 @@ class OPDTrainer(GRPOHooks):
             or (of_teacher and self.accelerator.num_processes == 1)
         )
 
-    def _generations_until(self, checkpoint: str | None) -> int:
-        """How many generation batches lie behind a checkpoint."""
-        path = Path(checkpoint or "", GENERATIONS)
-        return json.loads(path.read_text())["generations"] if checkpoint and path.is_file() else 0
-
     def checkpoint_written(self, folder: str) -> None:
         if self.args.lmbda < 1 and self.accelerator.is_main_process:
-            unfinished = int(not self.between_generations)  # one that is under way is written anew
-            Path(folder, GENERATIONS).write_text(json.dumps({"generations": self._generations - unfinished}))
+            self.turns.save(folder, under_way=not self.between_generations)
         for teacher, _ in self.pool.members if self.pool is not None and self.accelerator.is_main_process else ():
             teacher.save(folder)
 

@@ -149,7 +149,7 @@ def test_what_cannot_be_shown_is_refused_before_training(trained, prompts, monke
 
 def test_sharded_weights_are_refused(trained, monkeypatch):
     monkeypatch.setattr(module, "is_sharded", lambda accelerator: True)
-    with pytest.raises(ValueError, match=r"ZeRO-3 and FSDP.*scripts/inspect.py"):
+    with pytest.raises(ValueError, match=r"ZeRO-3 and FSDP.*trl-distill report"):
         trained(TokenReport())
 
 

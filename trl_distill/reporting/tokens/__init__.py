@@ -1,6 +1,6 @@
 """The token-level report: every completion with its tokens coloured by KL to the teacher, as one HTML file.
 
-`scripts/inspect.py` makes one from saved models, [`TokenReport`] during training.
+`trl-distill report` makes one from saved models, [`TokenReport`] during training.
 """
 
 from .callback import TokenReport

@@ -89,7 +89,7 @@ class TokenReport(TrainerCallback):
         if is_sharded(trainer.accelerator):
             raise ValueError(
                 "`TokenReport` samples from the student on the main process alone, which ZeRO-3 and FSDP do not allow: "
-                "every forward takes all processes. Leave it out, and run `scripts/inspect.py` on checkpoints."
+                "every forward takes all processes. Leave it out, and run `trl-distill report` on checkpoints."
             )
         if trainer.pool is None:
             raise ValueError(
@@ -108,7 +108,7 @@ class TokenReport(TrainerCallback):
         if getattr(trainer.pool.teachers[name], "gives", HiddenStates) is not HiddenStates:
             raise ValueError(
                 "`TokenReport` needs the teacher's whole distribution, but one behind a server gives a few "
-                "log-probabilities. Leave it out, and run `scripts/inspect.py` where the teacher can be loaded."
+                "log-probabilities. Leave it out, and run `trl-distill report` where the teacher can be loaded."
             )
         self._rows = self._first_rows(trainer)
         self._trainer, self._name, self._last = trainer, name, -1
