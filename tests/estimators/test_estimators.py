@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ HOW = ["in one pass", "in two passes", "by TRL's kernel"]
 @pytest.mark.parametrize(("divergence", "alpha"), FORMS)
 def test_divergences_against_their_definitions(divergence, alpha, family, merged, how, monkeypatch):
     """Value and gradients in states, weight and bias, in tiles of two rows; the teacher's vocabulary is larger."""
-    monkeypatch.setattr(tiles, "TILE", (2 * VOCAB, 2 * VOCAB))
+    monkeypatch.setattr(tiles, "ON_CPU", replace(tiles.ON_CPU, tile=2 * VOCAB))
     if how == "by TRL's kernel":
         if divergence not in KERNEL_BETA:
             pytest.skip("TRL's kernel has no such form")

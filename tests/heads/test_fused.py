@@ -16,6 +16,7 @@ from trl_distill.heads import fused, tiles
 from trl_distill.heads.comparison import comparison
 from trl_distill.heads.fused import DivergenceSpec, ExpectedSlopes, fused_divergence
 from trl_distill.heads.lm_head import LMHead
+from trl_distill.heads.tiles import TileSizes
 from trl_distill.models.student import ForwardPlan
 
 
@@ -25,9 +26,7 @@ FORMS = [DivergenceSpec(), DivergenceSpec("forward_kl", stops=(1, 5)), Divergenc
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiles, "TILE", (5 * VOCAB, 5 * VOCAB))
-    monkeypatch.setattr(tiles, "PART", (3 * VOCAB, 3 * VOCAB))
-    monkeypatch.setattr(tiles, "IDS", (VOCAB // 2 - 1, VOCAB // 2 - 1))
+    monkeypatch.setattr(tiles, "ON_CPU", TileSizes(tile=5 * VOCAB, part=3 * VOCAB, ids=VOCAB // 2 - 1))
 
 
 @pytest.fixture(params=["bias", "softcap", "scale"])
@@ -171,8 +170,7 @@ def reward(completions, **_):
 def test_how_often_the_heads_are_multiplied_by(
     tmp_path, tokenizer, prompts, monkeypatch, rewards, changes, projections
 ):
-    for name in ("TILE", "PART", "IDS"):
-        monkeypatch.setattr(tiles, name, (64 * VOCAB, 64 * VOCAB))
+    monkeypatch.setattr(tiles, "ON_CPU", TileSizes(tile=64 * VOCAB, part=64 * VOCAB, ids=64 * VOCAB))
     trainer = OPDTrainer(
         model=make_model("untied", seed=1),
         teacher_model=make_model("untied", seed=2),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -272,7 +273,7 @@ def test_heads_are_gathered_once_not_for_each_tile(
 
     for module in (lm_head, projections, fused):
         monkeypatch.setattr(module, "gathered_head", gathering)
-    monkeypatch.setattr(tiles, "TILE", (2 * VOCAB, 2 * VOCAB))
+    monkeypatch.setattr(tiles, "ON_CPU", replace(tiles.ON_CPU, tile=2 * VOCAB))
     trainer = make_trainer(tmp_path, tokenizer, prompts, student, teacher, divergence=divergence)
     gathered.clear()
     trainer.rollout_loss(trainer.model, batch()).backward()
@@ -309,7 +310,7 @@ def test_no_tensor_of_the_size_of_the_logits(tmp_path, tokenizer, prompts, monke
     monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
     for name, value in (("TOKEN_TILE", 8), ("VOCAB_TILE", 64), ("ROW_TILE", 1024)):
         monkeypatch.setattr(projections, name, value)
-    monkeypatch.setattr(tiles, "TILE", (8 * 2000, 8 * 2000))
+    monkeypatch.setattr(tiles, "ON_CPU", replace(tiles.ON_CPU, tile=8 * 2000))
     student, teacher = (make_model(seed=seed, vocab_size=2000) for seed in (1, 2))
     inputs = batch(rows=8, prompt=4, completion=24)
     judged = int(inputs["completion_mask"].sum())

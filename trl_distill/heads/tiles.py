@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
 from .lm_head import LMHead
 
 
-# (GPUs, CPUs): elements of each model's tile of logits, elements of the part that is worked on at a time, and ids that
-# are projected at a time. On CPUs a part stays in the cache, and narrow products with a head are faster.
-TILE, PART, IDS = (2**26, 2**24), (2**24, 2**19), (2**30, 2**11)
+@dataclass(frozen=True)
+class TileSizes:
+    """
+    How much is computed at a time on a kind of device.
+
+    Attributes:
+        tile (`int`): elements of each model's tile of logits.
+        part (`int`): elements of the part of a tile that elementwise passes work on at a time.
+        ids (`int`): ids that are projected at a time.
+    """
+
+    tile: int
+    part: int
+    ids: int
+
+
+ON_GPU = TileSizes(tile=2**26, part=2**24, ids=2**30)
+ON_CPU = TileSizes(tile=2**24, part=2**19, ids=2**11)  # a part stays in the cache; narrow products are faster
+
+
+def sizes_for(device: torch.device) -> TileSizes:
+    return ON_CPU if device.type == "cpu" else ON_GPU
 
 
 KEPT = 2**23  # elements: memory up to this size is kept on CPUs from one micro-step to the next
@@ -20,12 +40,12 @@ KEPT = 2**23  # elements: memory up to this size is kept on CPUs from one micro-
 
 def tiles(rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
     """Of so many tokens those whose logits are projected together."""
-    yield from _slices(0, rows, max(1, TILE[device.type == "cpu"] // vocab_size))
+    yield from _slices(0, rows, max(1, sizes_for(device).tile // vocab_size))
 
 
 def parts(tile: slice, vocab_size: int, device: torch.device) -> Iterator[slice]:
     """Of a tile the tokens whose logits are worked on together."""
-    yield from _slices(tile.start, tile.stop, max(1, PART[device.type == "cpu"] // vocab_size))
+    yield from _slices(tile.start, tile.stop, max(1, sizes_for(device).part // vocab_size))
 
 
 def _slices(start: int, stop: int, most: int) -> Iterator[slice]:
@@ -50,7 +70,7 @@ class Projection:
         if states.is_cuda and states.dtype != torch.float32:
             return torch.mm(states, self.weight.T, out_dtype=torch.float32)
         logits = self.room.take(len(states), len(self.weight))
-        for ids in _slices(0, len(self.weight), IDS[states.device.type == "cpu"]):
+        for ids in _slices(0, len(self.weight), sizes_for(states.device).ids):
             torch.mm(states.float(), self.weight[ids].T, out=logits[:, ids])
         return logits
 
