@@ -190,16 +190,12 @@ class HTTPClient:
             self._failed.pop(url, None)
             return read(url + path, content)
 
-        def say(state: RetryCallState) -> None:
-            error = state.outcome and state.outcome.exception()
-            logger.warning(f"{error}. Attempt {state.attempt_number + 1} of {settings.retries + 1} follows.")
-
         attempts = Retrying(
             stop=stop_after_attempt(settings.retries + 1) | stop_when_event_set(halt),
             retry=retry_if_exception_type(PassingError),
             wait=lambda state: self._pause(state, len(urls)),
             sleep=sleep_using_event(halt),
-            before_sleep=say,
+            before_sleep=self._warn,
             reraise=True,
         )
         try:
@@ -246,6 +242,10 @@ class HTTPClient:
     def close(self) -> None:
         """Close the connections. Nothing can be asked afterwards."""
         self._client.close()
+
+    def _warn(self, state: RetryCallState) -> None:
+        error = state.outcome and state.outcome.exception()
+        logger.warning(f"{error}. Attempt {state.attempt_number + 1} of {self.settings.retries + 1} follows.")
 
     def _pause(self, state: RetryCallState, servers: int) -> float:
         """Seconds before the next attempt."""
