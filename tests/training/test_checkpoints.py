@@ -67,7 +67,7 @@ def test_the_last_complete_one_is_found_by_step_and_others_are_said(tmp_path, fo
     (tmp_path / "checkpoint-10").mkdir()
     mark_complete(tmp_path / "checkpoint-10")
     assert last_complete(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert "checkpoint-20 is passed over" in caplog.text
+    assert "checkpoint-20 is skipped" in caplog.text
     unmark(tmp_path / "checkpoint-10")
     assert last_complete(tmp_path) == str(folder)
 
@@ -81,8 +81,8 @@ def test_a_half_written_checkpoint_is_passed_over_when_resuming(make, tmp_path, 
     unmark(tmp_path / "checkpoint-4")
     resumed = make()
     resumed.train(resume_from_checkpoint=True)
-    assert "checkpoint-4 is passed over" in caplog.text
-    assert "checkpoint-3 is passed over: optimizer.pt has 4 bytes" in caplog.text
+    assert "checkpoint-4 is skipped" in caplog.text
+    assert "checkpoint-3 is skipped: optimizer.pt has 4 bytes" in caplog.text
     assert torch.equal(weights(resumed), expected)
 
 

@@ -55,9 +55,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_evidence(make, tmp_path, be
         return policy_loss(model, inputs) * (float("inf") if len(seen) > 2 else 1.0) + 0.0
 
     trainer.policy_loss = broken
-    with pytest.raises(
-        NonFiniteLossError, match=r"step 2 is NaN or infinite on 1 of 1 .*There is no checkpoint yet"
-    ):
+    with pytest.raises(NonFiniteLossError, match=r"step 2 is NaN or infinite on 1 of 1 .*There is no checkpoint yet"):
         trainer.train()
     assert torch.equal(weights(trainer), seen[2])
     evidence = json.loads((tmp_path / "nonfinite-after-step-2" / "process-0.json").read_text())
@@ -185,7 +183,7 @@ def test_ctrl_c_once_ends_the_step_and_twice_the_run(capfd):
     try:
         with stop.listening(interrupt=True):
             os.kill(os.getpid(), signal.SIGINT)
-            assert stop._told
+            assert stop._signalled
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,1 +1,1 @@
-"""The trainer and what it is made of."""
+"""`OPDTrainer`, its loss, its setup, and what makes a run stop and resume safely."""

@@ -1,7 +1,7 @@
-"""Complete checkpoints: which ones may be resumed from, after a run that was killed at any moment.
+"""Which checkpoints are complete, so that a run killed at any point can be resumed.
 
-A checkpoint is complete once a list of its files, with their sizes, lies beside them; the list is written last, and at
-once. Writing the files is the trainer's business.
+A checkpoint is complete once it holds a list of its files and their sizes; the list is written last, by an atomic
+rename. The trainer writes the files themselves.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME = re.compile(r"checkpoint-(\d+)$")
 
 
 def mark_complete(folder: str | os.PathLike) -> None:
-    """Say that everything in `folder` has been written."""
+    """Mark a checkpoint as complete: everything in `folder` has been written."""
     folder = Path(folder)
     unmark(folder)
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -33,12 +33,12 @@ def mark_complete(folder: str | os.PathLike) -> None:
 
 
 def unmark(folder: str | os.PathLike) -> None:
-    """To be called before anything in `folder` is written again."""
+    """Remove the mark; call it before anything in `folder` is written again."""
     (Path(folder) / MARKER).unlink(missing_ok=True)
 
 
 def what_is_missing(folder: str | os.PathLike) -> str | None:
-    """Why a checkpoint is not complete, in a few words; `None` where it is."""
+    """Why a checkpoint is not complete, in a few words; `None` if it is."""
     folder = Path(folder)
     try:
         files = json.loads((folder / MARKER).read_text())
@@ -56,7 +56,7 @@ def what_is_missing(folder: str | os.PathLike) -> str | None:
 
 def last_complete(output_dir: str | os.PathLike | None) -> str | None:
     """
-    The checkpoint of the latest step that is complete, `None` where there is none; later ones are passed over aloud.
+    The latest complete checkpoint, or `None`; newer ones that are incomplete are skipped with a warning.
 
     Args:
         output_dir: where the trainer writes `checkpoint-<step>`; need not exist.
@@ -68,7 +68,7 @@ def last_complete(output_dir: str | os.PathLike | None) -> str | None:
         if missing is None:
             return str(folder)
         logger.warning(
-            f"The checkpoint {folder} is passed over: {missing}. If it was written by another program, name it: "
+            f"The checkpoint {folder} is skipped: {missing}. If it was written by another program, name it: "
             f"`resume_from_checkpoint={str(folder)!r}`."
         )
     return None

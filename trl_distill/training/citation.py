@@ -1,4 +1,4 @@
-"""The papers that a model card of ours cites."""
+"""The papers that the model card of a trained student cites."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""DeepSpeed's compiled ops: built once, aloud, and never waited for in vain.
+"""DeepSpeed's compiled ops: built once, with a message, under a lock.
 
-DeepSpeed compiles what it needs on first use, minutes of silence in every process. A build that is killed leaves a lock
-file behind, for which later runs wait for ever. Here one process builds under a lock that the system releases when its
-holder dies, and clears such files away.
+DeepSpeed compiles ops on first use, silently, for minutes, in every process. A build that is killed leaves a lock file
+behind, and later runs wait for it forever. Here one process builds, under a lock that the system releases if the
+process dies, and stale lock files are removed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ OWN = "trl_distill"
 
 def extensions_folder() -> Path:
     """
-    Where compiled ops go: a folder of our own, so that no lock in it is anybody else's.
+    Where compiled ops go: a folder of our own, so that every lock in it is ours.
 
-    It lies in `TORCH_EXTENSIONS_DIR`, in this Python environment, or among the user's caches.
+    It is under `TORCH_EXTENSIONS_DIR` if set, else in this Python environment, else in the user's cache folder.
     """
     root = Path(sys.prefix) if os.access(sys.prefix, os.W_OK) else Path.home() / ".cache"
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or root / "torch_extensions")
@@ -31,13 +31,13 @@ def extensions_folder() -> Path:
 
 def build_ops() -> None:
     """
-    Build what this process will need under DeepSpeed, or wait while another does; seconds where it is done already.
+    Build the ops that this process needs under DeepSpeed, or wait while another process does; seconds if they exist.
 
-    To be called before anything touches DeepSpeed; does nothing in a process that `accelerate launch` has not started
-    for it. Without a GPU that is an op for communication, with an optimizer in CPU memory CPU Adam.
+    Call it before anything uses DeepSpeed. It does nothing unless `accelerate launch` started this process with
+    DeepSpeed. The ops: shared-memory communication without a GPU, and CPU Adam if the optimizer is offloaded.
 
     Raises:
-        RuntimeError: there is no compiler.
+        RuntimeError: an op must be built, and there is no compiler.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         return
@@ -55,7 +55,7 @@ def build_ops() -> None:
     folder = extensions_folder()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja is there
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # where ninja is
     with open(folder / "building.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for builder in builders:
@@ -66,7 +66,7 @@ def build_ops() -> None:
                 )
             if not built:
                 print(f"Building DeepSpeed's {builder.name} into {folder} (once, 1 to 4 minutes) ...", flush=True)
-            for left in folder.rglob(f"{builder.name}/lock"):  # of a build that was killed
+            for left in folder.rglob(f"{builder.name}/lock"):  # left by a build that was killed
                 left.unlink()
             with open(folder / f"{builder.name}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
                 builder.load()

@@ -1,4 +1,4 @@
-"""Public hooks in the place of the private methods and attributes of `GRPOTrainer`."""
+"""`GRPOHooks`: public hooks for the private methods and attributes of `GRPOTrainer` that this package relies on."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from .micro_batches import by_length, trimmed
 
 class ReplayingSampler(RepeatSampler):
     """
-    TRL's sampler, which on its first pass skips the permutations of the epochs that were trained before a resume.
+    TRL's sampler, except that a resumed run gets the order of its current epoch.
 
-    TRL's own begins each resumed run with the first epoch's order again.
+    TRL's own sampler starts every resumed run with the first epoch's order. This one first draws and discards the
+    permutations of the finished epochs.
 
     Args:
-        sampler (`RepeatSampler`): whose settings and generator are taken over.
-        epochs_done (`Callable[[], int]`): asked at the first pass, when the checkpoint's state is known.
+        sampler (`RepeatSampler`): TRL's; its settings and generator are used.
+        epochs_done (`Callable[[], int]`): number of finished epochs; called at the first pass, with the checkpoint
+            loaded.
     """
 
     def __init__(self, sampler: Sampler, epochs_done: Callable[[], int]):
@@ -47,10 +49,14 @@ class GRPOHooks(GRPOTrainer):
     """
     `GRPOTrainer` with public names for the private ones that this package needs.
 
-    A subclass overrides [`~GRPOHooks.rollout_loss`] (what is minimised on a micro-batch) and
-    [`~GRPOHooks.on_rollouts`] (what else travels with the rollouts), and sets `has_rewards`, `leave_one_out` where a
-    row's baseline shall not contain its own reward, `saves_padding` where micro-batches may be cut to their longest
-    row, and `trims_prompts` where that holds for the left side too.
+    A subclass overrides [`~GRPOHooks.rollout_loss`], the loss of a micro-batch, and [`~GRPOHooks.on_rollouts`], which
+    may add columns to a generation batch.
+
+    Attributes:
+        has_rewards (`bool`): whether there is a reward; without one, reward functions are not called.
+        leave_one_out (`bool`): whether a row's baseline leaves out its own reward.
+        saves_padding (`bool`): whether micro-batches are cut to their longest row.
+        trims_prompts (`bool`): whether padding on the left may be cut too.
     """
 
     has_rewards: bool = True
@@ -60,7 +66,7 @@ class GRPOHooks(GRPOTrainer):
     num_generations: Any
     num_generations_eval: Any
     _rewards_per_func: torch.Tensor | None
-    args: Any  # a `GRPOConfig`; `Trainer` declares less
+    args: Any  # a `GRPOConfig`; `Trainer` declares its base class
     model: Any
     current_gradient_accumulation_steps: int
     _buffered_inputs: Any
@@ -75,7 +81,7 @@ class GRPOHooks(GRPOTrainer):
         return loss
 
     def loss_computed(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
-        """Called with each micro-batch and its loss, before anything is learnt from it."""
+        """Called with each micro-batch and its loss, before the backward pass."""
 
     def rollout_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Loss of one micro-batch, scaled for gradient accumulation. Here: TRL's policy loss."""
@@ -88,12 +94,12 @@ class GRPOHooks(GRPOTrainer):
     def _calculate_rewards(self, inputs: Any, prompts: list, completions: list, completion_ids_list: list):
         if self.has_rewards:
             found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-            endless = found.isinf().any(0).tolist()  # of all processes, so that all stop
+            endless = found.isinf().any(0).tolist()  # rewards of all processes, so that all of them stop
             if any(endless):
                 name = self.reward_func_names[endless.index(True)]
                 raise NonFiniteLossError(
                     f"The reward function {name!r} returned an infinite reward after step {self.state.global_step}; "
-                    "its advantages would be no numbers. Return a number, or `None` where it has no opinion."
+                    "its advantages would be NaN. Return a finite number, or `None` for completions without a score."
                 )
             self._rewards_per_func = found
             return found
@@ -101,7 +107,7 @@ class GRPOHooks(GRPOTrainer):
         return torch.zeros(rows, len(self.reward_funcs), device=self.accelerator.device)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """TRL's rollouts, with advantages over the mean of the others, and each row's reward beside them."""
+        """TRL's rollouts, with leave-one-out advantages and each row's reward."""
         self._fresh = True
         output = self.dataset_batch(inputs)
         if output is None:
@@ -136,7 +142,7 @@ class GRPOHooks(GRPOTrainer):
 
     def dataset_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         """
-        A generation batch that need not be generated; `None`, as here, where the student shall write it.
+        A generation batch from the dataset; `None`, as here, to let the student generate it.
 
         Args:
             rows (`list` of `dict`): as in [`~GRPOHooks.on_rollouts`].
@@ -147,8 +153,8 @@ class GRPOHooks(GRPOTrainer):
         return None
 
     def _counted(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """What TRL derives from the tokens of a batch: their number, for the loss and for the log; advantages of 0."""
-        read = batch["completion_mask"].any(1, keepdim=True)  # equal rows count once
+        """What TRL computes for a generated batch: token counts for the loss and the log, and advantages, here 0."""
+        read = batch["completion_mask"].any(1, keepdim=True)  # duplicates of a row are masked
         counts = torch.stack([(batch["prompt_mask"] * read).sum(), batch["completion_mask"].sum()])
         prompt, completion = self.accelerator.reduce(counts, reduction="sum").tolist()
         self.state.num_input_tokens_seen += prompt + completion
@@ -165,7 +171,8 @@ class GRPOHooks(GRPOTrainer):
 
         Args:
             rows (`list` of `dict`): examples of the dataset, one per rollout of this process.
-            batch (`dict`): TRL's tensors of this process. What is added to it, one row per rollout, travels along.
+            batch (`dict`): TRL's tensors of this process. Tensors with one row per rollout can be added; they are
+                shuffled and split along with it.
         """
 
     def _add_rewards(self, output: dict[str, Any], local: int) -> None:
@@ -179,7 +186,9 @@ class GRPOHooks(GRPOTrainer):
             group = self.num_generations if self.mode == "train" else self.num_generations_eval
             everyone = leave_one_out(self.accelerator.gather(output["advantages"]), ~unscored, group)
             output["advantages"] = everyone[rows]
-            logged = self._logs["advantages"]  # a deque that TRL has just extended: the table shows what is trained on
+            logged = self._logs[
+                "advantages"
+            ]  # TRL has just extended this deque; the completions table should show the advantages that are trained on
             for _ in range(min(len(everyone), len(logged))):
                 logged.pop()
             logged.extend(everyone.tolist())
@@ -188,7 +197,7 @@ class GRPOHooks(GRPOTrainer):
         return ReplayingSampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
     def end_rollouts_with(self, ids: list[int]) -> None:
-        """Let any of these ids end a completion, whoever generates it."""
+        """Let any of these ids end a completion, with transformers and with vLLM."""
         self.eos_token_ids = ids
         if not self.use_vllm:
             self.generation_config.eos_token_id = ids
@@ -198,7 +207,7 @@ class GRPOHooks(GRPOTrainer):
         kwargs["stop_token_ids"] = sorted({*(kwargs.get("stop_token_ids") or []), *ids})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """TRL's checkpoint, marked once it is complete; older ones are deleted only then."""
+        """TRL's checkpoint, marked as complete at the end; older ones are deleted only then."""
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         if self.args.should_save:
@@ -206,24 +215,24 @@ class GRPOHooks(GRPOTrainer):
         try:
             super()._save_checkpoint(model, trial)
             self.checkpoint_written(folder)
-        except Exception as error:  # a full disk has many names: OSError, SafetensorError, RuntimeError
+        except Exception as error:  # a full disk raises OSError, SafetensorError or RuntimeError
             self.args.save_total_limit = limit
             if self.args.should_save and os.path.isfile(os.path.join(folder, "trainer_state.json")):
-                raise  # nothing that belongs to the checkpoint
+                raise  # the checkpoint itself is whole
             whose, deleted = f" by process {self.accelerator.process_index}", ""
             if self.args.should_save:
-                whose, deleted = "", "What there was of it is deleted. "
-                shutil.rmtree(folder, ignore_errors=True)  # makes room, where the disk is full
+                whose, deleted = "", "The incomplete folder is deleted. "
+                shutil.rmtree(folder, ignore_errors=True)  # frees space on a full disk
             last = last_complete(self.args.output_dir)
             raise CheckpointError(
                 f"The checkpoint of step {self.state.global_step} could not be written{whose}: {error}. {deleted}"
-                f"{f'The last complete one is {last}' if last else 'There is no earlier one'}. Make room and start "
-                "again with `resume_from_checkpoint=True` (`auto` on the command line)."
+                f"{f'The last complete one is {last}' if last else 'There is no earlier one'}. Free some space and "
+                "restart with `resume_from_checkpoint=True` (`auto` on the command line)."
             ) from error
         self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            if limit is not None:  # it was written without
+            if limit is not None:  # it was saved with a limit of `None`
                 torch.save(self.args, os.path.join(folder, "training_args.bin"))
             mark_complete(folder)
             best = self.state.best_model_checkpoint
@@ -232,12 +241,12 @@ class GRPOHooks(GRPOTrainer):
             )
 
     def checkpoint_written(self, folder: str) -> None:
-        """Called on every process when TRL has written its part of a checkpoint; what is added belongs to it."""
+        """Called on every process when TRL has written its part of a checkpoint; a subclass may add files."""
 
     def save_now(self) -> str:
-        """Write a checkpoint of the current step, whatever the save strategy, and say where it lies."""
+        """Write a checkpoint of the current step, whatever the save strategy; returns its folder."""
         folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        # the first process says for all: another one may look while the last file is being written
+        # the main process decides: others might look while the last file is being written
         missing = float(self.accelerator.is_main_process and what_is_missing(folder) is not None)
         if self.accelerator.reduce(torch.tensor(missing, device=self.accelerator.device), reduction="sum") > 0:
             self._save_checkpoint(self.model_wrapped, trial=None)
@@ -247,12 +256,12 @@ class GRPOHooks(GRPOTrainer):
 
     @property
     def zero3(self) -> bool:
-        """Whether DeepSpeed cuts up the weights."""
+        """Whether DeepSpeed shards the weights (ZeRO-3)."""
         return self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
 
     @property
     def mode(self) -> str:
-        """ "train" or "eval", as TRL tells them apart."""
+        """ "train" or "eval", by TRL's rule."""
         return "train" if self.model.training else "eval"
 
     @property
@@ -261,7 +270,7 @@ class GRPOHooks(GRPOTrainer):
 
     @property
     def has_environments(self) -> bool:
-        """Whether environments own or extend the prompts, so that none can be rendered before an episode begins."""
+        """Whether environments write or extend the prompts, which are then unknown before an episode begins."""
         return self.environment_factories is not None
 
     def token_ids_of(self, prompts: list[Any]) -> list[list[int]]:
@@ -270,15 +279,15 @@ class GRPOHooks(GRPOTrainer):
 
     @property
     def has_side_terms(self) -> bool:
-        """Whether TRL's loss holds a term that needs no reward: the entropy bonus or the MoE load-balancing loss."""
+        """Whether TRL's loss has a term that needs no reward: the entropy bonus or the MoE load-balancing loss."""
         return self._entropy_bonus_enabled or self.aux_loss_enabled
 
     def record(self, name: str, value: float) -> None:
-        """Add one value to the metric `name`; TRL logs the mean of what was added since the last log."""
+        """Add a value to the metric `name`; TRL logs the mean of the values since the last log."""
         self._metrics[self.mode][name].append(value)
 
     def last_recorded(self, name: str) -> float:
-        """What was added to the metric `name` last."""
+        """The last value added to the metric `name`."""
         return self._metrics[self.mode][name][-1]
 
     def forget(self, *prefixes: str) -> None:
@@ -288,14 +297,14 @@ class GRPOHooks(GRPOTrainer):
                 del metrics[name]
 
     def forget_completions(self) -> None:
-        """Empty the completions table, where rollouts would be shown again that are not trained on."""
+        """Empty the completions table, which would otherwise show the last rollouts again for an off-policy batch."""
         for column in (*self._logs.values(), *self._logs["rewards"].values(), *self._logs["extra"].values()):
             if isinstance(column, deque):
                 column.clear()
 
     @property
     def between_generations(self) -> bool:
-        """Whether all micro-steps of the last generation batch have been made."""
+        """Whether all micro-steps of the last generation batch are done."""
         return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
 
     def drop_reward_column(self, name: str) -> None:
@@ -304,7 +313,7 @@ class GRPOHooks(GRPOTrainer):
 
     @property
     def averages_over_rows(self) -> bool:
-        """Whether the loss is divided by a number of rows, instead of tokens."""
+        """Whether the loss is an average over rows instead of tokens."""
         return self.loss_type in ("grpo", "sapo", "dr_grpo", "luspo")
 
     # -- the normaliser ----------------------------------------------------------------------------------------------
@@ -313,16 +322,19 @@ class GRPOHooks(GRPOTrainer):
         self, per_token: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any], loss_type: str | None = None
     ) -> torch.Tensor:
         """
-        Sum a per-token loss as TRL sums its policy loss under the same `loss_type`, accumulation included.
+        Reduce a per-token loss as TRL reduces its policy loss under the same `loss_type`, accumulation included.
 
         Args:
             per_token (`torch.Tensor` of shape `(B, C)`): a value for each completion token.
             mask (`torch.Tensor` of shape `(B, C)`): 1 where a token counts.
             inputs (`dict`): the micro-batch, for its `num_items_in_batch`.
-            loss_type (`str`, *optional*): another than the run's.
+            loss_type (`str`, *optional*): to use another than the run's.
 
         Returns:
             `torch.Tensor`: scalar.
+
+        Raises:
+            ValueError: the `loss_type` is not known.
         """
         loss_type = loss_type or self.loss_type
         training = self.mode == "train"

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run after the step, with a checkpoint."""
+"""SIGTERM and Ctrl-C end a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from transformers import TrainerCallback
 from ..errors import StoppedBySignal
 
 
-EXIT_STOPPED = 75  # of scripts that SIGTERM ended after a checkpoint: EX_TEMPFAIL, "try again later"
+EXIT_STOPPED = 75  # exit status after SIGTERM and a checkpoint: EX_TEMPFAIL, "try again later"
 
 
 class StopOnSigterm(TrainerCallback):
     """
-    SIGTERM ends training after the current step, with a checkpoint, by [`StoppedBySignal`]; on demand Ctrl-C does, too.
+    On SIGTERM, and optionally Ctrl-C, ends training after the current step with a checkpoint and [`StoppedBySignal`].
 
-    All processes stop together as soon as one of them has been told. To be added to a trainer's `callbacks`;
-    `scripts/opd.py` does.
+    All processes stop together as soon as one of them gets the signal. Add it to a trainer's `callbacks`, as
+    `trl-distill train` does, and train inside of `listening()`.
     """
 
     def __init__(self) -> None:
-        self._told = self._agreed = False
+        self._signalled = self._agreed = False
 
     @contextmanager
     def listening(self, interrupt: bool = False) -> Iterator[None]:
         """
-        SIGTERM is caught in here. Has no effect outside of the main thread, where Python takes no signals.
+        Catch SIGTERM in this context. Outside of the main thread, where Python receives no signals, it does nothing.
 
         Args:
-            interrupt (`bool`): catch the first Ctrl-C, too; a second one does what it did before.
+            interrupt (`bool`): catch the first Ctrl-C too; a second one interrupts at once.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # whoever started this wants it to be
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # by the parent process, on purpose
         caught = [signal.SIGTERM, *([signal.SIGINT] if interrupt and not ignored else [])]
         before = {number: signal.getsignal(number) for number in caught}
 
-        def told(number: int, _frame: Any) -> None:
-            self._told = True
+        def on_signal(number: int, _frame: Any) -> None:
+            self._signalled = True
             if number == signal.SIGINT:
                 signal.signal(number, before[signal.SIGINT])
                 os.write(2, b"\nStopping after this step, with a checkpoint. Ctrl-C again stops at once.\n")
 
         for number in caught:
-            signal.signal(number, told)
+            signal.signal(number, on_signal)
         try:
             yield
         finally:
@@ -60,9 +60,9 @@ class StopOnSigterm(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        told = reduce(torch.tensor(float(self._told), device=args.device), reduction="sum")
-        self._agreed = told.item() > 0
+        signalled = reduce(torch.tensor(float(self._signalled), device=args.device), reduction="sum")
+        self._agreed = signalled.item() > 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._agreed:  # here, when all that follows a step has been done
-            raise StoppedBySignal("It was told to stop.")
+        if self._agreed:  # here, since the last step's saving and logging are done by now
+            raise StoppedBySignal("The run received a signal to stop.")

@@ -1,6 +1,6 @@
 """The loss of one micro-batch: TRL's policy loss plus beta times the divergence, from one forward pass of the student.
 
-Computed here are the parts; what is logged of them is in `step_metrics.py`.
+The parts are computed here; `step_metrics.py` turns them into metrics.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from .setup import Setup
 @dataclass(frozen=True)
 class LossParts:
     """
-    What the loss of one micro-batch is made of.
+    The parts of one micro-batch's loss.
 
     Attributes:
-        batch ([`~trl_distill.rollouts.MicroBatch`]): what it was computed on.
-        scores (`list` of [`~trl_distill.signals.TeacherScore`]): what the teachers gave.
-        output ([`~trl_distill.models.student.DistilledOutput`]): of the student.
+        batch ([`~trl_distill.rollouts.MicroBatch`]): the micro-batch.
+        scores (`list` of [`~trl_distill.signals.TeacherScore`]): the teachers' scores of it.
+        output ([`~trl_distill.models.student.DistilledOutput`]): of the student's forward pass.
         beta (`float`): weight of the divergence, reward per nat.
-        per_token (`torch.Tensor` of shape `(B, C)`): the teachers' term: value in nats, gradient of the objective.
-        by_teacher (`dict`): with several teachers, each one's term alone and the tokens that it counts for, by name.
-        divergence (`torch.Tensor`): beta times the mean of `per_token`, as TRL's loss is reduced.
-        policy (`torch.Tensor`, *optional*): TRL's own loss; `None` where there is nothing to compute.
+        per_token (`torch.Tensor` of shape `(B, C)`): the teachers' term, with its value in nats and the objective's
+            gradient.
+        by_teacher (`dict`): with several teachers, by name: its own term `(B, C)` and the mask of its tokens `(B, C)`.
+        divergence (`torch.Tensor`, scalar): beta times `per_token`, reduced as TRL reduces its loss.
+        policy (`torch.Tensor`, scalar, *optional*): TRL's own loss; `None` without a reward or side term.
     """
 
     batch: MicroBatch
@@ -50,8 +51,10 @@ class LossParts:
 
 class DistillationLoss:
     """
+    Computes [`LossParts`] for micro-batches of rollouts (`__call__`) and of the dataset's completions (`off_policy`).
+
     Args:
-        trainer ([`~trl_distill.training.grpo_hooks.GRPOHooks`]): whose policy loss and normaliser are used.
+        trainer ([`~trl_distill.training.grpo_hooks.GRPOHooks`]): its policy loss and normaliser are used.
         setup ([`~trl_distill.training.setup.Setup`]): teachers and estimators.
     """
 
@@ -60,11 +63,13 @@ class DistillationLoss:
 
     def __call__(self, model: Any, batch: MicroBatch, beta: float, rewarded: bool) -> LossParts:
         """
+        The loss of rollouts of the student.
+
         Args:
-            model: the student, as the engine has wrapped it.
-            batch ([`~trl_distill.rollouts.MicroBatch`]): rollouts of the student.
-            beta (`float`): weight of the divergence.
-            rewarded (`bool`): whether the reward has a weight at this step.
+            model: the student, as wrapped by the engine.
+            batch ([`~trl_distill.rollouts.MicroBatch`]): the rollouts.
+            beta (`float`): weight of the divergence, reward per nat.
+            rewarded (`bool`): whether the reward has weight at this step.
         """
         trainer, estimator = self.trainer, self.setup.estimator
         scores = self.setup.pool.score(batch, trainer.mode == "train")
@@ -79,7 +84,7 @@ class DistillationLoss:
         return LossParts(batch, scores, student.output, beta, per_token, by_teacher, divergence, policy)
 
     def off_policy(self, model: Any, batch: MicroBatch, beta: float) -> LossParts:
-        """Beta times the divergence on completions of the dataset; rewards, entropy bonus and MoE loss have no part."""
+        """Beta times the divergence on the dataset's completions, without rewards, entropy bonus or MoE loss."""
         estimator = self.setup.off_policy_estimator
         scores = self.setup.pool.score(batch, training=True)
         slope = self.expected_slope(batch)
@@ -96,18 +101,18 @@ class DistillationLoss:
             student(**inputs)
 
     def reduced(self, per_token: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """As TRL's loss is reduced; of rows that stand for several equal ones, each counts once."""
+        """Reduce to a scalar as TRL does; a row that stands for a group of equal rows has the weight of the group."""
         trainer = self.trainer
         if batch.row_weight is None:
             return trainer.reduce_per_token(per_token, batch.mask, batch.inputs)
         if trainer.averages_over_rows:
             per_token = per_token * batch.row_weight[:, None]
-        # a micro-batch of nothing but such rows has no mean of its own
+        # "bnpo" divides by the micro-batch's own tokens, and all of its rows may be masked
         kind = "dapo" if trainer.loss_type == "bnpo" else trainer.loss_type
         return trainer.reduce_per_token(per_token, batch.mask, batch.inputs, kind)
 
     def expected_slope(self, batch: MicroBatch) -> torch.Tensor:
-        """Derivative of TRL's reduction by a value of each token, `(B, C)`: known before the forward pass."""
+        """Derivative of TRL's reduction by each token's value, `(B, C)`; known before the forward pass."""
         with torch.enable_grad():
             value = torch.zeros(batch.mask.shape, device=batch.mask.device, requires_grad=True)
             (slope,) = torch.autograd.grad(self.reduced(value, batch), value)
@@ -118,22 +123,22 @@ class DistillationLoss:
         return [beta * score.weight[:, None] * slope for score in scores]
 
     def forward_plan(self, batch: MicroBatch, scores: list[TeacherScore], beta: float) -> ForwardPlan:
-        """What the student's forward pass shall do, with as few projections as these rollouts allow."""
+        """How to run the student's forward pass with as few projections as these rollouts allow."""
         slope, estimator = self.expected_slope(batch), self.setup.estimator
         plan = ForwardPlan(estimator, divergence_slopes=self._divergence_slopes(scores, slope, beta))
-        # a ratio to log-probabilities that TRL computed needs TRL's own, rounded alike; its side terms need more of it
+        # ratios to TRL's log-probabilities need TRL's own values, rounded the same way; side terms need TRL's outputs
         if self.trainer.has_side_terms or batch.needs_trl_log_probs:
             return plan
         whole = len(scores) == 1 and bool((scores[0].mask == batch.mask).all())
         if whole and self.setup.same_vocabulary and estimator.shares_logits(batch.mask.device):
-            # of fresh rollouts the policy loss is -A log q; where it is not, the backward pass makes up for it
+            # on fresh rollouts the policy loss is -A log q; where it is not, the backward pass corrects the difference
             assert batch.advantages is not None
             policy_slope = -batch.advantages.view(len(slope), -1) * slope
             return replace(plan, log_probs="shared", policy_slope=policy_slope)
         return replace(plan, log_probs="here", temperature=self.args.temperature)
 
     def _student_inputs(self, batch: MicroBatch) -> dict[str, Any]:
-        """Arguments of the student's forward pass where there is no policy loss to call it."""
+        """Arguments for the student's forward pass when there is no policy loss to call it."""
         rollouts = batch.rollouts
         inputs: dict[str, Any] = {"input_ids": rollouts.input_ids, "attention_mask": rollouts.attention_mask}
         if self.setup.estimator.needs_log_probs or self.args.kl_discount > 0:
@@ -149,8 +154,8 @@ class DistillationLoss:
         """
         The teachers' term for each completion token, `(B, C)`: value in nats, gradient of the objective.
 
-        With several teachers it is the sum of their terms by the weights of each row. Also returned, by name: each
-        teacher's term alone and the tokens that it counts for.
+        With several teachers it is the sum of their terms, weighted row by row. The second result is
+        `LossParts.by_teacher`.
         """
         pool, device, mask = self.setup.pool, self.trainer.accelerator.device, batch.mask
         assert output.measured is not None
@@ -169,15 +174,17 @@ class DistillationLoss:
 
     def _ratios(self, output: DistilledOutput, batch: MicroBatch) -> tuple[torch.Tensor | None, ...]:
         """
-        The student's log-probabilities, their ratio to those of the policy that wrote the rollouts (with a gradient),
-        and the weight of a token's score function (without). `None` where log-probabilities were not asked for.
+        The student's log-probabilities, the importance ratio to the policy that wrote the rollouts (with gradient), and
+        the weight of a token's score function (without), each `(B, C)`; `None` without log-probabilities.
         """
         if output.log_probs is None:
             return None, None, None
         mask = batch.mask
         log_q = output.log_probs[:, -mask.shape[1] :].to(self.trainer.accelerator.device)
         change = log_q - (log_q.detach() if batch.old_log_q is None else batch.old_log_q)
-        ratio = torch.where(mask, change, 0.0).exp()  # masked before exp: what is not judged cannot overflow
+        ratio = torch.where(
+            mask, change, 0.0
+        ).exp()  # masked before exp, so that tokens which are not judged cannot overflow
         weight = ratio.detach()
         if batch.sampler_ratio is not None:
             correction = batch.sampler_ratio

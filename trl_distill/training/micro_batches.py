@@ -1,7 +1,7 @@
-"""Less padding: micro-batches of rows of like length, cut to the longest of them.
+"""Less padding: micro-batches of rows of similar length, cut to the longest of them.
 
-Functions of TRL's batches, `dict`s of tensors. When rows may change places without changing the update is said in
-`_compat.py`.
+Functions on TRL's batches, which are `dict`s of tensors. `GRPOHooks.micro_batches_alike` says when rows may be
+exchanged without changing the update.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 PROMPT = ("prompt", "teacher_prompt")
 
 
-COMPLETION = (  # what has a column for each completion token; (B, 1) where it holds for the sequence
+COMPLETION = (  # tensors with a column per completion token; (B, 1) where one value holds for the sequence
     "completion_ids",
     "completion_mask",
     "tool_mask",
@@ -31,8 +31,8 @@ def trimmed(batch: dict[str, Any], prompts: bool = True) -> dict[str, Any]:
 
     Args:
         batch (`dict`): "prompt_ids" `(B, P)`, left-padded, "completion_ids" `(B, C)`, right-padded, their masks, and
-            what else travels along.
-        prompts (`bool`): cut prompts, too. Not for models that count positions from the left end of the padding.
+            any other columns.
+        prompts (`bool`): cut prompts too. Not for models with absolute positions, which start at the left padding.
     """
     shorter = dict(batch)
     length = max(int(batch["completion_mask"].any(0).sum()), 1)
@@ -49,11 +49,11 @@ def trimmed(batch: dict[str, Any], prompts: bool = True) -> dict[str, Any]:
 
 def by_length(batches: list[dict[str, Any]], alike: int) -> list[dict[str, Any]]:
     """
-    The same micro-batches with rows exchanged, so that each holds rows of like length, the longest first.
+    The same rows, sorted by length into micro-batches of similar length, the longest first.
 
     Args:
-        batches (`list` of `dict`): of equally many rows each.
-        alike (`int`): within how many consecutive ones rows may be exchanged.
+        batches (`list` of `dict`): micro-batches with the same number of rows.
+        alike (`int`): number of consecutive micro-batches among which rows may be exchanged.
     """
     tensors = all(isinstance(value, torch.Tensor) for batch in batches for value in batch.values())
     if alike == 1 or not tensors:

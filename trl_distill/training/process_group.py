@@ -1,9 +1,9 @@
-"""How a run on several processes ends: all of them leave, with one message, whoever met the reason for it.
+"""How a run on several processes ends: all processes exit, and the reason is printed once.
 
-Some ends all processes meet at the same place (training is finished, SIGTERM, a loss that is NaN): each leaves by
-itself. Others only one of them meets (its reward function raises, its disk is full), while the rest wait for it in a
-collective. That one tells the others over a connection of its own to the launcher's store, which answers also while the
-process group hangs.
+Some ends reach all processes at the same point (training is finished, SIGTERM, a loss that is NaN): each exits by
+itself. Others reach only one (its reward function raises, its disk is full), while the rest wait for it in a
+collective. That process tells the others through the launcher's key-value store, over a connection of its own, which
+works even while the process group hangs.
 """
 
 from __future__ import annotations
@@ -32,26 +32,30 @@ from .interrupts import EXIT_STOPPED
 logger = logging.getLogger(__name__)
 
 
-POLL = 1.0  # seconds between two looks at whether another process has failed
+POLL = 1.0  # seconds between checks whether another process has failed
 
 
-PATIENCE = 15.0  # seconds that a process has to leave by itself once another one has failed
+PATIENCE = 15.0  # seconds that a process has to exit by itself once another one has failed
 
 
-CONNECT = 300.0  # seconds until the first process must have opened its store
+CONNECT = 300.0  # seconds to wait for the main process to open its store
 
 
 def end_process_group() -> None:
     """
-    End the process group, after whatever in this process still holds it.
+    End the process group, once nothing in this process refers to it any more.
 
-    `DistributedDataParallel` holds the group from C++. A wrapper that is destroyed after the group has ended can wait
-    for ever for a thread of the group's that waits for Python's lock, which the wrapper's destruction holds. So what
-    nobody uses any more is collected, what somebody still holds gives up the group, and only then the group ends.
+    `DistributedDataParallel` holds the group from C++. If a wrapper is destroyed after the group has ended, it can
+    deadlock: it holds the GIL and joins a thread of the group that waits for the GIL. So unused wrappers are
+    collected first, those still referenced drop the group, and only then is the group destroyed.
     """
     gc.collect()
     for wrapper in [found for found in gc.get_objects() if isinstance(found, DistributedDataParallel)]:
-        for name in ("reducer", "logger", "process_group"):  # it is held by a trainer in a global variable, say
+        for name in (
+            "reducer",
+            "logger",
+            "process_group",
+        ):  # still referenced, for instance by a trainer in a global variable
             setattr(wrapper, name, None)
     gc.collect()
     if dist.is_available() and dist.is_initialized():
@@ -60,15 +64,15 @@ def end_process_group() -> None:
 
 def distributed_main(main: Callable[..., Any]) -> Callable[..., None]:
     """
-    Decorator for the function that is a script's whole work: however it ends, the run ends on all processes.
+    Decorator for a script's main function: however it ends, the run ends on all processes.
 
     - It returns: the process group is ended, in the right order.
-    - It raises what all processes raise at the same place (`error.on_all_processes`, as this package's errors say): all
-      wait for each other and leave, so that a launcher does not kill one that still writes a checkpoint.
-    - It raises anything else: the other processes are told. One that has not left 15 s later by itself is ended.
+    - It raises an error that all processes raise at the same point (`error.on_all_processes`, set by this package's
+      errors): all wait for each other and exit, so that a launcher does not kill one that still writes a checkpoint.
+    - It raises anything else: the other processes are notified. One that has not exited by itself after 15 s is killed.
 
-    The message is printed once, and without a traceback where it says all (`SystemExit`). The status is 75 after
-    SIGTERM, what `SystemExit` says, 130 after Ctrl-C, otherwise 1. On one process nothing is changed.
+    The message is printed once; `SystemExit`, `StoppedBySignal` and Ctrl-C without a traceback. The exit status is 75
+    after SIGTERM, that of `SystemExit`, 130 after Ctrl-C, and otherwise 1. With one process nothing changes.
 
     Example:
 
@@ -87,7 +91,7 @@ def distributed_main(main: Callable[..., Any]) -> Callable[..., None]:
             main(*args, **kwargs)
             return
         others = _OtherProcesses()
-        end = _called(main, args, kwargs)  # frames, and what they held, are gone
+        end = _called(main, args, kwargs)  # its frames, and all they referred to, are gone
         if end is None:
             others.forget()
             end_process_group()
@@ -98,14 +102,14 @@ def distributed_main(main: Callable[..., Any]) -> Callable[..., None]:
 
 
 class _End:
-    """How a process ends before its time, without the error itself, whose frames would keep all of its objects."""
+    """How a process ended early. It does not keep the error, whose frames would keep every object alive."""
 
     def __init__(self, error: BaseException):
-        self.text, self.status = _told(error)
+        self.text, self.status = _text_and_status(error)
         causes = list(_causes(error))
         self.on_all_processes = any(getattr(cause, "on_all_processes", False) for cause in causes)
         self.is_of_another = any(getattr(cause, "is_of_another_process", False) for cause in causes)
-        for cause in causes:  # whoever holds the error shall not hold the trainer
+        for cause in causes:  # so that a reference to the error does not keep the trainer alive
             traceback.clear_frames(cause.__traceback__)
 
 
@@ -125,8 +129,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _told(error: BaseException) -> tuple[str, int]:
-    """What is printed of an error, and the process's status."""
+def _text_and_status(error: BaseException) -> tuple[str, int]:
+    """The text to print for an error, and the exit status."""
     if isinstance(error, SystemExit):
         return ("", error.code) if isinstance(error.code, int) else (str(error.code), 1)
     if isinstance(error, KeyboardInterrupt):
@@ -145,7 +149,7 @@ def _leave(end: _End, others: _OtherProcesses) -> None:
         others.forget()
         PartialState().wait_for_everyone()
     else:
-        # what hangs from here on is ended without asking Python, whose lock it may hold
+        # if anything hangs from here on, exit from C: the GIL may be held
         faulthandler.dump_traceback_later(2 * PATIENCE, exit=True)
         others.tell(rank)
     end_process_group()
@@ -153,7 +157,7 @@ def _leave(end: _End, others: _OtherProcesses) -> None:
 
 
 class _OtherProcesses:
-    """A line to the other processes of this run, beside the process group: the launcher's key-value store."""
+    """A connection to the other processes of this run besides the process group: the launcher's key-value store."""
 
     def __init__(self) -> None:
         run = (os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", ""))
@@ -166,7 +170,7 @@ class _OtherProcesses:
         return f"{self._prefix}/{name}"
 
     def _listen(self) -> None:
-        """End this process where another one has failed, and this one does not leave by itself."""
+        """End this process if another one has failed and this one does not exit by itself."""
         if self._connect():
             while not self._leaving.wait(POLL):
                 if self._have_failed():
@@ -187,7 +191,10 @@ class _OtherProcesses:
                 timeout=timedelta(seconds=CONNECT),
             )
         except (RuntimeError, ValueError):
-            logger.warning(f"There is no store at {address}:{port}: a process that fails alone cannot tell the others.")
+            logger.warning(
+                f"No key-value store answers at {address}:{port}: a process that fails alone cannot notify the others, "
+                "which may hang. Start the run with `accelerate launch` or `torchrun`."
+            )
             return False
         self._connected.set()
         return True
@@ -197,19 +204,19 @@ class _OtherProcesses:
             failed = self._store.check([self._key("failed")])
             if failed:
                 self._store.add(self._key("heard"), 1)
-        except RuntimeError:  # whoever kept the store has gone, and with it the run
+        except RuntimeError:  # the process that hosts the store is gone, and the run with it
             return True
         return failed
 
     def claim(self) -> bool:
-        """Whether this process is the first that has something to say about the end."""
+        """Whether this process is the first to report why the run ends."""
         try:
             return not self._connected.wait(2 * POLL) or self._store.add(self._key("said"), 1) == 1
         except RuntimeError:
             return True
 
     def tell(self, rank: str) -> None:
-        """Tell the others that this process has failed alone, and give them the time to hear it."""
+        """Notify the others that this process failed, and wait until they have noticed."""
         self.forget()
         if not self._connected.is_set():
             return
@@ -219,8 +226,8 @@ class _OtherProcesses:
             while self._store.add(self._key("heard"), 0) < rest and time.monotonic() < limit:
                 time.sleep(POLL / 10)
         except RuntimeError:
-            logger.debug("The store of the process group has gone.")
+            logger.debug("The key-value store of the run is gone.")
 
     def forget(self) -> None:
-        """Do not listen any more: this process leaves by itself."""
+        """Stop listening: this process exits by itself."""
         self._leaving.set()

@@ -1,7 +1,6 @@
-"""What ends a run early: a signal, a loss that is no number, completions that run away. Each leaves something to go on
-from, or to look at.
+"""Guards against runaway completions: most of them cut, or repeating themselves.
 
-When they are asked is left to the trainer.
+`safeguards.py` calls them once per generation batch.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ GRAM = 4  # tokens
 
 class Guard:
     """
-    Counts generation batches in a row whose value is above a limit.
+    Stops a run whose metric is above a limit in several generation batches in a row.
 
     Args:
-        what (`str`): what the value is the share of, for the message.
-        limit (`float`, *optional*): `None` never stops.
-        advice (`str`): what to change.
+        what (`str`): what the metric is a share of, for the message.
+        limit (`float`, *optional*): in [0, 1); `None` never stops.
+        advice (`str`): what to change, for the message.
     """
 
     def __init__(self, what: str, limit: float | None, advice: str):
@@ -34,7 +33,7 @@ class Guard:
         self._above = 0
 
     def check(self, value: float) -> None:
-        """Raise [`RunawayError`] where `value` is the last of too many."""
+        """Count `value`; raises [`RunawayError`] after `PATIENCE` values in a row above the limit."""
         self._above = self._above + 1 if self.limit is not None and value > self.limit else 0
         if self._above >= PATIENCE:
             raise RunawayError(
@@ -45,7 +44,7 @@ class Guard:
 
 def repetition(ids: torch.Tensor, mask: torch.Tensor, gram: int = GRAM) -> torch.Tensor:
     """
-    Share of each completion's n-grams that stood in it before.
+    Share of each completion's n-grams that occur earlier in the same completion.
 
     Args:
         ids (`torch.Tensor` of shape `(B, C)`): right-padded completions.
@@ -68,14 +67,14 @@ def repetition(ids: torch.Tensor, mask: torch.Tensor, gram: int = GRAM) -> torch
 
 def written(batch: dict[str, Any], pad: int) -> torch.Tensor:
     """
-    Which tokens of a generation batch its completions hold: `(B, C)`, bool; what tools said is left out.
+    Mask of the tokens that the student wrote: `(B, C)`, bool; tool output is left out.
 
-    `mask_truncated_completions` empties the mask of a completion that was cut, and those are the ones to look at: of
-    them it is all that is no padding.
+    `mask_truncated_completions` empties the mask of a completion that was cut, but those are the ones to watch: for
+    them, all tokens but padding count.
 
     Args:
-        batch (`dict`): with "completion_ids" and "completion_mask" of shape `(B, C)`, perhaps "tool_mask".
-        pad (`int`): id of padding.
+        batch (`dict`): with "completion_ids" and "completion_mask" of shape `(B, C)`, and optionally "tool_mask".
+        pad (`int`): id of the padding token.
     """
     ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
     found = torch.where(mask.any(1, keepdim=True), mask, ids != pad)

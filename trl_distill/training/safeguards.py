@@ -1,6 +1,6 @@
-"""What lets a trainer stop rather than train on nonsense, and leave a checkpoint or evidence where it does.
+"""Safeguards of a run: resume from complete checkpoints, stop on a bad loss or bad completions, save before leaving.
 
-What is complete is in `checkpoints.py`, what runs away in `runaway.py`; what is minimised is left to `loss.py`.
+`checkpoints.py` decides which checkpoints are complete, `runaway.py` what counts as runaway completions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class _FinishedError(Exception):
-    """A run was resumed that had come to its end."""
+    """The run that was resumed had already finished."""
 
 
 class Safeguards:
@@ -43,7 +43,7 @@ class Safeguards:
     Resumes a trainer from complete checkpoints, checks each loss, and watches completions.
 
     Args:
-        trainer ([`~trl_distill.OPDTrainer`]): who holds it.
+        trainer ([`~trl_distill.OPDTrainer`]): the trainer that owns it.
     """
 
     def __init__(self, trainer: Any):
@@ -51,14 +51,17 @@ class Safeguards:
 
     def train(self, run: Callable[..., Any], resume: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         """
-        `run(checkpoint, ...)`, with a checkpoint where it ends early.
+        Call `run(checkpoint, ...)`, and save a checkpoint if it ends early.
+
+        The message of the first four errors names the checkpoint that holds what was trained so far.
 
         Raises:
             TeacherUnavailable: a teacher did not answer.
             TeacherAnswerError: a server's answer cannot be used.
-            RunawayError: a guard has stopped the run. In these cases what was trained so far is in a checkpoint, which
-                the message names.
-            NonFiniteLossError: the loss is NaN or infinite; the message says where what it was computed from is.
+            RunawayError: completions were cut or repetitive for too long.
+            StoppedBySignal: SIGTERM or Ctrl-C.
+            NonFiniteLossError: the loss is NaN or infinite; the message names the folder with the inputs.
+            CheckpointError: a checkpoint could not be written.
         """
         trainer = self.trainer
         checkpoint = self._checkpoint(resume)
@@ -79,7 +82,7 @@ class Safeguards:
             trainer.on_run_end()
 
     def _checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        """The folder to go on from, which must be complete where it says what belongs to it."""
+        """The checkpoint to resume from. One that lists its files must be complete."""
         if resume_from_checkpoint is True:
             output_dir = self.trainer.args.output_dir
             resume_from_checkpoint = last_complete(output_dir)
@@ -94,43 +97,43 @@ class Safeguards:
         return checkpoint
 
     def _agree_on(self, checkpoint: str | None) -> None:
-        """See that all processes go on from the same step: nodes that share no folder find different checkpoints."""
+        """Check that all processes resume from the same step; without a shared folder nodes can find different ones."""
         accelerator = self.trainer.accelerator
         found = re.search(r"(\d+)\D*$", checkpoint) if checkpoint else None
         steps = accelerator.gather(torch.tensor([int(found[1]) if found else -1], device=accelerator.device)).tolist()
         if len(set(steps)) > 1:
             raise ValueError(
-                f"The processes would go on from different checkpoints (steps {steps}, -1 for none). Let `output_dir` "
-                "be a folder that all nodes share, or copy the checkpoint to each."
+                f"The processes would resume from different checkpoints (steps {steps}, -1 for none). Let `output_dir` "
+                "be a folder that all nodes share, or copy the checkpoint to each node."
             )
 
     def _after_saving(self, error: Exception) -> Exception:
-        """The error to raise: it says where the checkpoint is, which is written where all processes take part in it."""
+        """The error to raise, with the path of a checkpoint, which is written now if all processes can take part."""
         trainer = self.trainer
         step = trainer.state.global_step
         if step == 0 or not trainer.raised_everywhere(error):
             if not isinstance(error, CheckpointError | NonFiniteLossError):  # those say it themselves
                 error.add_note(f"After step {step}. {self._where_to_go_on()}")
             return error
-        change = "" if isinstance(error, StoppedBySignal) else " when this is mended"
+        change = "" if isinstance(error, StoppedBySignal) else " once this is fixed"
         advice = (
             f"Training stopped after step {step}. Everything so far is in {trainer.save_now()}: "
-            f"start again with `resume_from_checkpoint=True` (`auto` on the command line){change}."
+            f"restart with `resume_from_checkpoint=True` (`auto` on the command line){change}."
         )
         kinds = (TeacherUnavailable, TeacherAnswerError, RunawayError, StoppedBySignal)
         kind = next((kind for kind in kinds if isinstance(error, kind)), None)
         if kind is not None:
             return kind(f"{error} {advice}")
-        error.add_note(advice)  # of a teacher of the user's own
+        error.add_note(advice)  # an error of the user's own teacher keeps its type
         return error
 
     def stop_when_finished(self) -> None:
-        """Called before each training step: transformers makes one step more in a run that was finished."""
+        """Called before each training step, since transformers makes one more step when a finished run is resumed."""
         if self.trainer.state.global_step >= self.trainer.state.max_steps:
             raise _FinishedError
 
     def check_loss(self, loss: torch.Tensor, inputs: dict[str, Any], terms: dict[str, torch.Tensor]) -> None:
-        """Stop on all processes where the loss of one is NaN or infinite, with what it was computed from."""
+        """Stop all processes if the loss of any is NaN or infinite, and save what it was computed from."""
         trainer = self.trainer
         if trainer.mode == "eval":
             return
@@ -158,7 +161,7 @@ class Safeguards:
         return f"The last complete checkpoint is {last}." if last else "There is no checkpoint yet."
 
     def watch(self, batch: dict[str, Any]) -> None:
-        """Let the guards see a generation batch that the student has written."""
+        """Check a generation batch that the student wrote for cut and repetitive completions."""
         trainer = self.trainer
         shares = repetition(batch["completion_ids"], written(batch, trainer.tokenizer.pad_token_id))
         found = means(trainer.accelerator, {"distill/repetition": (shares, torch.ones_like(shares))})
@@ -168,7 +171,7 @@ class Safeguards:
 
     @functools.cached_property
     def _guards(self) -> dict[str, Guard]:
-        """By the metric that each looks at."""
+        """The guards, by the metric that each one watches."""
         args = self.trainer.args
         return {
             "completions/clipped_ratio": Guard(
@@ -186,13 +189,13 @@ class Safeguards:
 
 def save_evidence(folder: Path, process: int, step: int, terms: dict[str, float], rows: list[dict[str, Any]]) -> Path:
     """
-    Write what a loss that is no number was computed from.
+    Write what a NaN or infinite loss was computed from.
 
     Args:
-        folder (`Path`): of the run; gets a folder for this step.
-        process (`int`): which one writes.
-        step (`int`): optimizer steps that were made.
-        terms (`dict`): the loss and its parts, of this process.
+        folder (`Path`): output folder of the run; a subfolder for this step is made.
+        process (`int`): index of this process.
+        step (`int`): optimizer steps made so far.
+        terms (`dict`): the loss and its parts on this process.
         rows (`list` of `dict`): "prompt" and "completion" of its micro-batch, as text.
 
     Returns:

@@ -1,6 +1,6 @@
-"""Before the first step: student, teachers and estimator are checked against each other and brought together.
+"""Setup before the first step: check student and teachers against each other, load the teachers, make the estimators.
 
-What is checked is in `trl_distill.checks`, what becomes of it once training runs in `trainer.py`.
+The checks themselves are in `trl_distill.checks`; the training steps are in `trainer.py`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Setup:
     """
-    What a run with teachers is made of.
+    Teachers and estimators of a run.
 
     Attributes:
         pool ([`~trl_distill.teachers.pool.TeacherPool`]): the teachers.
-        estimator ([`~trl_distill.estimators.base.Estimator`]): of the divergence.
-        off_policy_estimator ([`~trl_distill.estimators.base.Estimator`]): of that on the dataset's completions.
-        same_vocabulary (`bool`): whether the divergence is taken over all ids of the student.
+        estimator ([`~trl_distill.estimators.base.Estimator`]): for rollouts of the student.
+        off_policy_estimator ([`~trl_distill.estimators.base.Estimator`]): for the dataset's completions.
+        same_vocabulary (`bool`): whether the divergence covers all of the student's ids.
     """
 
     pool: TeacherPool
@@ -50,15 +50,15 @@ class Setup:
 
 def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setup:
     """
-    Check that teachers and student fit, load the teachers, and let the student answer their signals.
+    Check that teachers and student fit, load the teachers, and extend the student's forward pass.
 
     Args:
         trainer ([`~trl_distill.OPDTrainer`]): after TRL's own set-up.
         specs (`dict[str, TeacherSpec]`): the teachers by name.
-        report ([`~trl_distill.checks.findings.Report`]): takes the findings as they come.
+        report ([`~trl_distill.checks.findings.Report`]): collects the findings.
 
     Raises:
-        ValueError: something does not fit; where the preflight found it, a `PreflightError`.
+        ValueError: something does not fit. Errors that the preflight collects are raised together as `PreflightError`.
     """
     facts = facts_of(trainer)
     found = examine(facts, specs, report)
@@ -89,7 +89,7 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
 
 
 def facts_of(trainer: Any) -> RunFacts:
-    """What the preflight looks at."""
+    """What the preflight needs to know about the run."""
     return RunFacts(
         args=trainer.args,
         student=unwrap_adapter(trainer.model),
@@ -105,7 +105,7 @@ def facts_of(trainer: Any) -> RunFacts:
 
 
 def add_reporting(trainer: Any, specs: dict[str, TeacherSpec]) -> None:
-    """Tables and pictures of the run; where wandb is logged to, it says who was distilled from whom, with what."""
+    """Add the summary table, and for wandb a plot and the names of student, teachers and rewards."""
     if not trainer.args.disable_tqdm:
         trainer.add_callback(SummaryTable())
     if "wandb" in trainer.args.report_to:
@@ -118,7 +118,7 @@ def add_reporting(trainer: Any, specs: dict[str, TeacherSpec]) -> None:
 
 
 def _estimators(trainer: Any, found: Examined) -> tuple[Estimator, Estimator]:
-    """Of the divergence on the student's completions, and on the dataset's."""
+    """The estimators for rollouts of the student and for the dataset's completions."""
     args: OPDConfig = trainer.args
     exact = in_fp32(trainer.model, args, trainer.accelerator)
     if args.kl_estimator == "topk" and args.divergence == "forward_kl" and not exact:
@@ -143,7 +143,7 @@ def _estimators(trainer: Any, found: Examined) -> tuple[Estimator, Estimator]:
 
 
 def _load(trainer: Any, specs: dict[str, TeacherSpec], estimator: Estimator) -> TeacherPool:
-    """The teachers, after a check that they give what the estimator needs."""
+    """Load the teachers, and check that they give what the estimator needs."""
     args: OPDConfig = trainer.args
     trainer.saves_padding = True
     trainer.trims_prompts = has_relative_positions(unwrap_adapter(trainer.model).config)
@@ -152,27 +152,27 @@ def _load(trainer: Any, specs: dict[str, TeacherSpec], estimator: Estimator) -> 
     check_signals(args.kl_estimator, estimator, pool.teachers, args.kl_temperature or args.temperature)
     first, _ = pool.members[0]
     if isinstance(first.module, nn.Module):
-        trainer.ref_model = first.module  # where TRL keeps the model that the KL is taken to
+        trainer.ref_model = first.module  # TRL's name for the model that the KL is measured against
     return pool
 
 
 def _stop_at(trainer: Any, ids: list[int]) -> None:
-    """Let rollouts, and the student that is saved, end with any of these ids: all mean the end to the teacher."""
+    """Let any of these ids end a completion, in rollouts and in the saved student: all of them count as one stop."""
     trainer.end_rollouts_with(ids)
     unwrap_adapter(trainer.model).generation_config.eos_token_id = ids
     if is_peft_model(trainer.model):
         logger.warning(
-            "An adapter's folder holds no stop tokens. Whoever loads it generates with "
-            f"`generate(..., eos_token_id={ids})`, or merges it into its base first."
+            "A saved adapter does not store stop tokens. When you load it, generate with "
+            f"`generate(..., eos_token_id={ids})`, or merge it into its base model first."
         )
 
 
 def _stay_inside_vocabulary(trainer: Any, teacher_size: int | None) -> bool:
     """
-    Keep rollouts to ids that the teacher has an opinion on, where its vocabulary is padded less.
+    Keep rollouts to ids that the teacher has, where its vocabulary has fewer padding rows than the student's.
 
     Returns:
-        `bool`: whether the divergence is taken over all ids of the student.
+        `bool`: whether the divergence covers all of the student's ids.
     """
     student_size = unwrap_adapter(trainer.model).config.get_text_config().vocab_size
     if teacher_size is None or teacher_size >= student_size:
@@ -184,7 +184,9 @@ def _stay_inside_vocabulary(trainer: Any, teacher_size: int | None) -> bool:
         f"{student_size} rows, save it, and use that."
     )
     if args.kl_estimator != "full" or args.kl_discount > 0:
-        raise ValueError(f"{found}, which only kl_estimator='full' with kl_discount=0 renormalises. {remedy}")
+        raise ValueError(
+            f"{found}, and only kl_estimator='full' with kl_discount=0 can renormalise over the shared ids. {remedy}"
+        )
     if trainer.use_vllm:
         raise ValueError(f"{found}, and vLLM rollouts cannot be kept inside it yet. {remedy}")
     if trainer.zero3:

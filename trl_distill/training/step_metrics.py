@@ -1,4 +1,4 @@
-"""What is logged of one micro-batch, computed from the parts of its loss in one place."""
+"""The metrics of one micro-batch, computed from the parts of its loss."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from ..reporting.metrics import by_reward, divergence_profile, reward_and_teache
 from .loss import LossParts
 
 
-Quantities = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by name: values, and a mask of what counts
+Quantities = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by name: values, and a mask of those that count
 
 
 def step_quantities(
     parts: LossParts, name: str, has_rewards: bool, entropy_key: str | None, profile: bool
 ) -> Quantities:
     """
-    Of rollouts of the student.
+    Metrics of rollouts of the student.
 
     Args:
-        parts ([`~trl_distill.training.loss.LossParts`]): of the loss.
-        name (`str`): of the divergence.
+        parts ([`~trl_distill.training.loss.LossParts`]): the loss.
+        name (`str`): the divergence, such as "reverse_kl".
         has_rewards (`bool`): whether there are rewards.
-        entropy_key (`str`, *optional*): where to log the entropy; `None` where TRL has done so.
-        profile (`bool`): whether to log where the divergence is and how student and teacher differ.
+        entropy_key (`str`, *optional*): name of the entropy metric; `None` if TRL has logged it.
+        profile (`bool`): whether to log [`~trl_distill.reporting.metrics.divergence_profile`].
     """
     mask, key = parts.batch.mask, f"distill/{name}"
     of_tokens, of_rows = reward_and_teacher(parts.output, parts.scores, parts.per_token, parts.batch, parts.beta)
@@ -41,7 +41,7 @@ def step_quantities(
 
 
 def off_policy_quantities(parts: LossParts, name: str) -> Quantities:
-    """Of completions of the dataset; arguments as in [`step_quantities`]."""
+    """Metrics of the dataset's completions; arguments as in [`step_quantities`]."""
     mask, key = parts.batch.mask, f"distill/off_policy/{name}"
     of_tokens, _ = reward_and_teacher(parts.output, parts.scores, parts.per_token, parts.batch, parts.beta)
     quantities: Quantities = {key: (parts.per_token, mask)}
@@ -51,7 +51,7 @@ def off_policy_quantities(parts: LossParts, name: str) -> Quantities:
 
 
 def loss_quantities(terms: dict[str, torch.Tensor], accumulation: int) -> Quantities:
-    """Parts of the loss as they would be without gradient accumulation."""
+    """The parts of the loss, with the division by accumulation steps undone."""
     return {name: (loss * accumulation, torch.ones_like(loss)) for name, loss in terms.items()}
 
 

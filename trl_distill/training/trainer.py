@@ -1,7 +1,7 @@
-"""`OPDTrainer`: GRPO with the reward set to zero and the teacher in the place of the reference model.
+"""`OPDTrainer`: GRPO whose reference model is the teacher, with or without rewards.
 
-It decides in which order things are asked for. What is minimised is in `loss.py`, set-up in `setup.py`, what stops a
-run in `safeguards.py`, and every private name of TRL's trainer in `grpo_hooks.py`.
+This file decides the order of the steps. The loss is in `loss.py`, setup in `setup.py`, what stops and resumes a run in
+`safeguards.py`, and every private name of TRL's trainer in `grpo_hooks.py`.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ logger = logging.getLogger(__name__)
 
 
 def no_reward(completions: list, **_: Any) -> list[float]:
-    """Stands where TRL demands a reward source; never called."""
+    """Placeholder for the reward function that TRL requires; never called."""
     return [0.0] * len(completions)
 
 
 def _as_opd_config(args: GRPOConfig | None, model: Any, teacher_model: Any) -> OPDConfig:
-    """The settings: none given, GRPO's, or ours."""
+    """The settings as an `OPDConfig`, whether none, GRPO's or our own were given."""
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         return OPDConfig(f"{name.split('/')[-1]}-OPD")
@@ -63,12 +63,12 @@ def _as_opd_config(args: GRPOConfig | None, model: Any, teacher_model: Any) -> O
 
 
 def _teachers_of(teacher_model: Any, args: OPDConfig, has_rewards: bool) -> dict[str, TeacherSpec]:
-    """Who judges, by name; nobody where `beta` is 0."""
+    """The teachers by name; none where `beta` is 0."""
     if args.beta > 0:
         return read_specs(teacher_model, args)
     if not has_rewards:
         raise ValueError(
-            "No reward source provided, and `beta` is 0, so that the teacher counts for nothing: there is nothing to "
+            "No reward source provided, and `beta` is 0, so the teacher has no weight either: there is nothing to "
             "learn. Pass `reward_funcs`, or an `environment_factory` with a reward, or set `beta` above 0."
         )
     if teacher_model is not None:
@@ -100,22 +100,22 @@ class OPDTrainer(GRPOHooks):
 
     Args:
         teacher_model (`str`, [`~transformers.PreTrainedModel`], `PeftModel`, [`Teacher`], `dict` of these, *optional*):
-            Who judges: a hub name or folder, `"adapter-off"`, a model, or anything with `score(rollouts)`; several by
-            name, of which the dataset's `teacher` column chooses. Needed where `beta > 0`; `args` may name it instead.
-            A model is frozen, and its forward extended in place.
+            The teacher: a hub name or folder, `"adapter-off"`, a model, or an object with `score(rollouts)`. Several
+            can be given by name; the dataset's `teacher` column then selects one for each row. Required where
+            `beta > 0`, unless `args` names it. A model is frozen, and its forward is extended in place.
         args ([`OPDConfig`], *optional*):
-            Settings. A [`~trl.GRPOConfig`] is taken as it is, with its `beta`.
+            Settings. A [`~trl.GRPOConfig`] is accepted too, and its `beta` is used.
 
     All other arguments are those of [`~trl.GRPOTrainer`].
 
     Raises:
-        ValueError: before anything is trained, where teacher, student, dataset or settings do not fit together.
+        ValueError: teacher, student, dataset and settings do not fit together; raised before training starts.
     """
 
     setup: Setup | None = None
     loss: DistillationLoss | None = None
     preflight: Report
-    _terms: dict[str, torch.Tensor] = {}  # the parts of the last loss, for the evidence
+    _terms: dict[str, torch.Tensor] = {}  # the parts of the last loss, for the file that describes a non-finite loss
 
     _tag_names = ["trl", "trl_distill", "on-policy-distillation"]
     _name = "On-Policy Distillation"
@@ -146,7 +146,7 @@ class OPDTrainer(GRPOHooks):
         environment_rewards, environment_factory = probe_environments(environment_factory)
         self.has_rewards = bool(reward_funcs) or environment_rewards
         args = args.resolved(self.has_rewards)
-        # one reward per nat, whatever the size of the group; other scalings and aggregations keep GRPO's baseline
+        # keeps `beta` in reward per nat for every group size; other scalings and aggregations keep GRPO's baseline
         self.leave_one_out = (
             args.beta > 0 and args.scale_rewards == "none" and args.multi_objective_aggregation == "sum_then_normalize"
         )
@@ -163,7 +163,7 @@ class OPDTrainer(GRPOHooks):
             if not self.has_rewards:
                 reward_funcs = [no_reward]
 
-        beta, args.beta = args.beta, 0.0  # TRL's own `self.beta` stays 0: it would ask for a reference model
+        beta, args.beta = args.beta, 0.0  # TRL's own `self.beta` stays 0, or TRL would load a reference model
         try:
             super().__init__(
                 model=model,
@@ -190,7 +190,7 @@ class OPDTrainer(GRPOHooks):
         self._bind_reports()
 
     def _prepare(self, specs: dict[str, TeacherSpec]) -> None:
-        """Bring teachers and student together; an error carries what was found until then, for `trl-distill check`."""
+        """Set up teachers and estimator; an error carries the report so far, which `trl-distill check` prints."""
         self.preflight = Report()
         try:
             self.setup = prepare(self, specs, self.preflight)
@@ -206,7 +206,7 @@ class OPDTrainer(GRPOHooks):
 
     @property
     def teacher(self) -> Any:
-        """The teacher; of several, the first."""
+        """The teacher, or the first of several."""
         if self.setup is None:
             return None
         first, _ = self.setup.pool.members[0]
@@ -214,12 +214,12 @@ class OPDTrainer(GRPOHooks):
 
     @property
     def estimator(self) -> Estimator:
-        """Of the divergence."""
+        """The estimator of the divergence."""
         assert self.setup is not None
         return self.setup.estimator
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As [`~transformers.Trainer.train`]; what it raises where it ends early is in [`Safeguards.train`]."""
+        """As [`~transformers.Trainer.train`]; [`Safeguards.train`] lists what it raises when a run ends early."""
         return self.safeguards.train(super().train, resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -230,7 +230,7 @@ class OPDTrainer(GRPOHooks):
         self.safeguards.check_loss(loss, inputs, self._terms)
 
     def _bind_reports(self) -> None:
-        """Let every [`~trl_distill.TokenReport`] look at this trainer, or refuse to."""
+        """Attach every [`~trl_distill.TokenReport`] to this trainer, or raise where it cannot report on it."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TokenReport):
                 callback.bind(self)
@@ -244,7 +244,7 @@ class OPDTrainer(GRPOHooks):
         return scheduled_beta(args.beta_schedule, args.beta, args.beta_end, step, steps)
 
     def dataset_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """The dataset's completions, where `lmbda` says that it is their turn."""
+        """The dataset's completions, where `lmbda` makes this batch off-policy; else `None`."""
         args = self.args
         if args.lmbda == 1 or self.mode == "eval" or self.beta_at(self.state.global_step) == 0:
             return None
@@ -266,10 +266,10 @@ class OPDTrainer(GRPOHooks):
         return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
     def on_rollouts(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
-        """Say who judges which row, with which prompt, and ask those teachers that judge whole generation batches."""
+        """Assign teachers and their prompts to rows, and run those teachers that score whole generation batches."""
         if self.mode == "train" and "row_weight" not in batch:
             self.safeguards.watch(batch)
-        if self.pool is None or self.beta_at(self.state.global_step) == 0:  # a weight of 0 stays 0
+        if self.pool is None or self.beta_at(self.state.global_step) == 0:  # a weight that has reached 0 stays 0
             return
         own = [row.get("teacher_prompt") for row in rows]
         batch |= teacher_prompts(own, batch, self.token_ids_of, self.tokenizer.pad_token_id)
@@ -295,9 +295,9 @@ class OPDTrainer(GRPOHooks):
         return parts.total
 
     def _log_step(self, parts: LossParts) -> None:
-        """Record what [`~trl_distill.training.step_metrics`] makes of the parts of a loss."""
+        """Record the metrics of one loss, as [`~trl_distill.training.step_metrics`] computes them."""
         terms = {"distill/loss": parts.divergence}
-        if self.has_rewards and not self.has_side_terms and not parts.batch.is_off_policy:  # else TRL logs it itself
+        if self.has_rewards and not self.has_side_terms and not parts.batch.is_off_policy:  # otherwise TRL logs it
             terms["policy_loss"] = torch.zeros_like(parts.divergence) if parts.policy is None else parts.policy
         self._terms = {name: loss.detach() for name, loss in terms.items()}
         if parts.batch.is_off_policy:
@@ -312,8 +312,8 @@ class OPDTrainer(GRPOHooks):
 
     def _entropy_key(self, parts: LossParts) -> str | None:
         """
-        TRL's key, where the divergence's distribution is the one that is sampled from; else one of our own, or `None`
-        where TRL's loss has logged it.
+        Where to log the entropy: under TRL's key if it is that of the sampling distribution, under our own otherwise;
+        `None` if TRL's loss has already logged it.
         """
         if parts.policy is not None:
             return None
@@ -323,7 +323,7 @@ class OPDTrainer(GRPOHooks):
 
     def on_run_start(self, checkpoint: str | None) -> None:
         self.turns.load(checkpoint)
-        self._bind_reports()  # those that were added since
+        self._bind_reports()  # including those added since construction
         for teacher, _ in self.pool.members if self.pool is not None and checkpoint else ():
             teacher.load(str(checkpoint))
 
@@ -331,7 +331,7 @@ class OPDTrainer(GRPOHooks):
         release_memory()
 
     def raised_everywhere(self, error: Exception) -> bool:
-        """Whether all processes have met this error at the same place, so that all can write a checkpoint."""
+        """Whether every process raised this error at the same point, so that all can write a checkpoint together."""
         of_teacher = isinstance(error, TeacherUnavailable | TeacherAnswerError)
         return (
             isinstance(error, RunawayError | StoppedBySignal)
@@ -346,7 +346,7 @@ class OPDTrainer(GRPOHooks):
             teacher.save(folder)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not self.has_rewards:  # the placeholder's zeros say nothing
+        if not self.has_rewards:  # only the placeholder's zeros
             self.forget("reward", "frac_reward_zero_std")
             self.drop_reward_column(no_reward.__name__)
         super().log(logs, start_time)
