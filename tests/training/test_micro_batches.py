@@ -195,5 +195,5 @@ def test_packed_rows_give_the_same_update(make, monkeypatch, changes):
         backbone = model.base_model.forward
         model.base_model.forward = lambda *a, f=backbone, **k: (seen.append(k["input_ids"].shape[0]), f(*a, **k))[1]
     watched(packed)
-    assert 1 in seen
+    assert seen.count(1) > 2  # the first batch of each model is computed both ways
     assert relative_error(parameters(packed), parameters(padded)) < 1e-5

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..heads.lm_head import LMHead
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
+from .packing import is_exact, packed_hidden, packs
 from .properties import unwrap_adapter
 
 
@@ -48,25 +49,16 @@ def unbound_forward(model: nn.Module) -> Callable[..., Any]:
     return functools.wraps(forward)(lambda _self, *args, **kwargs: forward(*args, **kwargs))
 
 
-def packs(model: PreTrainedModel) -> bool:
-    """Whether a model's attention takes rows of any length one after another, without a mask."""
-    return str(model.config._attn_implementation).startswith("flash_attention")
-
-
 def last_hidden(model: PreTrainedModel, *args: Any, **kwargs: Any) -> torch.Tensor:
     """
-    Last hidden state `(B, T, H)` of the backbone; 0 on padding where rows were packed.
-
-    Packed, all rows are one sequence without padding; positions that begin again tell transformers where each begins.
+    Last hidden state `(B, T, H)` of the backbone; 0 on padding where rows were packed into one sequence.
     """
-    ids, attended = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    if args or ids is None or attended is None or set(kwargs) - {"input_ids", "attention_mask"} or not packs(model):
-        return model.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-    kept = attended.bool()
-    positions = (attended.cumsum(1) - 1)[kept][None]
-    packed = model.base_model(input_ids=ids[kept][None], position_ids=positions, use_cache=False).last_hidden_state[0]
-    spread = packed.new_zeros(*ids.shape, packed.shape[-1])
-    return spread.masked_scatter(kept[..., None], packed)
+    given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT hands `None`s on
+    ids: Any = given.get("input_ids")
+    attended: Any = given.get("attention_mask")
+    if not args and set(given) == {"input_ids", "attention_mask"} and packs(model) and is_exact(model, ids, attended):
+        return packed_hidden(model.base_model, ids, attended)
+    return model.base_model(*args, use_cache=False, **kwargs).last_hidden_state
 
 
 def judged_states(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,131 @@
+"""Packing: used where rows do not see each other, refused where they would."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import EOS, PAD, VOCAB, make_model
+from transformers import AutoModelForCausalLM, GPT2Config, Lfm2Config, Qwen3NextConfig, set_seed
+
+from trl_distill.models import hidden_states, packing
+from trl_distill.models.hidden_states import last_hidden
+
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "bos_token_id": None,
+    "initializer_range": 0.3,
+}
+
+
+def hybrid(name: str):
+    """Models with layers that keep a state over time."""
+    set_seed(0)
+    if name == "lfm2":
+        return AutoModelForCausalLM.from_config(Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])).eval()
+    special = {"layer_types": ["linear_attention", "full_attention"], "num_experts": 0, "linear_num_value_heads": 2}
+    special |= {
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "mlp_only_layers": [0, 1],
+    }
+    return AutoModelForCausalLM.from_config(Qwen3NextConfig(**SIZES, **special)).eval()
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(2, VOCAB, (3, 9), generator=torch.Generator().manual_seed(0))
+    attended = torch.ones_like(ids)
+    attended[0, 6:] = attended[1, :2] = attended[1, 7:] = 0
+    return ids, attended
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Every model is taken for one with FlashAttention; transformers makes a mask of the positions instead."""
+    monkeypatch.setattr(hidden_states, "packs", lambda model: True)
+
+
+@pytest.mark.parametrize("family", ["tied", "untied", "softcap", "scale"])
+def test_packed_rows_give_the_states_of_rows_alone(flash, family):
+    model, (ids, attended) = make_model(family, seed=1).eval(), rows()
+    found = last_hidden(model, input_ids=ids, attention_mask=attended)
+    for row, mask, states in zip(ids, attended.bool(), found, strict=True):
+        alone = model.base_model(input_ids=row[mask][None]).last_hidden_state[0]
+        torch.testing.assert_close(states[mask], alone, rtol=1e-4, atol=1e-5)
+        assert states[~mask].abs().sum() == 0
+    assert getattr(model, packing._VERDICT) is True
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
+def test_rows_that_would_see_each_other_are_padded(flash, name, caplog):
+    model, (ids, attended) = hybrid(name), rows()
+    expected = model.base_model(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
+    leaked = packing.packed_hidden(model.base_model, ids, attended)
+    kept = attended.bool()
+    assert (leaked[kept] - expected[kept]).norm() / expected[kept].norm() > 0.02  # what would have been learnt from
+    for _ in range(2):
+        found = last_hidden(model, input_ids=ids, attention_mask=attended)
+        torch.testing.assert_close(found[kept], expected[kept], rtol=1e-5, atol=1e-6)
+    assert caplog.text.count("Batches are padded instead") == 1
+
+
+def test_dropout_does_not_decide(flash):
+    model, (ids, attended) = make_model("tied", seed=1, attention_dropout=0.5).train(), rows()
+    last_hidden(model, input_ids=ids, attention_mask=attended)
+    assert model.training
+    assert getattr(model, packing._VERDICT) is True
+
+
+def test_one_row_decides_nothing(flash):
+    model, (ids, attended) = hybrid("lfm2"), rows()
+    last_hidden(model, input_ids=ids[:1], attention_mask=attended[:1])
+    assert not hasattr(model, packing._VERDICT)
+
+
+def test_arguments_that_are_none_do_not_matter(flash, monkeypatch):
+    """As PEFT passes them on for a causal LM."""
+    model, (ids, attended) = make_model("tied", seed=1).eval(), rows()
+    expected = last_hidden(model, input_ids=ids, attention_mask=attended)
+    seen, backbone = [], model.base_model.forward
+    monkeypatch.setattr(model.base_model, "forward", lambda **k: (seen.append(len(k["input_ids"])), backbone(**k))[1])
+    found = last_hidden(model, input_ids=ids, attention_mask=attended, inputs_embeds=None, labels=None)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("attention", "expected"),
+    [
+        ("flash_attention_2", True),
+        ("flash_attention_3", True),
+        ("kernels-community/flash-attn2", True),
+        ("kernels-community/vllm-flash-attn3", True),
+        ("sdpa", False),
+        ("eager", False),
+        ("paged|flash_attention_2", False),
+    ],
+)
+def test_which_attention_takes_rows_of_any_length(attention, expected):
+    model = make_model("tied")
+    model.config._attn_implementation_internal = attention
+    assert packing.packs(model) is expected
+
+
+def test_what_the_configuration_already_says():
+    """Layers with a state, and positions that are added to the embeddings."""
+    gpt2 = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=EOS)
+    )
+    for model in (hybrid("lfm2"), hybrid("qwen3_next"), gpt2):
+        model.config._attn_implementation_internal = "flash_attention_2"
+        assert not packing.packs(model)

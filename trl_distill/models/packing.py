@@ -1,0 +1,100 @@
+"""Rows of a batch as one sequence without padding, for models whose attention takes rows of any length.
+
+Positions that begin again, and the lengths of the rows, tell attention where each row begins. Layers that know neither
+(linear attention, state-space layers, convolutions over time) would let one row see the one before it. So a model's
+layers are looked at, and the first batch is computed both ways: packing is used only where both agree.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .properties import has_relative_positions
+
+
+logger = logging.getLogger(__name__)
+
+KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative difference of hidden states that rounding may leave
+ROUNDED = 5e-2  # the same in 16 bits; rows that see each other differ by far more
+_VERDICT = "_trl_distill_packs"  # attribute of a model: whether packing was found to be exact
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """
+    Whether a model's attention takes rows of any length one after another, without a mask, as far as its configuration
+    says: FlashAttention of any provenance, rotary positions, and no layer with a state.
+    """
+    attention = str(model.config._attn_implementation).replace("-", "_")
+    if "flash" not in attention or attention.startswith("paged"):
+        return False
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ())
+    stateful = bool(getattr(model, "_is_stateful", False)) or bool(layers - KNOWN_LAYERS)
+    return not stateful and has_relative_positions(config)
+
+
+def packed_hidden(backbone: nn.Module, ids: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """
+    Last hidden states `(B, T, H)` from one sequence of all rows; 0 on padding.
+
+    Args:
+        backbone: the model without its LM head.
+        ids (`torch.Tensor` of shape `(B, T)`): token ids.
+        attended (`torch.Tensor` of shape `(B, T)`): 0 on padding.
+    """
+    kept = attended.bool()
+    positions = (attended.cumsum(1) - 1)[kept][None]
+    packed = backbone(
+        input_ids=ids[kept][None], position_ids=positions, use_cache=False, **_row_lengths(backbone, kept)
+    ).last_hidden_state[0]
+    spread = packed.new_zeros(*ids.shape, packed.shape[-1])
+    return spread.masked_scatter(kept[..., None], packed)
+
+
+def is_exact(model: PreTrainedModel, ids: torch.Tensor, attended: torch.Tensor) -> bool:
+    """
+    Whether packed rows give the hidden states of padded ones, found out on the first batch of two rows or more.
+
+    Every process runs the same forward passes, so that sharded weights are gathered alike.
+    """
+    known = getattr(model, _VERDICT, None)
+    if known is not None or len(ids) < 2:
+        return True if known is None else known
+    training = model.training
+    model.eval()  # dropout would make any two passes differ
+    try:
+        with torch.no_grad():
+            packed = packed_hidden(model.base_model, ids, attended)
+            padded = model.base_model(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
+    finally:
+        model.train(training)
+    kept = attended.bool()
+    expected = padded[kept].float()
+    error = ((packed[kept].float() - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+    exact = error <= TOLERANCE.get(padded.dtype, ROUNDED)
+    if not exact:
+        logger.warning(
+            f"{type(model).__name__} is not computed on packed rows: hidden states would differ from those of padded "
+            f"rows by {error:.1%}, since rows would see each other. Batches are padded instead: right, and slower."
+        )
+    setattr(model, _VERDICT, exact)
+    return exact
+
+
+def _row_lengths(backbone: nn.Module, kept: torch.Tensor) -> dict[str, Any]:
+    """Where rows begin, for models that hand it on to attention: it saves every layer from finding it out."""
+    takes = inspect.signature(type(backbone).forward).parameters.values()
+    if kept.device.type == "cpu" or not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
+        return {}
+    lengths = kept.sum(1, dtype=torch.int32)
+    lengths = lengths[lengths > 0]
+    ends = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
