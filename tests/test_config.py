@@ -57,7 +57,7 @@ def test_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_generations": 1}, "compared within the completions of one prompt"),
+        ({"num_generations": 1}, "compared among the completions of one prompt"),
         ({"per_device_train_batch_size": 6}, r"holds 6 completions, which `num_generations` \(8\)"),
         (
             {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4, "eval_strategy": "steps"},

@@ -1,4 +1,4 @@
-"""On-policy distillation of language models, on top of TRL: the student writes, the teacher judges every token."""
+"""On-policy distillation of language models, on top of TRL: the student writes, the teacher scores every token."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .training.trainer import OPDTrainer
 
 
-_MODULES = {  # imported when a name is first asked for: `trl-distill --help` shall not wait for PyTorch
+_MODULES = {  # imported on first use, so that `trl-distill --help` does not wait for PyTorch
     "AdapterOff": "teachers.self_distillation",
     "CheckpointError": "errors",
     "HiddenStates": "signals",

@@ -1,7 +1,7 @@
-"""Every contact with the inside of TRL: names that TRL does not document, each held by a test in `tests/contract/`.
+"""Names of TRL that TRL does not document, each held by a test in `tests/contract/`.
 
-[`GRPOHooks`] turns the private methods and attributes of `GRPOTrainer` that we build on into public hooks, so that
-`trainer.py` reads as an ordinary subclass. Nothing here knows about teachers or divergences.
+The private methods and attributes of `GRPOTrainer` are not here but in `training/grpo_hooks.py`. This file imports
+nothing else of this package.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ DICT_FIELDS: list[str] = GRPOConfig._VALID_DICT_FIELDS
 
 
 def gathered_head(weight: torch.Tensor, bias: torch.Tensor | None) -> AbstractContextManager[Any]:
-    """Context in which an LM head that ZeRO-3 has sharded is whole; without ZeRO-3 it does nothing."""
+    """Context that gathers an LM head sharded by ZeRO-3; without ZeRO-3 it does nothing."""
     return maybe_gather_lm_head_ctx(weight, bias)  # type: ignore[arg-type]
 
 
 def has_triton(device: torch.device) -> bool:
-    """Whether TRL's kernels run in Triton there."""
+    """Whether TRL's kernels run in Triton on this device."""
     return _use_triton(device)
 
 
 def probe_environments(factory: Any) -> tuple[bool, Any]:
     """
-    Whether an `environment_factory` (one, or several by name) brings a reward of its own, and that factory again.
+    Whether an `environment_factory` (one, or several by name) brings its own reward, and the factory to use.
 
-    An instance that had to be made to find out is handed out at the factory's first call, so that none is made twice.
+    An instance that had to be made to find out is returned by the first call of that factory, so that none is wasted.
     """
     if factory is None:
         return False, None
@@ -71,7 +71,7 @@ def _owns_reward(environment_class: type) -> bool:
 
 
 class _NeverBelow(int):
-    """An integer that denies being smaller than anything: what `GRPOConfig` asks before it refuses one generation."""
+    """An integer for which `<` is always false, so that it passes `GRPOConfig`'s check of `num_generations`."""
 
     def __lt__(self, other: object) -> bool:
         return False
@@ -79,18 +79,18 @@ class _NeverBelow(int):
 
 def post_init_without_group_check(config: GRPOConfig) -> None:
     """
-    Run `GRPOConfig.__post_init__` on `config`, except for its demand of at least two generations per prompt.
+    Run `GRPOConfig.__post_init__` on `config` without its check for at least two generations per prompt.
 
-    A `num_generations` of `None` or 1 passes, and is left as it is. All other checks of TRL's run.
+    A `num_generations` of `None` or 1 is accepted and kept. All other checks of TRL run.
     """
-    asked = config.num_generations
-    if asked is None or asked == 1:
+    given = config.num_generations
+    if given is None or given == 1:
         config.num_generations = _NeverBelow(1)
     try:
         GRPOConfig.__post_init__(config)
     finally:
-        config.num_generations = asked
+        config.num_generations = given
 
 
-# What TRL calls reward functions with, beside the dataset's columns
+# Arguments that TRL passes to reward functions, besides the dataset's columns
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")

@@ -1,7 +1,7 @@
-"""`OPDConfig`: GRPO's configuration plus the few fields that a teacher needs.
+"""`OPDConfig`: GRPO's configuration plus the fields that a teacher needs.
 
-The docstring of the class is the one place where a field is explained: the command line's help is made of it. What is
-refused is in `config_checks.py`.
+The docstring of the class explains each field, once: the command line's help is made from it. Invalid values are
+rejected by `config_checks.py`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from .objective.divergences import DIVERGENCES
 GENERATIONS_WITH_REWARDS = 8  # GRPO's own default
 
 
-GENERATIONS_WITHOUT = 1  # nothing is compared within a group, so more prompts beat more samples of one
+GENERATIONS_WITHOUT = (
+    1  # without rewards nothing is compared within a group, so more prompts help more than more samples of each
+)
 
 
 def _explained(config: type) -> type:
-    """Let a configuration's docstring be the help of the command line: each field's text, whole."""
+    """Use the text of each field in a configuration's docstring as its help on the command line."""
     texts = re.findall(r"^        (\w+) \(.*?\):\n((?:            .*\n)+)", config.__doc__ or "", re.MULTILINE)
     for name, text in texts:
         found = config.__dataclass_fields__[name]  # type: ignore[attr-defined]
@@ -44,44 +46,44 @@ class OPDConfig(GRPOConfig):
     > Parameters that control the teacher
 
         beta (`float`, *optional*, defaults to `1.0`):
-            Weight of the divergence from the teacher, in units of reward per nat. `0.0` is plain GRPO: no teacher is
-            loaded.
+            Weight of the divergence from the teacher, in units of reward per nat. `0.0` is plain GRPO, without a
+            teacher.
         beta_schedule (`str`, *optional*, defaults to `"constant"`):
             How the weight changes with the global step: `"constant"`, `"linear"` or `"cosine"` from `beta` to
             `beta_end` over `beta_schedule_steps`, or `"step"`, a jump to `beta_end` at `beta_schedule_steps`.
         beta_end (`float`, *optional*):
             Weight at the end of the schedule.
         beta_schedule_steps (`int`, *optional*):
-            Optimizer steps that the schedule takes. `None` is the whole run.
+            Length of the schedule in optimizer steps. `None` is the whole run.
         reward_start_step (`int`, *optional*, defaults to `0`):
-            Optimizer step from which rewards have weight (distil first, then reinforce). They are logged all the same.
+            Optimizer step from which rewards have weight (distil first, then reinforce). They are always logged.
         teacher_model_name_or_path (`str`, *optional*):
-            Teacher for scripts. In Python, pass `teacher_model` to the trainer.
+            Hub name or folder of the teacher, for the command line. In Python, pass `teacher_model` to the trainer.
         teacher_model_revision (`str`, *optional*):
             Revision of the teacher on the hub.
         teacher_model_init_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments for the teacher's `from_pretrained`. Its dtype is the checkpoint's own unless `dtype` is
-            given here.
+            Keyword arguments for the teacher's `from_pretrained`. Its dtype is the checkpoint's unless `dtype` is given
+            here.
         teacher_models (`dict` or `str`, *optional*):
-            Several teachers for scripts, `{"math": "path", "code": "path"}`; the dataset's `teacher` column says who
-            judges a row. In Python, pass them as `teacher_model`.
+            Several teachers, for the command line: `{"math": "path", "code": "path"}`. The dataset's `teacher` column
+            says which of them scores a row. In Python, pass them as `teacher_model`.
         teacher_server_urls (`list[str]`, *optional*):
-            Servers of the teacher that `teacher_model_name_or_path` names, with vLLM's OpenAI-compatible protocol. It
-            is not loaded then.
+            URLs of vLLM servers that serve the model `teacher_model_name_or_path`. The teacher is then not loaded here.
         teacher_offload (`bool`, *optional*, defaults to `False`):
-            Keep the teacher in CPU memory. It visits the accelerator once per generation batch.
+            Keep the teacher in CPU memory, and copy it to the accelerator once per generation batch.
         teacher_ema (`float`, *optional*):
-            The teacher is the student's exponential moving average with this decay. Takes the place of
+            Decay of an exponential moving average of the student, which is then the teacher, in place of
             `teacher_model`.
         teacher_batch_size (`int`, *optional*):
-            Rows per forward of the teacher. `None` is `per_device_train_batch_size`.
+            Rows per forward pass of the teacher. `None` is `per_device_train_batch_size`.
         merge_stop_tokens (`bool`, *optional*, defaults to `True`):
-            Where student and teacher end a turn with different ids, compare the probability of stopping as a whole.
+            If student and teacher end a turn with different ids, compare their total probability of stopping.
         assume_different_teacher (`bool`, *optional*, defaults to `False`):
-            Go on although the teacher has the student's weights, and nothing can be learnt from it at first.
+            Continue even if the teacher gives the same probabilities as the student, so that there is nothing to learn
+            from it at first.
         assume_same_tokenizer (`bool`, *optional*, defaults to `False`):
-            Go on although the tokenizers of student and teacher differ. The divergence compares probabilities id by
-            id, so this is right only where the ids that matter mean the same to both.
+            Continue even if the token ids of student and teacher differ. The divergence compares probabilities id by
+            id, so this is right only if the ids that occur mean the same to both.
 
     > Parameters that control the divergence
 
@@ -90,45 +92,45 @@ class OPDConfig(GRPOConfig):
             KL(teacher ‖ student); `"jsd"`, `"skewed_forward_kl"`, `"skewed_reverse_kl"` or `"mixed"`, see
             [`~trl_distill.objective.divergences.summands`].
         divergence_alpha (`float`, *optional*):
-            The divergence's own parameter, in [0, 1], and that of `off_policy_divergence`. Defaults to 0.5 for `"jsd"`
-            and `"mixed"`, 0.1 for the skewed ones.
+            Parameter of `divergence` and of `off_policy_divergence`, in [0, 1]. Defaults to 0.5 for `"jsd"` and
+            `"mixed"`, and to 0.1 for the skewed ones.
         kl_estimator (`str`, *optional*, defaults to `"full"`):
             How it is computed: `"full"`, exactly, over the whole vocabulary; `"topk"`, exactly over the student's
-            `kl_top_k` most likely ids and by the sampled token for the rest; `"sampled"`, by the sampled token alone.
-            All three have the same expected gradient.
+            `kl_top_k` most likely ids and from the sampled token for the rest; `"sampled"`, from the sampled token
+            alone. For the reverse KL all three have the same expected gradient.
         kl_top_k (`int`, *optional*, defaults to `64`):
-            Ids in the exact head of `"topk"`.
+            Number of ids that `"topk"` computes exactly.
         kl_discount (`float`, *optional*, defaults to `0.0`):
-            Discount γ of the KL still to come that a token answers for. 0: each token answers for its own KL. 1: the
-            true gradient of the sequence KL, which is noisy on long completions.
+            Discount γ of the later KL that is credited to a token. 0: each token is credited with its own KL alone. 1:
+            the true gradient of the sequence KL, which is noisy on long completions.
         kl_temperature (`float`, *optional*):
-            Softmax temperature of both models in the divergence. `None` is the sampling temperature.
+            Softmax temperature of both models in the divergence. `None` is the sampling `temperature`.
         lmbda (`float`, *optional*, defaults to `1.0`):
             Share of generation batches that are on-policy, evenly spaced. The others train on the dataset's
-            `completion` column, without generation and rewards. Below 1 with `kl_estimator="full"` and `kl_discount=0`
-            only: everything else assumes that the student wrote the tokens.
+            `completion` column, without generation and rewards. Below 1, `kl_estimator="full"` and `kl_discount=0` are
+            required: everything else assumes that the student wrote the tokens.
         off_policy_divergence (`str`, *optional*, defaults to `"forward_kl"`):
-            What is minimised there; a name as for `divergence`.
+            What is minimised on the dataset's completions where `lmbda < 1`; a name as for `divergence`.
 
     > Parameters that end a run early
 
         stop_above_truncation (`float`, *optional*):
-            Stop, with a checkpoint, where a larger share of completions than this is cut in three generation batches in
-            a row.
+            Stop, with a checkpoint, if more than this share of the completions is cut at the length limit in three
+            generation batches in a row.
         stop_above_repetition (`float`, *optional*):
-            Stop, with a checkpoint, where a larger share of the completions' 4-grams than this has stood in the same
-            completion before, in three generation batches in a row.
+            Stop, with a checkpoint, if more than this share of the completions' 4-grams repeat earlier ones of the same
+            completion in three generation batches in a row.
 
     > Parameters with another default than GRPO's
 
         num_generations (`int`, *optional*):
             Completions per prompt. `None` is resolved by the trainer: 8 with rewards, 1 without.
         scale_rewards (`str` or `bool`, *optional*):
-            `None` is resolved by the trainer: `"none"` where `beta > 0` (dividing by the group's standard deviation
-            changes the optimum), else GRPO's default.
+            `None` is resolved by the trainer: `"none"` if `beta > 0`, since dividing by the group's standard deviation
+            changes the optimum; else GRPO's default.
 
     Raises:
-        ValueError: a value, or a combination, that cannot mean anything; the message says what to write instead.
+        ValueError: a value or a combination of values is invalid; the message says what to write instead.
     """
 
     _VALID_DICT_FIELDS = [*DICT_FIELDS, "teacher_model_init_kwargs", "teacher_models"]  # the name that TRL reads
@@ -168,12 +170,12 @@ class OPDConfig(GRPOConfig):
             post_init_without_group_check(self)
         except ValueError:
             if self.generation_batch_size is not None and self.num_generations is not None:
-                check_group(self, self.num_generations)  # says more of it than TRL does
+                check_group(self, self.num_generations)  # a more helpful message than TRL's
             raise
 
     @property
     def biased_sampling(self) -> list[str]:
-        """Settings under which rollouts are no samples of the student, where the estimator takes them for that."""
+        """Settings that change the sampling distribution, if the estimator relies on samples of the student."""
         whole = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,)}
         if self.kl_estimator == "full" and self.kl_discount == 0:
             return []
@@ -181,7 +183,7 @@ class OPDConfig(GRPOConfig):
         return [f"`{name}={getattr(self, name)}`" for name in found]
 
     def alpha_of(self, divergence: str) -> float:
-        """`divergence_alpha`, or its default; 0 where the divergence has none."""
+        """`divergence_alpha`, or its default; 0 for a divergence without a parameter."""
         default = DIVERGENCES[divergence]
         if default is None:
             return 0.0
@@ -196,18 +198,18 @@ class OPDConfig(GRPOConfig):
 
     @property
     def micro_steps_per_generation(self) -> int:
-        """Micro-steps that live on one generation batch, all iterations over it included."""
+        """Micro-steps per generation batch, all iterations over it included."""
         assert self.steps_per_generation is not None  # TRL's __post_init__ sets it
         return self.steps_per_generation * self.num_iterations
 
     @classmethod
     def from_grpo(cls, args: GRPOConfig) -> OPDConfig:
         """
-        The same settings as an `OPDConfig`: `beta` is kept (GRPO's default is 0.0), fields of ours get their defaults.
+        The same settings as an `OPDConfig`: `beta` is kept (GRPO's default is 0.0), new fields get their defaults.
 
-        Methods and properties of a subclass of `GRPOConfig` are not carried over.
+        Methods and properties of a subclass of `GRPOConfig` are lost.
         """
-        config = object.__new__(cls)  # not through __init__: `args` is past its own __post_init__
+        config = object.__new__(cls)  # not through __init__, since `args` has been through its own __post_init__
         for f in fields(cls):
             default = f.default if f.default is not MISSING else None
             setattr(config, f.name, getattr(args, f.name, default))
@@ -217,10 +219,11 @@ class OPDConfig(GRPOConfig):
 
     def resolved(self, has_rewards: bool) -> OPDConfig:
         """
-        A copy in which what depends on the rewards is settled: `num_generations` and `scale_rewards`.
+        A copy in which `num_generations` and `scale_rewards` are resolved, which depend on whether there are rewards.
 
         Raises:
-            ValueError: one generation with rewards, or a generation batch that the group size does not divide.
+            ValueError: there are rewards and one completion per prompt, or the group size does not divide the
+                generation batch.
         """
         config = copy.copy(self)
         config.accelerator_config = copy.copy(self.accelerator_config)  # TRL writes into it

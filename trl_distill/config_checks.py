@@ -1,4 +1,4 @@
-"""The rules of `OPDConfig`: what is refused, and what to write instead. The fields are in `config.py`."""
+"""The rules of `OPDConfig`: which values are rejected, and what to write instead. The fields are in `config.py`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SCHEDULES = ("constant", "linear", "cosine", "step")
 
 def check_values(config: Any) -> None:
     """
-    Whether values, and their combinations, mean anything; what depends on rewards is in [`check_resolved`].
+    Check values and their combinations; what depends on rewards is checked by [`check_resolved`].
 
     Args:
         config ([`~trl_distill.OPDConfig`]): before TRL's own checks.
 
     Raises:
-        ValueError: the first that does not; the message says what to write instead.
+        ValueError: a value or combination is invalid; the message says what to write instead.
     """
     _check_choices(config)
     _check_ranges(config)
@@ -32,8 +32,8 @@ def check_values(config: Any) -> None:
     _check_one_teacher(config)
     if config.sync_ref_model and config.beta > 0:
         raise ValueError(
-            "`sync_ref_model=True` would write the student's weights into the teacher, which stands where TRL has "
-            "its reference model. Set `sync_ref_model=False`."
+            "`sync_ref_model=True` would write the student's weights into the teacher, which takes the place of TRL's "
+            "reference model. Set `sync_ref_model=False`."
         )
 
 
@@ -63,9 +63,11 @@ def _check_ranges(config: Any) -> None:
             "set `top_k=1`."
         )
     if config.kl_top_k < 0:
-        raise ValueError(f"`kl_top_k` is {config.kl_top_k}; it counts ids. 0 is the sampled token alone.")
+        raise ValueError(
+            f"`kl_top_k` is {config.kl_top_k}; it counts ids, so it must be >= 0. 0 uses the sampled token alone."
+        )
     if not 0 <= config.kl_discount <= 1:
-        raise ValueError(f"`kl_discount` is {config.kl_discount}; a discount lies in [0, 1].")
+        raise ValueError(f"`kl_discount` is {config.kl_discount}; it is a discount, in [0, 1].")
     if not 0 <= config.lmbda <= 1:
         raise ValueError(f"`lmbda` is {config.lmbda}; it is a share, in [0, 1].")
     for name, least in (("beta_schedule_steps", 1), ("reward_start_step", 0)):
@@ -83,7 +85,7 @@ def _check_ranges(config: Any) -> None:
 
 
 def _check_off_policy(config: Any) -> None:
-    """On text that the student did not write, only what is a function of the prefix alone is right."""
+    """On text that the student did not write, only estimators that do not rely on sampled tokens are right."""
     if config.lmbda == 1:
         return
     if config.beta == 0:
@@ -94,13 +96,13 @@ def _check_off_policy(config: Any) -> None:
     if config.kl_estimator != "full" or config.kl_discount != 0:
         raise ValueError(
             f"`lmbda` is {config.lmbda}, so some batches are not written by the student, but "
-            f"kl_estimator={config.kl_estimator!r} with kl_discount={config.kl_discount:g} learns from its samples. "
+            f"kl_estimator={config.kl_estimator!r} with kl_discount={config.kl_discount:g} relies on its samples. "
             "Use kl_estimator='full' with kl_discount=0, or `lmbda=1`."
         )
 
 
 def _check_divergence(config: Any) -> None:
-    """Divergence, its parameter, and the estimator must fit together."""
+    """Divergence, its parameter and the estimator must fit together."""
     used = [config.divergence, *([config.off_policy_divergence] if config.lmbda < 1 else [])]
     if config.divergence_alpha is not None:
         used = [name for name in used if DIVERGENCES[name] is not None]
@@ -112,16 +114,17 @@ def _check_divergence(config: Any) -> None:
         skewed = any(name.startswith("skewed") for name in used)
         if not 0 <= config.divergence_alpha <= 1 or (skewed and config.divergence_alpha == 1):
             bounds = "[0, 1), since at 1 both sides are the same" if skewed else "[0, 1]"
-            raise ValueError(f"`divergence_alpha` is {config.divergence_alpha}; it lies in {bounds}.")
+            raise ValueError(f"`divergence_alpha` is {config.divergence_alpha}; it must lie in {bounds}.")
     if config.kl_estimator == "topk" and DIVERGENCES[config.divergence] is not None:
         raise ValueError(
-            f"kl_estimator='topk' has no form for divergence={config.divergence!r}. Use kl_estimator='full', or "
-            "'reverse_kl' or 'forward_kl'."
+            f"kl_estimator='topk' cannot estimate divergence={config.divergence!r}. Use kl_estimator='full', or "
+            "divergence 'reverse_kl' or 'forward_kl'."
         )
     if config.kl_estimator == "sampled" and config.divergence != "reverse_kl":
         raise ValueError(
-            f"kl_estimator='sampled' estimates the reverse KL alone; divergence={config.divergence!r} is an average "
-            "over the teacher's tokens, of which none was sampled. Use kl_estimator='full', or no `divergence`."
+            f"kl_estimator='sampled' estimates the reverse KL alone; divergence={config.divergence!r} averages "
+            "over the teacher's tokens too, and none of those are sampled. Use kl_estimator='full', or leave "
+            "`divergence` out."
         )
     if config.kl_estimator != "full" and config.kl_temperature not in (None, config.temperature):
         raise ValueError(
@@ -135,21 +138,21 @@ def _check_schedule(config: Any) -> None:
     if (config.beta_schedule == "constant") != (config.beta_end is None):
         raise ValueError(
             f"`beta_schedule` is {config.beta_schedule!r} and `beta_end` is {config.beta_end}: a schedule needs an "
-            "end, and a constant weight has none. Set both or neither."
+            "end value, and a constant weight has none. Set both or neither."
         )
     if config.beta_end is not None and (config.beta_end < 0 or config.beta == 0):
         raise ValueError(
             f"`beta` goes from {config.beta} to {config.beta_end}. The end must not be negative, and the start must "
-            "not be 0, which loads no teacher: start from a small value instead."
+            "not be 0, since no teacher is loaded then: start from a small value instead."
         )
     if config.beta_schedule == "step" and config.beta_schedule_steps is None:
-        raise ValueError("`beta_schedule='step'` jumps at `beta_schedule_steps`; say when.")
+        raise ValueError("`beta_schedule='step'` jumps at `beta_schedule_steps`, which is not set. Set it to a step.")
     if config.beta_schedule == "constant" and config.beta_schedule_steps is not None:
         raise ValueError("`beta_schedule_steps` is given, but `beta_schedule` is 'constant'. Set both or neither.")
     if config.beta == 0 and config.reward_start_step > 0:
         raise ValueError(
             f"`reward_start_step` is {config.reward_start_step}, but `beta` is 0: nothing would be learnt before it. "
-            "Give a teacher weight, or start with the reward."
+            "Set `beta` above 0, or `reward_start_step=0`."
         )
 
 
@@ -158,21 +161,21 @@ def _check_one_teacher(config: Any) -> None:
     ways = ("teacher_model_name_or_path", "teacher_models", "teacher_ema")
     named = [name for name in ways if getattr(config, name) is not None]
     if len(named) > 1:
-        raise ValueError(f"Both `{named[0]}` and `{named[1]}` say who the teacher is. Keep one.")
+        raise ValueError(f"Both `{named[0]}` and `{named[1]}` name a teacher. Keep one.")
     if config.teacher_server_urls and config.teacher_model_name_or_path is None:
         raise ValueError(
             "`teacher_server_urls` are given, but not which model they serve. Name it with "
-            "`teacher_model_name_or_path`, as `/v1/models` of the server lists it."
+            "`teacher_model_name_or_path`, as the server's `/v1/models` lists it."
         )
     if config.teacher_offload and (config.teacher_server_urls or config.teacher_ema is not None):
         raise ValueError(
-            "`teacher_offload=True` keeps a teacher that is loaded here in CPU memory, and this one is not loaded "
-            "here. Leave it out."
+            "`teacher_offload=True` keeps the teacher's weights in CPU memory, but this teacher has no weights of its "
+            "own here. Leave it out."
         )
 
 
 def check_group(config: Any, group: int) -> None:
-    """Whether the groups of completions of one prompt fill the generation batch."""
+    """Check that whole groups (the completions of one prompt) fill the generation batch."""
     if config.generation_batch_size % group != 0:
         raise ValueError(
             f"The generation batch holds {config.generation_batch_size} completions, which `num_generations` "
@@ -183,14 +186,14 @@ def check_group(config: Any, group: int) -> None:
 
 def check_resolved(config: Any, has_rewards: bool) -> None:
     """
-    Whether settings fit to there being rewards, or none.
+    Check the settings that depend on whether there are rewards.
 
     Args:
         config ([`~trl_distill.OPDConfig`]): resolved.
         has_rewards (`bool`): whether there are rewards.
 
     Raises:
-        ValueError: groups of one with rewards, or batches that groups do not fill.
+        ValueError: there are rewards and groups of one completion, or groups do not fill the batches.
     """
     if has_rewards and config.beta > 0:
         _check_units(config)
@@ -199,7 +202,7 @@ def check_resolved(config: Any, has_rewards: bool) -> None:
     group = config.num_generations
     if has_rewards and group < 2:
         raise ValueError(
-            "`num_generations` is 1, but rewards are compared within the completions of one prompt. Set it to 2 "
+            "`num_generations` is 1, but rewards are compared among the completions of one prompt. Set it to 2 "
             "or more, or leave it out (8)."
         )
     check_group(config, group)
@@ -214,11 +217,11 @@ def check_resolved(config: Any, has_rewards: bool) -> None:
 
 
 def _check_units(config: Any) -> None:
-    """`beta` is a weight in reward per nat only where rewards keep their size."""
+    """`beta` is in reward per nat only if rewards are not rescaled."""
     if config.scale_rewards != "none":
         logger.warning(
             f"`scale_rewards={config.scale_rewards!r}` divides rewards by their standard deviation, so `beta` is "
-            "no longer a weight in reward per nat and the optimum is another. Use 'none' to optimise the stated "
+            "no longer a weight in reward per nat and the optimum changes. Use 'none' to optimise the stated "
             "objective."
         )
     if config.multi_objective_aggregation != "sum_then_normalize":
@@ -231,13 +234,13 @@ def _check_units(config: Any) -> None:
     if config.loss_type == "cispo" and ceiling < 1:
         raise ValueError(
             f"loss_type='cispo' clips the ratio at `epsilon_high` ({ceiling}), below its value on fresh rollouts, "
-            f"so the reward would weigh {ceiling} times what it says and `beta` would not be reward per nat. Set "
+            f"so rewards would count only {ceiling} times and `beta` would not be in reward per nat. Set "
             "`epsilon_high` to more than 1 (5.0 in the ScaleRL recipe)."
         )
 
 
 def _check_ignored(config: Any) -> None:
-    """Settings of the policy loss, where there is no reward and so no policy loss."""
+    """Settings of the policy loss have no effect without rewards."""
     if config.reward_weights is not None:
         raise ValueError("`reward_weights` are given, but no `reward_funcs`. Give both or neither.")
     ignored = {
@@ -248,4 +251,4 @@ def _check_ignored(config: Any) -> None:
     }
     for name, default in ignored.items():
         if getattr(config, name) != default:
-            logger.warning(f"`{name}` shapes the policy loss, and without rewards there is none: it has no effect.")
+            logger.warning(f"`{name}` belongs to the policy loss, and without rewards there is none: it has no effect.")

@@ -1,33 +1,33 @@
-"""Every exception of this package that a caller may want to catch."""
+"""The exceptions of this package that a caller may want to catch."""
 
 from __future__ import annotations
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; earlier ones are as they were."""
+    """A checkpoint could not be written; earlier checkpoints are unchanged."""
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite. Nothing was trained on it."""
+    """The loss, or a reward, is NaN or infinite. No step was made with it."""
 
     on_all_processes = True
 
 
 class RunawayError(RuntimeError):
-    """Completions are cut, or repeat themselves, far beyond what was allowed."""
+    """Too many completions are cut or repeat themselves, see `stop_above_truncation` and `stop_above_repetition`."""
 
     on_all_processes = True
 
 
 class StoppedBySignal(RuntimeError):
-    """SIGTERM has ended the run after a step; what was trained is in a checkpoint, which the message names."""
+    """SIGTERM ended the run after a step; the message names the checkpoint with what was trained."""
 
     on_all_processes = True
 
 
 class TeacherUnavailable(RuntimeError):
-    """The teacher did not answer within its time-outs and retries."""
+    """The teacher is unavailable: it did not answer within its timeouts and retries."""
 
 
 class TeacherAnswerError(RuntimeError):
-    """The teacher answered something that cannot be taken as its judgement of the tokens that it was asked about."""
+    """The teacher's answer is malformed, or does not match the tokens that were sent."""

@@ -1,4 +1,4 @@
-"""What the student wrote, as teachers and losses see it: sequences, and the columns that travel with each row."""
+"""Batches of completions as teachers and losses take them: token sequences, and further columns for each row."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.nn.utils.rnn import pad_sequence
 @dataclass
 class Rollouts:
     """
-    A batch of sequences of which some completion tokens are judged. N is the number of judged tokens, `mask.sum()`.
+    Prompts with completions. The tokens marked by `mask` are the judged ones; N is their number, `mask.sum()`.
 
     Attributes:
         input_ids (`torch.Tensor` of shape `(B, P + C)`): left-padded prompts, right-padded completions.
         attention_mask (`torch.Tensor` of shape `(B, P + C)`): 0 on padding.
-        mask (`torch.Tensor` of shape `(B, C)`, bool): completion tokens that count: no padding, no tool output, no
-            truncated completion where those are masked.
+        mask (`torch.Tensor` of shape `(B, C)`, bool): completion tokens that count: without padding, tool output,
+            and truncated completions if those are masked.
     """
 
     input_ids: torch.Tensor
@@ -29,7 +29,7 @@ class Rollouts:
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any], prompt: str = "prompt") -> Rollouts:
-        """Build from a batch of `GRPOTrainer`, with its prompts ("prompt") or the teacher's own ("teacher_prompt")."""
+        """From a batch of `GRPOTrainer`, with its prompts ("prompt") or the teacher's own ("teacher_prompt")."""
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
@@ -43,11 +43,11 @@ class Rollouts:
         return self.mask.shape[0]
 
     def rows(self, index: Any) -> Rollouts:
-        """Some of the rows: a slice, a mask `(B,)` or indices."""
+        """Some of the rows, by a slice, a mask `(B,)` or indices."""
         return Rollouts(self.input_ids[index], self.attention_mask[index], self.mask[index])
 
     def trimmed(self, prompts: bool = True) -> Rollouts:
-        """Without the columns that are padding in every row; on the left only where `prompts` may be cut."""
+        """Without the columns that are padding in every row, on the left only if `prompts` may be cut."""
         attended, completion = self.attention_mask.any(0), self.mask.shape[1]
         length = max(int(attended[-completion:].sum()), 1)
         first = int(attended.int().argmax()) if prompts else 0
@@ -58,22 +58,22 @@ class Rollouts:
 @dataclass(frozen=True)
 class MicroBatch:
     """
-    A batch of `GRPOTrainer`, its columns by name. B rows, completions of C tokens.
+    A batch of `GRPOTrainer` with named columns: B rows, completions of C tokens.
 
     Attributes:
-        inputs (`dict[str, Any]`): as TRL's loss takes it.
-        rollouts ([`Rollouts`]): what the student read and wrote.
-        for_teachers ([`Rollouts`]): the same completions after the teachers' own prompts, where there are any.
-        row_ids (`torch.Tensor` of shape `(B,)`, *optional*): by which teachers' signals are kept.
-        teacher_weights (`torch.Tensor` of shape `(B, teachers)`, *optional*): with several teachers.
-        advantages (`torch.Tensor` of shape `(B,)` or `(B, C)`, *optional*): TRL's.
-        rewards (`torch.Tensor` of shape `(B,)`, *optional*): NaN where no reward function had an opinion.
-        old_log_q (`torch.Tensor` of shape `(B, C)`, *optional*): of the policy that wrote the rollouts, where it is not
-            the present one.
-        sampler_ratio (`torch.Tensor` of shape `(B, C)` or `(B, 1)`, *optional*): from vLLM's sampler to that policy,
-            truncated by TRL.
-        row_weight (`torch.Tensor` of shape `(B,)`, *optional*): of completions from the dataset, of which equal rows
-            count once.
+        inputs (`dict[str, Any]`): the batch as TRL's loss takes it.
+        rollouts ([`Rollouts`]): the student's prompts and completions.
+        for_teachers ([`Rollouts`]): the same completions, after the teachers' own prompts where there are any.
+        row_ids (`torch.Tensor` of shape `(B,)`, *optional*): the keys under which teachers' signals are stored.
+        teacher_weights (`torch.Tensor` of shape `(B, teachers)`, *optional*): for several teachers.
+        advantages (`torch.Tensor` of shape `(B,)` or `(B, C)`, *optional*): as TRL computes them.
+        rewards (`torch.Tensor` of shape `(B,)`, *optional*): NaN where no reward function gave a score.
+        old_log_q (`torch.Tensor` of shape `(B, C)`, *optional*): log-probabilities under the policy that wrote the
+            rollouts, nats; `None` if that is the current one.
+        sampler_ratio (`torch.Tensor` of shape `(B, C)` or `(B, 1)`, *optional*): TRL's truncated importance
+            ratio between that policy and vLLM's sampler.
+        row_weight (`torch.Tensor` of shape `(B,)`, *optional*): for completions from the dataset: the group size
+            for rows that count, 0 for their duplicates.
     """
 
     inputs: dict[str, Any]
@@ -89,7 +89,7 @@ class MicroBatch:
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any]) -> MicroBatch:
-        """From what `GRPOTrainer` passes to its loss, with the columns that this package has added."""
+        """From the batch that `GRPOTrainer` passes to its loss, with the columns that this package adds."""
         return cls(
             inputs=inputs,
             rollouts=Rollouts.from_inputs(inputs),
@@ -105,21 +105,21 @@ class MicroBatch:
 
     @property
     def mask(self) -> torch.Tensor:
-        """Judged tokens, `(B, C)`, bool."""
+        """The judged tokens, `(B, C)`, bool."""
         return self.rollouts.mask
 
     @property
     def is_off_policy(self) -> bool:
-        """Whether the completions are the dataset's."""
+        """Whether the completions are from the dataset."""
         return self.row_weight is not None
 
     @property
     def needs_trl_log_probs(self) -> bool:
-        """Whether the policy loss compares with log-probabilities that TRL computed, or leaves tool output out."""
+        """Whether the policy loss has ratios to log-probabilities that TRL computed, or masks tool output."""
         return self.old_log_q is not None or self.sampler_ratio is not None or "tool_mask" in self.inputs
 
     def without_advantages(self) -> MicroBatch:
-        """With a reward that has no weight yet."""
+        """With advantages of 0, while the reward has no weight."""
         assert self.advantages is not None
         silent = torch.zeros_like(self.advantages)
         return replace(self, inputs={**self.inputs, "advantages": silent}, advantages=silent)
@@ -129,24 +129,24 @@ def teacher_prompts(
     prompts: list[Any], batch: dict[str, Any], tokenize: Callable[[list[Any]], list[list[int]]], pad: int
 ) -> dict[str, torch.Tensor]:
     """
-    Prompts of the teacher's own for a batch of `GRPOTrainer`, left-padded; rows without one keep the student's.
+    The teacher's own prompts for a batch of `GRPOTrainer`, left-padded; rows without one keep the student's.
 
     Args:
-        prompts (`list`): one per row, text or messages; `None` where a row has none.
+        prompts (`list`): text or messages for each row, or `None`.
         batch (`dict`): with "prompt_ids" and "prompt_mask" of shape `(B, P)`.
-        tokenize (`Callable`): prompts to token ids, as in training.
-        pad (`int`): id of padding.
+        tokenize (`Callable`): turns prompts into token ids, as in training.
+        pad (`int`): id of the padding token.
 
     Returns:
-        `dict`: "teacher_prompt_ids" and "teacher_prompt_mask" of shape `(B, P')`; nothing where no row has one.
+        `dict`: "teacher_prompt_ids" and "teacher_prompt_mask" of shape `(B, P')`; empty if no row has one.
     """
     some = next((prompt for prompt in prompts if prompt), None)
     if some is None:
         return {}
     rendered = tokenize([prompt or some for prompt in prompts])
     ids = [
-        torch.tensor(theirs, device=kept.device) if prompt else kept[mask.bool()]
-        for prompt, theirs, kept, mask in zip(prompts, rendered, batch["prompt_ids"], batch["prompt_mask"], strict=True)
+        torch.tensor(own, device=kept.device) if prompt else kept[mask.bool()]
+        for prompt, own, kept, mask in zip(prompts, rendered, batch["prompt_ids"], batch["prompt_mask"], strict=True)
     ]
     left_padded = functools.partial(pad_sequence, batch_first=True, padding_side="left")
     return {

@@ -1,6 +1,6 @@
-"""What a teacher gives for rollouts: hidden states and a head, or log-probabilities of a few ids.
+"""What a teacher returns for rollouts: hidden states and a head, or log-probabilities of a few ids.
 
-Small dataclasses that can be cut into rows and put together again.
+Small dataclasses that can be split by tokens and concatenated again.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ import torch
 
 @dataclass
 class _PerToken:
-    """A signal whose tensors have one row for each judged token; other fields hold for all of them."""
+    """A signal whose tensors have one row per judged token; other fields are shared by all tokens."""
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
-        """With each tensor changed in the same way."""
+        """A copy with `change` applied to each tensor."""
         return replace(self, **{name: change(tensor) for name, tensor in self._tensors().items()})
 
     def float(self) -> Self:
-        """With floating-point tensors in fp32."""
+        """A copy with floating-point tensors in fp32."""
         return self.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
 
     def split(self, counts: list[int]) -> list[Self]:
-        """Cut into pieces of so many judged tokens each."""
+        """Split into pieces of `counts` judged tokens each."""
         pieces = {name: tensor.split(counts) for name, tensor in self._tensors().items()}
         return [replace(self, **{name: piece[i] for name, piece in pieces.items()}) for i in range(len(counts))]
 
     @classmethod
     def cat(cls, pieces: list[Self]) -> Self:
-        """The pieces one after another; what is no tensor is the first one's."""
+        """Concatenate pieces; non-tensor fields come from the first piece."""
         names = pieces[0]._tensors()
         return replace(pieces[0], **{name: torch.cat([getattr(piece, name) for piece in pieces]) for name in names})
 
@@ -43,7 +43,7 @@ class _PerToken:
 @dataclass
 class HiddenStates(_PerToken):
     """
-    The exact signal: what the teacher's LM head would be applied to, and that head. Never logits.
+    The exact signal: the inputs of the teacher's LM head, and that head. Never logits.
 
     Attributes:
         hidden (`torch.Tensor` of shape `(N, H)`): the teacher's last hidden state at each position that predicts a
@@ -58,14 +58,14 @@ class HiddenStates(_PerToken):
 @dataclass
 class TokenLogProbs(_PerToken):
     """
-    What a teacher behind a server gives: log-probabilities of the sampled tokens, and of its own likeliest ids.
+    What a served teacher gives: log-probabilities of the sampled tokens and of the teacher's most likely ids.
 
-    At temperature 1, over the teacher's whole vocabulary. N as in [`HiddenStates`], in the same order.
+    At temperature 1, over the teacher's whole vocabulary. N tokens in the same order as in [`HiddenStates`].
 
     Attributes:
-        log_p (`torch.Tensor` of shape `(N,)`, fp32): of each judged token, nats.
-        top_ids (`torch.Tensor` of shape `(N, K)`, int64): the teacher's K likeliest ids; K may be 0.
-        top_log_p (`torch.Tensor` of shape `(N, K)`, fp32): theirs, nats.
+        log_p (`torch.Tensor` of shape `(N,)`, fp32): log-probability of each judged token, nats.
+        top_ids (`torch.Tensor` of shape `(N, K)`, int64): the teacher's K most likely ids; K may be 0.
+        top_log_p (`torch.Tensor` of shape `(N, K)`, fp32): their log-probabilities, nats.
     """
 
     log_p: torch.Tensor
@@ -79,14 +79,14 @@ Signal = HiddenStates | TokenLogProbs
 @dataclass
 class TeacherScore:
     """
-    What one teacher said about a micro-batch.
+    One teacher's score of a micro-batch.
 
     Attributes:
-        mask (`torch.Tensor` of shape `(B, C)`, bool): the tokens that it judged; rows of other teachers are left out.
-        weight (`torch.Tensor` of shape `(B,)`): what its divergence is multiplied by in each row.
-        signal ([`HiddenStates`] or [`TokenLogProbs`]): in the row-major order of `mask`.
-        rows (`dict` of `torch.Tensor` of shape `(B,)`, bool): with several teachers, the rows that name it, by each of
-            its names.
+        mask (`torch.Tensor` of shape `(B, C)`, bool): the tokens that it scored, without rows of other teachers.
+        weight (`torch.Tensor` of shape `(B,)`): weight of its divergence in each row.
+        signal ([`HiddenStates`] or [`TokenLogProbs`]): the teacher's signal, in the row-major order of `mask`.
+        rows (`dict` of `torch.Tensor` of shape `(B,)`, bool): with several teachers, the rows assigned to it, by each
+            of its names.
     """
 
     mask: torch.Tensor

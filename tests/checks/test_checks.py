@@ -290,7 +290,7 @@ def test_reward_weights_without_rewards(make, tmp_path):
 
 def test_settings_without_effect_are_said(make, tmp_path, caplog):
     make(args=config(tmp_path, top_entropy_quantile=0.5))
-    assert "`top_entropy_quantile` shapes the policy loss" in caplog.text
+    assert "`top_entropy_quantile` belongs to the policy loss" in caplog.text
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def test_a_unit_of_reward_weighs_as_much_as_a_nat(make, loss_type):
 
 
 def test_cispo_that_clips_fresh_rollouts_is_refused(make):
-    with pytest.raises(ValueError, match=r"would weigh 0\.2 times what it says"):
+    with pytest.raises(ValueError, match=r"rewards would count only 0\.2 times"):
         make(loss_type="cispo", epsilon_high=None)
 
 
@@ -330,9 +330,9 @@ def test_buffered_rollouts_are_not_changed(make):
     ("changes", "message"),
     [
         ({"kl_top_k": -1}, "it counts ids"),
-        ({"kl_discount": 1.5}, r"a discount lies in \[0, 1\]"),
+        ({"kl_discount": 1.5}, r"it is a discount, in \[0, 1\]"),
         ({"kl_estimator": "sampled", "kl_temperature": 2.0}, "learns from the sampled token"),
-        ({"beta_schedule": "linear"}, "a schedule needs an end"),
+        ({"beta_schedule": "linear"}, "a schedule needs an end value"),
         ({"beta_end": 0.1}, "Set both or neither"),
         ({"beta": 0.0, "beta_schedule": "linear", "beta_end": 1.0}, "the start must not be 0"),
         ({"beta_schedule": "linear", "beta_end": -1.0}, "must not be negative"),
