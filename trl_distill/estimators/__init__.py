@@ -1,4 +1,4 @@
-"""Estimators of the divergence: what each measures in the student's forward pass, and the term it makes of it."""
+"""Estimators of the divergence: what each measures in the student's forward pass, and its loss term per token."""
 
 from __future__ import annotations
 
@@ -22,8 +22,16 @@ def make_estimator(
     """
     The estimator that `kl_estimator` names.
 
-    Ids in `stops` count as one. With `log_p_temperature`, "full" measures the sampled token too, at that temperature,
-    where the student's log-probabilities are at hand: one more projection of the teacher, for the log.
+    Args:
+        name (`str`): "full", "topk" or "sampled".
+        divergence (`str`): a name of [`~trl_distill.objective.divergences.summands`].
+        temperature (`float`): softmax temperature of both models.
+        k (`int`): ids in the head of "topk".
+        alpha (`float`): parameter of the divergence.
+        stops (`list[int]`, *optional*): ids that count as one.
+        log_p_temperature (`float`, *optional*): with "full", also measure the teacher's log-probability of the sampled
+            token at this temperature, for the log. Another temperature than that of the divergence costs one more
+            projection of the teacher.
     """
     stops = stops or []
     table: dict[str, Callable[[], Estimator]] = {

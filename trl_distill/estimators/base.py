@@ -1,8 +1,8 @@
-"""What an estimator of the divergence is, and what it measures.
+"""The interface of an estimator of the divergence, and what it measures.
 
-Two steps, because they happen in two places. `measure` runs inside the student's forward pass, where the LM heads are
-whole, and projects what is needed, in tiles. `term` runs in the loss and turns those numbers into a loss per token,
-with the formulas of `trl_distill.objective`.
+Two steps in two places: `measure` runs inside the student's forward pass, where the LM heads are gathered, and projects
+what is needed, in tiles. `term` runs in the loss and turns the measures into a loss per token, with the formulas of
+`trl_distill.objective`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ..heads.lm_head import LMHead
 @dataclass(frozen=True)
 class TokenMeasures:
     """
-    What was measured of each judged token: of shape `(N,)` in the student's forward pass, `(B, C)` afterwards, 0 at
-    tokens that are not judged. An estimator whose `term` needs more adds fields in a subclass.
+    Measures of each judged token: of shape `(N,)` in the student's forward pass, and `(B, C)` afterwards, with 0 at
+    tokens that are not judged. An estimator that needs more adds fields in a subclass.
 
     Attributes:
-        divergence (`torch.Tensor`, *optional*): in nats, with a gradient to the student.
-        entropy (`torch.Tensor`, *optional*): of the student at the divergence's temperature, nats.
+        divergence (`torch.Tensor`, *optional*): in nats, with gradient to the student.
+        entropy (`torch.Tensor`, *optional*): the student's entropy at the divergence's temperature, nats.
         log_p (`torch.Tensor`, *optional*): the teacher's log-probability of the sampled token.
-        log_q (`torch.Tensor`, *optional*): the student's, where ids count as one; without a gradient.
-        policy_log_q (`torch.Tensor`, *optional*): the student's with a gradient, where the divergence's logits are used
-            for it too.
+        log_q (`torch.Tensor`, *optional*): the student's, if stop tokens count as one; without gradient.
+        policy_log_q (`torch.Tensor`, *optional*): the student's with gradient, if it comes from the same logits as the
+            divergence.
         comparison (`torch.Tensor` of shape `(5, n)`, *optional*): how the models differ at n of the tokens, see
             [`~trl_distill.heads.comparison.comparison`].
     """
@@ -42,21 +42,21 @@ class TokenMeasures:
     comparison: torch.Tensor | None = None
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
-        """With each tensor that has one row per token changed in the same way; `comparison` has none."""
+        """A copy with `change` applied to each per-token tensor, that is to all but `comparison`."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "comparison"}
         return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
 
 class Estimator(Protocol):
     """
-    What the trainer and the student's forward ask of an estimator.
+    What the trainer and the student's forward pass need from an estimator.
 
     Attributes:
-        needs_log_probs (`bool`): whether the student's log-probability of the sampled token is needed, with gradient.
-        takes (`tuple` of types): the signals that it can work with.
+        needs_log_probs (`bool`): whether it needs the student's log-probabilities of the sampled tokens, with gradient.
+        takes (`tuple` of types): the types of signals that it accepts.
         temperature (`float`): softmax temperature of both models.
-        stops (`list[int]`): ids that count as one; empty where there is nothing to merge.
-        profiles (`bool`): whether to measure for the log where the divergence is and how the models differ.
+        stops (`list[int]`): stop tokens that count as one; empty if none are merged.
+        profiles (`bool`): whether to log the profile of the divergence and the comparison of the models.
     """
 
     needs_log_probs: bool
@@ -76,7 +76,7 @@ class Estimator(Protocol):
         signal: Any,  # one of `takes`, for the same N tokens
         sampled: torch.Tensor,  # (N,) ids
         log_q: torch.Tensor | None,  # (N,) the student's log-probability of `sampled`, at the sampling temperature
-        slopes: ExpectedSlopes | None = None,  # what the gradients will be, where that is known
+        slopes: ExpectedSlopes | None = None,  # the expected gradients, if known
     ) -> TokenMeasures:
         """Measures of shape `(N,)` or `(N, K)`."""
         ...
@@ -88,5 +88,5 @@ class Estimator(Protocol):
         ratio: torch.Tensor | None,
         weight: torch.Tensor | None,
     ) -> torch.Tensor:
-        """A term (see `objective/terms.py`), `(B, C)`, from what was measured, now of shape `(B, C)` or `(B, C, K)`."""
+        """A loss term `(B, C)` (see `objective/terms.py`) from the measures, which are now `(B, C)` or `(B, C, K)`."""
         ...

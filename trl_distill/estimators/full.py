@@ -15,17 +15,17 @@ from .base import TokenMeasures
 from .log_probs import teacher_log_p
 
 
-# Divergences that TRL's kernel has, as the value of its `beta`; `None`: that is the divergence's alpha
+# Divergences that TRL's kernel computes, and its `beta` for each; `None` stands for the divergence's alpha
 KERNEL_BETA = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": None}
 
 
 def uses_kernel(device: torch.device, divergence: str) -> bool:
-    """Whether TRL's kernel computes a divergence: where it runs in Triton."""
+    """Whether TRL's kernel computes this divergence here; it is used if it runs in Triton."""
     return divergence in KERNEL_BETA and has_triton(device)
 
 
 class Full:
-    """The exact divergence over the whole vocabulary: no noise of its own, and right on any prefix."""
+    """The exact divergence over the whole vocabulary: it adds no sampling noise, and is right on any text."""
 
     needs_log_probs, profiles = False, True
     takes: tuple[type, ...] = (HiddenStates,)
@@ -58,7 +58,7 @@ class Full:
         )
 
     def _log_p(self, head, signal, sampled, log_q) -> torch.Tensor | None:
-        """The teacher's log-probabilities of the sampled tokens, for the log: do reward and teacher agree?"""
+        """The teacher's log-probabilities of the sampled tokens `(N,)`, to log whether reward and teacher agree."""
         if self.log_p_temperature is None or log_q is None:
             return None
         return teacher_log_p(signal, sampled, min(head.vocab_size, signal.head.vocab_size), self.log_p_temperature)
@@ -86,7 +86,7 @@ class Full:
 def _log_probs_of_few(
     hidden: torch.Tensor, head: LMHead, ids: list[int], vocab_size: int, temperature: float
 ) -> torch.Tensor:
-    """Log-probabilities of the same few ids at each position, `(N, |ids|)`, by one projection for the normaliser."""
+    """Log-probabilities of the same few ids at each position, `(N, |ids|)`, with one projection for the normaliser."""
     columns = torch.tensor(ids, device=hidden.device).expand(len(hidden), -1)
     logits = logits_of(hidden, head, columns, temperature)
     first = log_probs_of(hidden, head, columns[:, 0], vocab_size, temperature)

@@ -1,4 +1,4 @@
-"""What `topk` and `sampled` share: measuring from log-probabilities of a few ids."""
+"""What `topk` and `sampled` share: measures from the log-probabilities of a few ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..signals import HiddenStates, Signal, TokenLogProbs
 
 
 class FromLogProbs:
-    """Estimators that are given the student's log-probabilities."""
+    """Base of estimators that use the student's log-probabilities."""
 
     needs_log_probs, profiles = True, True
     takes: tuple[type, ...] = (HiddenStates, TokenLogProbs)
@@ -44,9 +44,18 @@ def log_probs_of_few_ids(
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Log-probabilities of a few ids, `(N, K)` of student and teacher; `chosen` are ids `(N, k)` or the same for all.
+    Log-probabilities of a few ids under student and teacher, `(N, K)` each.
 
-    log p(v) = z_v − log Z, and log Z = z_y − log p(y): the normalisers come with the sampled token's.
+    log p(v) = z_v − log Z with log Z = z_y − log p(y), so the normaliser follows from the sampled token y.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`): the student's.
+        head ([`~trl_distill.heads.lm_head.LMHead`]): the student's.
+        signal ([`HiddenStates`] or [`TokenLogProbs`]): the teacher's.
+        chosen (`list`): ids `(N, k)`, or lists of ids that are the same for all tokens; concatenated to K.
+        sampled (`torch.Tensor` of shape `(N,)`): the sampled ids.
+        log_q, log_p (`torch.Tensor` of shape `(N,)`): their log-probabilities under student and teacher.
+        temperature (`float`): softmax temperature of both.
     """
     rows = [x if isinstance(x, torch.Tensor) else torch.tensor(x).expand(len(sampled), -1) for x in chosen]
     ids = torch.cat([*(x.to(sampled.device) for x in rows), sampled[:, None]], dim=1)

@@ -1,4 +1,4 @@
-"""The divergence estimated from the sampled token alone."""
+"""The reverse KL estimated from the sampled token alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .log_probs import FromLogProbs, is_in, log_probs_of_few_ids, teacher_log_p
 
 
 class Sampled(FromLogProbs):
-    """The sampled token's log-ratio as a cost: unbiased, and noisy."""
+    """The log-ratio of the sampled token as a cost: unbiased but noisy."""
 
     def __init__(self, temperature: float, stops: list[int]):
         self.temperature, self.stops = temperature, stops

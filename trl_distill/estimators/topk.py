@@ -1,4 +1,4 @@
-"""The divergence over k ids exactly, and a score function for the rest."""
+"""The divergence, exact over k ids, with a score function for the rest."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .log_probs import FromLogProbs, is_in, log_probs_of_few_ids, teacher_log_p
 @dataclass(frozen=True)
 class TopKMeasures(TokenMeasures):
     """
-    [`TokenMeasures`], and the head of the distribution.
+    [`TokenMeasures`] and the head of both distributions.
 
     Attributes:
         head_log_q, head_log_p (`torch.Tensor` of shape `(..., K)`): log-probabilities of the head's ids.
-        outside (`torch.Tensor`, bool): whether the sampled token is none of them.
+        outside (`torch.Tensor`, bool): whether the sampled token is outside of the head.
     """
 
     head_log_q: torch.Tensor | None = None
@@ -31,10 +31,10 @@ class TopKMeasures(TokenMeasures):
 
 class TopK(FromLogProbs):
     """
-    The K most likely ids exactly, the rest by the sampled token: unbiased for every K.
+    The K most likely ids exactly, the rest from the sampled token: unbiased for every K.
 
-    The ids are the student's where the teacher's head is at hand, and the teacher's where it names its own. The forward
-    KL takes the rest as one class instead, a lower bound.
+    The ids are the student's top K, or the teacher's if the teacher gives log-probabilities instead of hidden states.
+    For the forward KL the rest counts as one id, which gives a lower bound.
     """
 
     def __init__(self, k: int, divergence: str, temperature: float, stops: list[int]):
@@ -47,13 +47,13 @@ class TopK(FromLogProbs):
         else:
             ids = top_ids(hidden, head, min(self.k, head.vocab_size))  # (N, K)
         outside = ~(ids == sampled[:, None]).any(-1)
-        unknown = ids >= head.vocab_size  # padding of the teacher's, which the student never writes
+        unknown = ids >= head.vocab_size  # padding rows of the teacher, which the student never writes
         ids = ids.masked_fill(unknown, 0)
         chosen: list[Any] = [ids, self.stops] if self.stops else [ids]
         both = log_probs_of_few_ids(hidden, head, signal, chosen, sampled, log_q, log_p, self.temperature)
         k, left_out = ids.shape[1], (unknown | is_in(ids, self.stops)) if self.stops else unknown
         heads = [x[:, :k].masked_fill(left_out, _NEVER) for x in both]
-        if self.stops:  # out of the head, and back into it as one class
+        if self.stops:  # stop tokens leave the head and come back as one id
             heads = [torch.cat([x, y[:, k:].logsumexp(-1, keepdim=True)], 1) for x, y in zip(heads, both, strict=True)]
             outside &= ~is_in(sampled, self.stops)
         return TopKMeasures(log_p=log_p, head_log_q=heads[0], head_log_p=heads[1], outside=outside)
@@ -65,4 +65,4 @@ class TopK(FromLogProbs):
         return terms.topk_reverse_kl(m.head_log_q, m.head_log_p, log_q, m.log_p, m.outside, ratio, weight)
 
 
-_NEVER = -1e4  # a log-probability whose exponential is 0; the same for both models, so that it adds nothing
+_NEVER = -1e4  # a log-probability whose exponential is 0, for both models, so that the id adds nothing

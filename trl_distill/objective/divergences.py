@@ -7,7 +7,7 @@ import math
 import torch
 
 
-# Divergences, and the default of their alpha where they have one
+# The divergences, each with the default of its alpha; `None` for those without one
 DIVERGENCES = {
     "reverse_kl": None,
     "forward_kl": None,
@@ -31,23 +31,26 @@ def _mixture(log_a: torch.Tensor, log_b: torch.Tensor, alpha: float) -> torch.Te
 
 def summands(divergence: str, log_q: torch.Tensor, log_p: torch.Tensor, alpha: float = 0.0) -> torch.Tensor:
     """
-    What each id adds to a divergence of student q and teacher p; the sum over all ids is the divergence, in nats.
+    The contribution of each id to a divergence of student q and teacher p. Their sum is the divergence, in nats.
 
         reverse_kl           KL(q ‖ p)                                   MiniLLM, arXiv 2306.08543
         forward_kl           KL(p ‖ q)                                   Hinton et al., arXiv 1503.02531
         jsd                  α KL(p ‖ m) + (1 − α) KL(q ‖ m),  m = α p + (1 − α) q      GKD, arXiv 2306.13649;
-                             by its convention KL(p ‖ q) at α = 0 and KL(q ‖ p) at α = 1
+                             defined there as KL(p ‖ q) at α = 0 and KL(q ‖ p) at α = 1
         skewed_forward_kl    KL(p ‖ α p + (1 − α) q)                     DistiLLM, arXiv 2402.03898
-        skewed_reverse_kl    KL(q ‖ α q + (1 − α) p)                     the same
+        skewed_reverse_kl    KL(q ‖ α q + (1 − α) p)                     DistiLLM
         mixed                α KL(p ‖ q) + (1 − α) KL(q ‖ p)
 
     Args:
         divergence (`str`): a name above.
         log_q, log_p (`torch.Tensor` of shape `(...)`): log-probabilities of student and teacher.
-        alpha (`float`): α in [0, 1]; the KLs have none.
+        alpha (`float`): α in [0, 1]; ignored by the two KLs.
 
     Returns:
-        `torch.Tensor` of shape `(...)`.
+        `torch.Tensor` of shape `(...)`: nats.
+
+    Raises:
+        ValueError: the name is not known.
     """
     if divergence == "reverse_kl" or (divergence == "jsd" and alpha == 1.0):
         return _kl(log_q, log_p)
@@ -69,10 +72,10 @@ def as_one_class(
     value: torch.Tensor, log_q: torch.Tensor, log_p: torch.Tensor, divergence: str = "reverse_kl", alpha: float = 0.0
 ) -> torch.Tensor:
     """
-    A divergence in which a few ids count as one: their summands are taken out, and that of their masses put in.
+    A divergence in which the ids of a set C count as one: their summands are replaced by that of their total masses.
 
-    For the reverse KL: KL − Σ_{c∈C} q_c log(q_c / p_c) + Q log(Q / P), Q and P the masses on C. For stop tokens:
-    student and teacher may end a turn with different ids and agree that it ends.
+    For the reverse KL: KL − Σ_{c∈C} q_c log(q_c / p_c) + Q log(Q / P), with Q and P the masses on C. Used for stop
+    tokens: student and teacher may end a turn with different ids.
 
     Args:
         value (`torch.Tensor` of shape `(...)`): the divergence over all ids, nats.
@@ -90,9 +93,9 @@ def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tempe
     """
     KL(student ‖ teacher) = Σ_v q_v (log q_v − log p_v), with q = softmax(student / T) and p = softmax(teacher / T).
 
-    The direction of on-policy distillation: the student is charged for what it says and the teacher would not
-    (MiniLLM, arXiv 2306.08543). Where the vocabularies differ in size, both are renormalised over the shared ids.
-    Its gradient in the student's logits is q (log q − log p − KL) / T; `tests/test_objective.py` holds it to
+    The usual direction of on-policy distillation: the student pays for tokens that the teacher would not write
+    (MiniLLM, arXiv 2306.08543). If the vocabularies differ in size, both are renormalised over the shared ids. The
+    gradient in the student's logits is q (log q − log p − KL) / T; `tests/objective/test_objective.py` compares it with
     enumeration.
 
     Args:

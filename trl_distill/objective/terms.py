@@ -1,9 +1,9 @@
-"""The mathematics, as pure functions on tensors: `(..., V)` logits, `(B, C)` tokens, `(B, C, K)` heads of a top-k.
+"""Loss terms per token, as pure functions on tensors: `(B, C)` tokens, `(B, C, K)` for the ids of a top-k.
 
-Nothing here knows a model. q is the student, p the teacher, y the sampled token; k1 = log q(y) − log p(y).
+No models here. q is the student, p the teacher, y the sampled token, and k1 = log q(y) − log p(y).
 
 A *term* is a tensor whose value estimates the KL of each token and whose gradient, averaged over samples y ~ q, is that
-of the KL. The two differ for sampled quantities: k1 as a loss has the right value and an expected gradient of zero.
+of the KL. For sampled quantities these differ: k1 as a loss has the right value, but an expected gradient of zero.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ def sampled_reverse_kl(
     """
     One token's estimate of KL(q ‖ p): value ρ k1, gradient ρ k1 ∇log q(y).
 
-    The score-function gradient; its mean over the rollout's y is ∇KL(q ‖ p), and the mean of the value KL(q ‖ p). k1 is
-    detached: it stands as a cost, as a reward would with the opposite sign.
+    This is the score-function gradient: its mean over y is ∇KL(q ‖ p), and the mean of the value is KL(q ‖ p). k1 is
+    detached, so that it acts as a cost, like a reward with the opposite sign.
 
     Args:
         log_q (`torch.Tensor` of shape `(B, C)`): the student's log-probability of each sampled token.
         log_p (`torch.Tensor` of shape `(B, C)`): the teacher's.
-        ratio (`torch.Tensor` of shape `(B, C)`): ρ = q(y) / q_rollout(y), which carries the gradient; its value is 1 on
-            fresh rollouts.
-        weight (`torch.Tensor` of shape `(B, C)`, *optional*): ρ of this token alone, for the value, where `ratio` holds
-            a factor of the whole sequence. Defaults to the value of `ratio`.
+        ratio (`torch.Tensor` of shape `(B, C)`): ρ = q(y) / q_rollout(y), with gradient; 1 on fresh rollouts.
+        weight (`torch.Tensor` of shape `(B, C)`, *optional*): ρ of this token alone, for the value, where `ratio` also
+            has a factor for the whole sequence. Defaults to the value of `ratio`.
 
     Returns:
         `torch.Tensor` of shape `(B, C)`: nats.
@@ -51,14 +50,14 @@ def topk_reverse_kl(
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    KL(q ‖ p) with an exact head over a set S of ids, and the score function for the tail.
+    KL(q ‖ p), exact over a set S of ids (the head), and by the score function for all others (the tail).
 
         value     Σ_{v∈S} q_v k1_v + 1[y ∉ S] ρ k1_y
         gradient  Σ_{v∈S} ∇q_v k1_v + 1[y ∉ S] ρ k1_y ∇log q(y)
 
-    Unbiased for every S that does not depend on the sampled token y: the student's top-k, or the teacher's. The "+1" of
-    ∇(q log q) is left out of head and tail alike; over both it sums to zero. With S the whole vocabulary this is the
-    exact KL, with S empty [`sampled_reverse_kl`].
+    Unbiased for every S that does not depend on the sampled token y, such as the student's or the teacher's top-k. The
+    "+1" of ∇(q log q) is left out of both parts, since it sums to zero over all ids. If S is the whole vocabulary, this
+    is the exact KL; if S is empty, it is [`sampled_reverse_kl`].
 
     Args:
         head_log_q (`torch.Tensor` of shape `(B, C, K)`): the student's log-probabilities of the ids in S.
@@ -76,10 +75,10 @@ def topk_reverse_kl(
 
 def topk_forward_kl(head_log_q: torch.Tensor, head_log_p: torch.Tensor) -> torch.Tensor:
     """
-    KL(p ‖ q) with the ids outside of a set S taken as one: Σ_{v∈S} p_v log(p_v / q_v) + P̄ log(P̄ / Q̄).
+    KL(p ‖ q) in which all ids outside of a set S count as one: Σ_{v∈S} p_v log(p_v / q_v) + P̄ log(P̄ / Q̄).
 
-    P̄ and Q̄ are the masses outside. A lower bound of the forward KL, exact where S is the whole vocabulary; its gradient
-    is that of the bound. A function of the prefix alone, so right on any rollout.
+    P̄ and Q̄ are the masses outside of S. This is a lower bound of the forward KL, exact if S is the whole vocabulary;
+    the gradient is that of the bound. It depends on the prefix alone, so it is right on any text.
 
     Args:
         head_log_q (`torch.Tensor` of shape `(B, C, K)`): the student's log-probabilities of the ids in S.
@@ -89,7 +88,7 @@ def topk_forward_kl(head_log_q: torch.Tensor, head_log_p: torch.Tensor) -> torch
         `torch.Tensor` of shape `(B, C)`: nats.
     """
 
-    def outside(head: torch.Tensor) -> torch.Tensor:  # log of the mass outside; rounding may leave less than nothing
+    def outside(head: torch.Tensor) -> torch.Tensor:  # log of the mass outside; rounding can make it negative
         return torch.log(-torch.expm1(head.logsumexp(-1).clamp(max=-1e-7)))
 
     tail_q, tail_p = outside(head_log_q), outside(head_log_p)
@@ -98,10 +97,10 @@ def topk_forward_kl(head_log_q: torch.Tensor, head_log_p: torch.Tensor) -> torch
 
 def future_kl(per_token: torch.Tensor, mask: torch.Tensor, discount: float) -> torch.Tensor:
     """
-    What each token still has to answer for: F_t = γ R_{t+1} with R_t = KL_t + γ R_{t+1}, over the judged tokens.
+    The later KL that is credited to each token: F_t = γ R_{t+1} with R_t = KL_t + γ R_{t+1}, over the judged tokens.
 
-    Tokens that are not judged (tool output, padding) neither add nor discount. A reverse scan: the recurrence is
-    composed with itself over 1, 2, 4, ... steps, so that a completion of C tokens takes log₂ C operations.
+    Tokens that are not judged (tool output, padding) neither add nor discount. Computed as a reverse scan: the
+    recurrence is composed with itself over 1, 2, 4, ... steps, log₂ C operations for C tokens.
 
     Args:
         per_token (`torch.Tensor` of shape `(B, C)`): KL of each token, nats; only its value is used.
@@ -113,7 +112,7 @@ def future_kl(per_token: torch.Tensor, mask: torch.Tensor, discount: float) -> t
     """
     judged = mask.bool()
     returns = torch.where(judged, per_token.detach(), 0.0)  # R_t over the next `span` tokens
-    factors = torch.where(judged, discount, torch.ones_like(returns))  # what R beyond those is multiplied by
+    factors = torch.where(judged, discount, torch.ones_like(returns))  # the factor of R beyond those
     span = 1
     while span < returns.shape[1]:
         beyond = nn.functional.pad(returns[:, span:], (0, span))
@@ -126,10 +125,10 @@ def future_kl(per_token: torch.Tensor, mask: torch.Tensor, discount: float) -> t
 
 def sequence_term(per_token: torch.Tensor, mask: torch.Tensor, ratio: torch.Tensor, discount: float) -> torch.Tensor:
     """
-    A per-token term that also answers for the KL it leads to: KL_t + ρ_t F_t in its gradient.
+    A per-token term that is also credited with the later KL it leads to: KL_t + ρ_t F_t in the gradient.
 
-    With γ = 1 its summed gradient is that of the sequence KL; with γ = 0 it is `per_token` itself, a partial gradient
-    of much lower variance. The value stays that of `per_token`.
+    With γ = 1 the gradients sum to that of the sequence KL; with γ = 0 this is `per_token` itself, a partial gradient
+    with much lower variance. The value is always that of `per_token`.
 
     Args:
         per_token (`torch.Tensor` of shape `(B, C)`): a term, exact or estimated.
