@@ -1,4 +1,4 @@
-"""How fast, and how large, is an update? Ours beside TRL's trainers.
+"""Time and memory of an update: ours beside TRL's trainers.
 
 python scripts/benchmark.py --repeats 3
 """

@@ -1,4 +1,4 @@
-"""What the literature claims, as experiments that go on after an interruption.
+"""What the literature claims, as experiments that can be resumed.
 
 python scripts/reproduce.py gap
 """
@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the studies are imported as `scripts.studies`
 
-from scripts.studies.startup import prepare_environment  # before the libraries
+from scripts.studies.startup import ONE_THREAD, prepare_environment  # before the libraries
 
 
-prepare_environment(OMP_NUM_THREADS="1")
+prepare_environment(OMP_NUM_THREADS=ONE_THREAD)
 
 from scripts.studies.reproduce.run import script
 

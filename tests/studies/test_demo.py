@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,6 +52,17 @@ def test_shipped_models_are_small_and_share_the_tokenizer_that_the_script_makes(
         assert AutoTokenizer.from_pretrained(MODELS / name).get_vocab() == expected
         assert AutoModelForCausalLM.from_pretrained(MODELS / name).num_parameters() < 1_000_000
     assert sum(file.stat().st_size for file in MODELS.rglob("*") if file.is_file()) < 5_000_000
+
+
+@pytest.mark.parametrize(("given", "threads"), [(None, "1"), ("2", "2")])
+@pytest.mark.parametrize("script", ["demo.py", "reproduce.py"])
+def test_one_thread_unless_the_user_says_otherwise(script, given, threads):
+    """Two threads that wait for each other take many times as long where another program is busy."""
+    code = f"import runpy; runpy.run_path({str(SCRIPTS / script)!r}); import torch; print(torch.get_num_threads())"
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    env |= {} if given is None else {"OMP_NUM_THREADS": given}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert out.split() == [threads]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from scripts.studies.tasks.seeds import TRAIN
 
 
 def gsm8k(size: int, seed: int) -> Dataset:
-    """`size` problems shuffled by the seed, repeated if there are too few; seeds below `TRAIN` draw from the test split."""
+    """`size` problems shuffled by the seed, repeated if there are too few; seeds below `TRAIN` are tests."""
     rows = load_dataset("openai/gsm8k", "main", split="train" if seed >= TRAIN else "test").shuffle(seed)
     found: list[dict[str, Any]] = []
     for i in range(size):
