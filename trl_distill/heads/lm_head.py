@@ -1,4 +1,4 @@
-"""An LM head as this package uses it: weights, bias, scale and soft cap of a model's last projection."""
+"""LM heads: weight, bias, scale and soft cap of a model's output layer."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from .._trl import gathered_head
 
 class LMHead:
     """
-    An output layer as it turns hidden states into logits: `softcap · tanh(scale · (h Wᵀ + b) / softcap)`.
+    A model's output layer, from hidden states to logits: `softcap · tanh(scale · (h Wᵀ + b) / softcap)`.
 
     Weight and bias are looked up at each use, since PEFT, FSDP and DeepSpeed replace them.
 
+    Args:
+        model ([`~transformers.PreTrainedModel`]): a causal language model.
+
     Raises:
-        ValueError: the model has no output layer, or one whose weight alone does not say what it does.
+        ValueError: the model has no output layer, or there is an adapter on it.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -29,8 +32,8 @@ class LMHead:
             raise ValueError(f"{type(model).__name__} has no LM head. Use a causal language model (`...ForCausalLM`).")
         if hasattr(layer, "base_layer"):
             raise ValueError(
-                "An adapter on the LM head is not supported: the divergence is computed from the head's weight, which "
-                "does not hold it. Merge the adapter (`model.merge_and_unload()`) or leave `lm_head` out of its "
+                "An adapter on the LM head is not supported: the divergence is computed from the head's own weight, "
+                "without the adapter. Merge the adapter (`model.merge_and_unload()`) or leave `lm_head` out of its "
                 "`target_modules`."
             )
         self._model = model
@@ -40,12 +43,12 @@ class LMHead:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the weight, also where ZeRO-3 holds none of them at the moment."""
+        """Number of rows of the weight, even while ZeRO-3 holds no rows here."""
         weight = self._model.get_output_embeddings().weight
         return getattr(weight, "ds_shape", weight.shape)[0]
 
     def parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight `(V, H)` and bias `(V,)`; FSDP2's shards are gathered, once per call."""
+        """Weight `(V, H)` and bias `(V,)`; FSDP2's shards are gathered at each call."""
         layer = self._model.get_output_embeddings()
         weight, bias = layer.weight, getattr(layer, "bias", None)
         if isinstance(weight, DTensor):
@@ -55,23 +58,32 @@ class LMHead:
 
     @contextmanager
     def gathered(self) -> Iterator[LMHead]:
-        """This head with weights that are gathered once, by ZeRO-3 or FSDP2, for as long as the context lasts."""
+        """This head with its weights gathered once, under ZeRO-3 or FSDP2, for the duration of the context."""
         weight, bias = self.parameters()
         with gathered_head(weight, bias):
             sharded = isinstance(self._model.get_output_embeddings().weight, DTensor)
             yield FixedHead(self._model, weight, bias) if sharded else self
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """All logits `(..., V)`, for a few positions only: what the kernel is taken to compute."""
+    def in_fp32(self) -> LMHead:
+        """This head with weights in fp32: a copy where they are in 16 bits, for as long as it is used."""
         weight, bias = self.parameters()
-        logits = (weight @ hidden.flatten(0, -2).T).T  # for few rows many times as fast on CPUs as the other way round
+        if weight.dtype == torch.float32:
+            return self
+        return FixedHead(self._model, weight.detach().float(), None if bias is None else bias.detach().float())
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """All logits `(..., V)`, for a few positions only."""
+        weight, bias = self.parameters()
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(weight.dtype)  # of a head that was cast to fp32 on a model in 16 bits
+        logits = (weight @ hidden.flatten(0, -2).T).T  # for few rows, far faster on CPUs than hidden @ weight.T
         logits = logits.unflatten(0, hidden.shape[:-1])
         logits = self.logit_scale * (logits if bias is None else logits + bias.to(logits.dtype))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 class FixedHead(LMHead):
-    """An output layer with weights that are given, where the model's own are others by the time they are used."""
+    """An output layer with given weights, for models whose own weights change before the head is used."""
 
     def __init__(self, model: PreTrainedModel, weight: torch.Tensor, bias: torch.Tensor | None):
         super().__init__(model)
@@ -86,7 +98,7 @@ class FixedHead(LMHead):
 
 
 def logit_scale(config: Any) -> float:
-    """What the model multiplies its logits by before the softmax; each model family has its own name for it."""
+    """The factor of the model's logits before the softmax; its name in the configuration differs among models."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse, Falcon-H1
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
@@ -97,7 +109,7 @@ def logit_scale(config: Any) -> float:
 
 
 def check_same_device(student: torch.Tensor, teacher: torch.Tensor) -> None:
-    """Both heads project the same tokens; raises `ValueError` where they lie apart."""
+    """Check that both heads are on one device; raises `ValueError` if they are not."""
     if student.device != teacher.device:
         raise ValueError(
             f"The student's LM head is on {student.device}, the teacher's on {teacher.device}. Both project the same "

@@ -165,7 +165,7 @@ def _measure(
         mask, states, signal = score.mask.to(device), judged_states(hidden, score.mask), score.signal
         if in_fp32:
             states, signal = states.float(), signal.float()
-        with signal_on(signal, device) as signal:
+        with signal_on(signal, device, in_fp32) as signal:
             found = plan.estimator.measure(
                 *(states, head, signal, sampled[mask], None if log_q is None else log_q[mask]),
                 slopes=plan.slopes(number, mask),
@@ -185,13 +185,13 @@ def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def signal_on(signal: Any, device: torch.device) -> Iterator[Any]:
-    """A signal where the student's head is, with the teacher's head gathered."""
+def signal_on(signal: Any, device: torch.device, in_fp32: bool = False) -> Iterator[Any]:
+    """A signal where the student's head is, with the teacher's head gathered, and in fp32 if asked for."""
     if not isinstance(signal, HiddenStates):
         yield signal.map(lambda tensor: tensor.to(device))
         return
     with signal.head.gathered() as head:
-        yield replace(signal, head=head)
+        yield replace(signal, head=head.in_fp32() if in_fp32 else head)
 
 
 def _as_trls(
