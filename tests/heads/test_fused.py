@@ -59,9 +59,11 @@ def test_all_that_the_logits_tell(given, form):
     torch.testing.assert_close(found.entropy, -(log_q.exp() * log_q).sum(-1))
     assert (found.divergence.requires_grad, found.log_q.requires_grad) == (True, True)
     assert (found.entropy.requires_grad, found.log_p.requires_grad) == (False, False)
-    for look in (slice(start, None, step) for step in range(1, 9) for start in range(step)):
-        looked = fused_divergence(hidden, head, teacher_hidden, teacher_head, form, ids, look=look).comparison
-        torch.testing.assert_close(looked, comparison(log_q[look], log_p[look], form.stops))
+    for positions in (slice(start, None, step) for step in range(1, 9) for start in range(step)):
+        compared = fused_divergence(
+            hidden, head, teacher_hidden, teacher_head, form, ids, positions=positions
+        ).comparison
+        torch.testing.assert_close(compared, comparison(log_q[positions], log_p[positions], form.stops))
     assert found.comparison.shape == (5, 0)
     leaves = [hidden, *(p for p in head.parameters() if p is not None)]
     weights = torch.linspace(-1, 1, N)

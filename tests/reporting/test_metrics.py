@@ -44,7 +44,7 @@ def test_values_against_full_logits(tmp_path, tokenizer, prompts, monkeypatch, r
     """With every token looked at; the same keys whatever the mode."""
     if divergence == "jsd" and estimator != "full":
         pytest.skip("there is no such estimator")
-    monkeypatch.setattr(comparison, "LOOK_EVERY", 1)
+    monkeypatch.setattr(comparison, "COMPARE_EVERY", 1)
     trainer = OPDTrainer(
         model=make_model("untied", seed=1),
         teacher_model=make_model("bias", seed=2),
@@ -101,13 +101,15 @@ def test_values_against_full_logits(tmp_path, tokenizer, prompts, monkeypatch, r
 def test_few_tokens_are_looked_at(monkeypatch):
     head, signal = LMHead(make_model(seed=1)), HiddenStates(torch.randn(1000, 16), LMHead(make_model(seed=2)))
     for length, every, least in ((1000, 61, 16), (1000, 60, 16), (1000, 1, 111), (3, 61, 1), (0, 61, 0)):
-        monkeypatch.setattr(comparison, "LOOK_EVERY", every)
+        monkeypatch.setattr(comparison, "COMPARE_EVERY", every)
         hidden, ids = torch.randn(length, 16), torch.randint(VOCAB, (length,))
         part = HiddenStates(signal.hidden[:length], signal.head)
-        look = comparison.compared_positions(ids)
+        positions = comparison.compared_positions(ids)
         found = comparison_from_states(hidden, head, part, 1.0, ids)
         assert found.shape[1] in (least, least + 1)
-        fused = fused_divergence(hidden, head, part.hidden, part.head, DivergenceSpec(), ids, look=look).comparison
+        fused = fused_divergence(
+            hidden, head, part.hidden, part.head, DivergenceSpec(), ids, positions=positions
+        ).comparison
         torch.testing.assert_close(found, fused)
 
 

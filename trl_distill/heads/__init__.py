@@ -1,1 +1,1 @@
-"""From hidden states to divergences, without a (B, T, V) tensor."""
+"""From hidden states to divergences and log-probabilities, without a (B, T, V) tensor."""

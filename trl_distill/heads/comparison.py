@@ -1,4 +1,4 @@
-"""How student and teacher differ at a few tokens, for the metrics."""
+"""How student and teacher differ at a sample of the tokens, for the metrics."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from ..signals import HiddenStates
 from .lm_head import LMHead
 
 
-# Metrics look at whole logits of every so many-th token, at most so many in a micro-step, and at so many likeliest ids
-LOOK_EVERY, LOOK_MOST, TOP = 61, 128, 16
+# The models are compared at every 61st token, at most 128 tokens per micro-step, and on their 16 most likely ids
+COMPARE_EVERY, COMPARE_MOST, TOP = 61, 128, 16
 
 COMPARED = ("reverse_kl", "forward_kl", "teacher_entropy", "top1_agreement", "top_overlap")
 
 
 def compared_positions(sampled: torch.Tensor) -> slice:
     """
-    Which of the judged tokens are looked at: every so many-th, from one on that the tokens themselves draw.
+    The judged tokens at which the models are compared: a regular sample whose start depends on the token ids.
 
-    The step is odd, or completions that are cut at one length would show the same places; with a fixed start, batches
-    of few tokens would show little but first tokens. One is looked at wherever there is one.
+    The step is odd, since with an even one completions of equal length would be sampled at the same positions; with a
+    fixed start, small batches would be sampled at their first tokens only. At least one token is chosen if N > 0.
 
     Args:
-        sampled (`torch.Tensor` of shape `(N,)`): their ids.
+        sampled (`torch.Tensor` of shape `(N,)`): ids of the judged tokens.
+
+    Returns:
+        `slice` of the N tokens.
     """
-    step = max(LOOK_EVERY, -(-len(sampled) // LOOK_MOST)) | 1
+    step = max(COMPARE_EVERY, -(-len(sampled) // COMPARE_MOST)) | 1
     start = int(sampled.sum()) % min(step, len(sampled)) if len(sampled) else 0
     return slice(start, None, step)
 
@@ -35,16 +38,16 @@ def compared_positions(sampled: torch.Tensor) -> slice:
 @torch.no_grad()
 def comparison(log_q: torch.Tensor, log_p: torch.Tensor, stops: Sequence[int] = ()) -> torch.Tensor:
     """
-    How student and teacher differ at a few tokens, for the log.
+    Compare student and teacher at a few tokens, for the log.
 
     Args:
         log_q, log_p (`torch.Tensor` of shape `(n, V)`): log-probabilities of student and teacher.
-        stops (`Sequence[int]`): ids that count as one, but for the entropy.
+        stops (`Sequence[int]`): ids that count as one, except in the entropy.
 
     Returns:
         `torch.Tensor` of shape `(len(COMPARED), n)`, fp32, in the order of `COMPARED`: both KLs and the teacher's
-        entropy in nats, agreement on the likeliest id (0 or 1), and the share of both models' `TOP` likeliest ids in
-        common.
+        entropy in nats, agreement on the most likely id (0 or 1), and the overlap of the models' `TOP` most likely ids
+        as a share.
     """
     kls = [summands(name, log_q, log_p).sum(-1) for name in ("reverse_kl", "forward_kl")]
     ranked = [log_q, log_p]
@@ -76,12 +79,12 @@ def comparison_from_states(
     stops: Sequence[int] = (),
 ) -> torch.Tensor:
     """
-    [`comparison`] where no logits are at hand: [`compared_positions`] says at which tokens.
+    [`comparison`] from hidden states, at the tokens that [`compared_positions`] chooses.
 
     Args:
-        hidden (`torch.Tensor` of shape `(N, H)`): the student's.
+        hidden (`torch.Tensor` of shape `(N, H)`): the student's hidden states.
         head ([`LMHead`]): the student's.
-        signal ([`~trl_distill.signals.HiddenStates`]): the teacher's, at the same tokens.
+        signal ([`~trl_distill.signals.HiddenStates`]): the teacher's, at the same N tokens.
         temperature (`float`): softmax temperature of both.
         sampled (`torch.Tensor` of shape `(N,)`): ids of the tokens.
         stops (`Sequence[int]`): ids that count as one.

@@ -1,9 +1,9 @@
 """The exact divergence from one projection of each model: values and gradients, tile by tile, in one pass.
 
-What a token's divergence weighs in the loss is nearly always known before the forward pass. Then its gradient is formed
-where the logits are at hand, and nothing is projected again: four products with a head instead of six. A gradient that
-arrives otherwise is made up for in the backward pass. The forms of the divergence are in `objective.py`, other
-projections in `heads.py`, tiles and their memory in `tiles.py`.
+The weight of a token's divergence in the loss is nearly always known before the forward pass. Then its gradient is
+computed while the logits are there, and nothing is projected again: four products with a head instead of six. If
+another gradient arrives, the backward pass computes the difference. Formulas of divergences are in
+`objective/divergences.py`, other projections in `projections.py`, tiles and their memory in `tiles.py`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from .lm_head import LMHead, check_same_device
 from .tiles import Projection, TileMemory, parts, tiles
 
 
-GRADIENT_TOLERANCE = 1e-5  # relative: how far a gradient may be from what was expected and still count as that
+GRADIENT_TOLERANCE = 1e-5  # relative difference up to which a gradient counts as the expected one
 
 
 @dataclass(frozen=True)
 class DivergenceSpec:
     """
-    What is computed from two heads.
+    Which divergence is computed, and how.
 
     Attributes:
-        divergence (`str`): a name of [`~trl_distill.objective.summands`].
+        divergence (`str`): a name of [`~trl_distill.objective.divergences.summands`].
         alpha (`float`): its parameter.
         temperature (`float`): softmax temperature of both models.
         stops (`tuple[int, ...]`): ids that count as one.
@@ -43,11 +43,15 @@ class DivergenceSpec:
 
 class TokenStatistics(NamedTuple):
     """
-    Per judged token, of shape `(N,)`, fp32, in nats.
+    What is computed for N judged tokens, fp32.
 
-    `divergence` and `log_q`, the student's log-probability of the sampled token, carry gradients; the student's
-    `entropy` and the teacher's `log_p` of the sampled token do not. Nor does `comparison`: how the models differ at a
-    few tokens, see [`~trl_distill.heads.comparison.comparison`].
+    Attributes:
+        divergence (`torch.Tensor` of shape `(N,)`): nats, with gradient.
+        log_q (`torch.Tensor` of shape `(N,)`): the student's log-probability of the sampled token, with gradient.
+        entropy (`torch.Tensor` of shape `(N,)`): the student's, nats, without gradient.
+        log_p (`torch.Tensor` of shape `(N,)`): the teacher's log-probability of the sampled token, without gradient.
+        comparison (`torch.Tensor` of shape `(5, n)`): how the models differ at n of the tokens, see
+            [`~trl_distill.heads.comparison.comparison`].
     """
 
     divergence: torch.Tensor
@@ -58,7 +62,7 @@ class TokenStatistics(NamedTuple):
 
 
 class ExpectedSlopes(NamedTuple):
-    """Derivatives of the loss by divergence and log-probability of each judged token, `(N,)`, as far as foreseen."""
+    """Derivatives of the loss by the divergence and the log-probability of each judged token, `(N,)`, where known."""
 
     divergence: torch.Tensor
     log_q: torch.Tensor | None = None
@@ -69,25 +73,31 @@ def fused_divergence(
     head: LMHead,
     teacher_hidden: torch.Tensor,
     teacher_head: LMHead,
-    form: DivergenceSpec,
+    spec: DivergenceSpec,
     sampled: torch.Tensor | None = None,
     slopes: ExpectedSlopes | None = None,
-    look: slice | None = None,
+    positions: slice | None = None,
 ) -> TokenStatistics:
     """
-    Divergence of student and teacher over the ids that both have, and what else the same logits tell.
+    Divergence of student and teacher over the ids that both have, and other statistics from the same logits.
 
     Args:
-        hidden (`torch.Tensor` of shape `(N, H_s)`): the student's.
-        head ([`~trl_distill.heads.LMHead`]): the student's.
-        teacher_hidden (`torch.Tensor` of shape `(N, H_t)`).
-        teacher_head ([`~trl_distill.heads.LMHead`]).
-        form ([`Form`]): which divergence, and how.
-        sampled (`torch.Tensor` of shape `(N,)`, *optional*): ids whose log-probabilities are wanted; of those that one
-            model lacks they mean nothing.
-        slopes ([`Slopes`], *optional*): what the gradient will be, up to a common factor. Right slopes save two
-            projections; wrong ones cost time, not correctness.
-        look (`slice`, *optional*): with start and step, the tokens at which the models are compared for the log.
+        hidden (`torch.Tensor` of shape `(N, H_s)`): the student's hidden states.
+        head ([`~trl_distill.heads.lm_head.LMHead`]): the student's.
+        teacher_hidden (`torch.Tensor` of shape `(N, H_t)`): the teacher's hidden states.
+        teacher_head ([`~trl_distill.heads.lm_head.LMHead`]): the teacher's.
+        spec ([`DivergenceSpec`]): which divergence, and how.
+        sampled (`torch.Tensor` of shape `(N,)`, *optional*): ids whose log-probabilities are wanted; for ids that one
+            model lacks these are meaningless.
+        slopes ([`ExpectedSlopes`], *optional*): the expected gradient, up to a common factor. If it is right, two
+            projections are saved; if not, the result is still correct, but slower.
+        positions (`slice`, *optional*): with start and step, the tokens at which the models are compared for the log.
+
+    Returns:
+        [`TokenStatistics`].
+
+    Raises:
+        ValueError: the two heads are on different devices.
     """
     weight, bias = head.parameters()
     teacher_weight, _ = teacher_head.parameters()
@@ -98,30 +108,32 @@ def fused_divergence(
         weight, bias = weight[:shared], None if bias is None else bias[:shared]
     ids = torch.zeros(len(hidden), dtype=torch.long) if sampled is None else sampled.clamp(max=shared - 1)
     expected = [None if slope is None else slope.float() for slope in slopes or (None, None)]
-    how = _How(form, head, teacher_head, look)
-    found = _Fused.apply(hidden.to(device), weight, bias, teacher_hidden.to(device), ids.to(device), *expected, how)
+    settings = _Settings(spec, head, teacher_head, positions)
+    found = _Fused.apply(
+        hidden.to(device), weight, bias, teacher_hidden.to(device), ids.to(device), *expected, settings
+    )
     return TokenStatistics(*found)
 
 
 @dataclass(frozen=True)
-class _How:
-    form: DivergenceSpec
+class _Settings:
+    spec: DivergenceSpec
     student: LMHead
     teacher: LMHead
-    look: slice | None
+    positions: slice | None
 
 
 class _Fused(torch.autograd.Function):
-    """See [`fused_divergence`]. Projections in autocast's dtype, summed in fp32; everything else in fp32."""
+    """See [`fused_divergence`]. Projections are in autocast's dtype with fp32 sums; everything else is in fp32."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, teacher_hidden, ids, slope, slope_log_q, how):
+    def forward(ctx, hidden, weight, bias, teacher_hidden, ids, slope, slope_log_q, settings):
         device = hidden.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        ctx.how = how
+        ctx.settings = settings
         forms_gradient = slope is not None and any(ctx.needs_input_grad[:3])
         grads = _Gradients.wanted_by(ctx.needs_input_grad) if forms_gradient else None
-        compared = 0 if how.look is None else len(range(len(hidden))[how.look])
+        compared = 0 if settings.positions is None else len(range(len(hidden))[settings.positions])
         shapes = [(len(hidden),)] * 4 + [(len(COMPARED), compared)]
         found = TokenStatistics(*(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes))
         _run(ctx, (hidden, weight, bias, teacher_hidden, ids), found, grads, slope, slope_log_q)
@@ -139,16 +151,16 @@ class _Fused(torch.autograd.Function):
         if grads is None:
             grads, rest = _Gradients.wanted_by(ctx.needs_input_grad), given
         else:
-            factor, rest = _compared(given, [slope, slope_log_q])
+            factor, rest = _as_expected(given, [slope, slope_log_q])
             grads.scale(factor)
-        if on_any_process(any(part is not None for part in rest), tensors[1]):  # not foreseen: the logits once more
+        if on_any_process(any(part is not None for part in rest), tensors[1]):  # not as expected: project again
             _run(ctx, tensors, None, grads, *rest)
         hidden, weight, bias = tensors[:3]
         return (*grads.as_given(hidden, weight, bias), *[None] * 5)
 
 
 def on_any_process(needed: bool, weight: torch.Tensor) -> bool:
-    """Where ZeRO-3 has sharded a weight, whether any process needs it: then all take part in gathering it."""
+    """Whether any process needs a weight that ZeRO-3 has sharded, so that all must take part in gathering it."""
     if not hasattr(weight, "ds_id"):
         return needed
     found = torch.tensor(float(needed), device=weight.device)
@@ -156,17 +168,17 @@ def on_any_process(needed: bool, weight: torch.Tensor) -> bool:
     return bool(found.item())
 
 
-def _compared(
-    given: list[torch.Tensor | None], foreseen: list[torch.Tensor | None]
+def _as_expected(
+    given: list[torch.Tensor | None], expected: list[torch.Tensor | None]
 ) -> tuple[float, list[torch.Tensor | None]]:
-    """The factor by which gradients are those that were foreseen, and what is left of each beyond that, or `None`."""
-    pairs = [(g, s) for g, s in zip(given, foreseen, strict=True) if g is not None and s is not None]
+    """The factor between the given and the expected gradients, and the remainder of each, `None` if negligible."""
+    pairs = [(g, s) for g, s in zip(given, expected, strict=True) if g is not None and s is not None]
     overlap = sum((g * s).sum().item() for g, s in pairs)
     size = sum((s * s).sum().item() for _, s in pairs)
     factor = overlap / size if size else 1.0
     largest = max((g.abs().max().item() for g in given if g is not None and g.numel()), default=0.0)
     rest: list[torch.Tensor | None] = []
-    for g, s in zip(given, foreseen, strict=True):
+    for g, s in zip(given, expected, strict=True):
         if g is None and s is None:
             rest.append(None)
             continue
@@ -177,7 +189,7 @@ def _compared(
 
 
 class _Gradients:
-    """Gradients in hidden states, weight and bias, summed in fp32 over tiles; `None` for what needs none."""
+    """Gradients of hidden states, weight and bias, summed in fp32 over tiles; `None` for those that need none."""
 
     def __init__(self, hidden: bool, weight: bool, bias: bool):
         self.wants = hidden, weight, bias
@@ -190,14 +202,14 @@ class _Gradients:
         return cls(*needs_input_grad[:3])
 
     def begin(self, hidden: torch.Tensor, weight: torch.Tensor) -> None:
-        """Made where ZeRO-3 has gathered the weight and its shape is known."""
+        """Allocate, once ZeRO-3 has gathered the weight and its shape is known."""
         if self.wants[0] and self.hidden is None:
             self.hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         if self.wants[2] and self.bias is None:
             self.bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=hidden.device)
 
     def add(self, rows: slice, found: torch.Tensor, states: torch.Tensor, weight: torch.Tensor) -> None:
-        """Of a tile: derivatives by the projected logits `(n, V)`, fp32; hidden states and weight in their dtype."""
+        """Add a tile: derivatives by the projected logits `(n, V)`, fp32; hidden states and weight in their dtype."""
         rounded = found.to(states.dtype)
         if self.hidden is not None:
             _add_product(self.hidden[rows], rounded, weight)
@@ -212,13 +224,13 @@ class _Gradients:
                 tensor.mul_(factor)
 
     def as_given(self, *inputs: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """In the dtype of the inputs."""
+        """The gradients in the dtypes of the inputs."""
         sums = (self.hidden, self.weight, self.bias)
         return [None if s is None or i is None else s.to(i.dtype) for s, i in zip(sums, inputs, strict=True)]
 
 
 def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`total += a @ b` in fp32, whatever the factors are rounded to; a new sum where there is none yet."""
+    """`total += a @ b` in fp32, whatever the dtype of the factors; a new tensor if `total` is `None`."""
     if a.dtype == torch.float32 or not a.is_cuda:
         return torch.mm(a.float(), b.float()) if total is None else total.addmm_(a.float(), b.float())
     if total is None:
@@ -234,16 +246,16 @@ def _run(
     slope: torch.Tensor | None,
     slope_log_q: torch.Tensor | None,
 ) -> None:
-    """All tiles: fill in `found`, and add to `grads` what the slopes make of the divergence and of log q."""
+    """Go through all tiles: write statistics to `found`, and add the gradients for the given slopes to `grads`."""
     hidden, weight, bias, teacher_hidden, ids = tensors
-    how, dtype = ctx.how, ctx.dtype
-    teacher_weight, teacher_bias = how.teacher.parameters()
-    plain = torch.autocast(hidden.device.type, enabled=False)  # which would round the sums, too
+    settings, dtype = ctx.settings, ctx.dtype
+    teacher_weight, teacher_bias = settings.teacher.parameters()
+    plain = torch.autocast(hidden.device.type, enabled=False)  # autocast would round the sums too
     with plain, gathered_head(weight, bias), gathered_head(teacher_weight, teacher_bias):
         shared = weight.shape[0]
         teacher_weight, teacher_bias = teacher_weight[:shared], None if teacher_bias is None else teacher_bias[:shared]
-        ours = Projection(how.student, weight, bias, dtype, "student")
-        teachers = Projection(how.teacher, teacher_weight, teacher_bias, dtype, "teacher")
+        ours = Projection(settings.student, weight, bias, dtype, "student")
+        teachers = Projection(settings.teacher, teacher_weight, teacher_bias, dtype, "teacher")
         if grads is not None:
             grads.begin(hidden, weight)
         for rows in tiles(len(hidden), shared, hidden.device):
@@ -251,48 +263,48 @@ def _run(
             both = ours(states), teachers(teacher_hidden[rows].to(dtype))
             for part in parts(rows, shared, hidden.device):
                 logits, theirs = (which[part.start - rows.start : part.stop - rows.start] for which in both)
-                of_student = ours.finish(logits, how.form.temperature)
-                block = LogitsTile(of_student, teachers.finish(theirs, how.form.temperature), how.form)
+                of_student = ours.finish(logits, settings.spec.temperature)
+                block = LogitsTile(of_student, teachers.finish(theirs, settings.spec.temperature), settings.spec)
                 if found is not None:
-                    block.record(found, part, ids[part, None], how.look)
+                    block.record(found, part, ids[part, None], settings.positions)
                 slopes = [None if s is None else s[part, None] for s in (slope, slope_log_q)]
                 derivative = block.measure(found and found.divergence[part], grads is not None, *slopes)
                 if derivative is not None:
                     if slopes[1] is not None:
                         derivative.scatter_add_(1, ids[part, None], slopes[1])
-                    ours.backward_through_scale(derivative, of_student, how.form.temperature)
+                    ours.backward_through_scale(derivative, of_student, settings.spec.temperature)
             if grads is not None:
-                grads.add(rows, both[1], states, ours.weight)  # where the derivatives were left
+                grads.add(rows, both[1], states, ours.weight)  # both[1] now holds the derivatives
 
 
 class LogitsTile:
-    """Logits of both models at a few tokens, `(n, V)`, and what becomes of them, in the memory of the teacher's."""
+    """Logits of both models at n tokens, `(n, V)`; derivatives overwrite the teacher's logits to save memory."""
 
-    def __init__(self, ours: torch.Tensor, theirs: torch.Tensor, form: DivergenceSpec):
-        self.ours, self.theirs, self.form = ours, theirs, form
+    def __init__(self, ours: torch.Tensor, theirs: torch.Tensor, spec: DivergenceSpec):
+        self.ours, self.theirs, self.spec = ours, theirs, spec
         self.mass, self.product = (TileMemory(name, ours.device).take(*ours.shape) for name in ("mass", "product"))
         highest = theirs.amax(-1, keepdim=True)
         norm = torch.sub(theirs, highest, out=self.product).exp_().sum(-1, keepdim=True)  # (n, 1)
         self.log_norm_p = highest + norm.log_()
         highest = ours.amax(-1, keepdim=True)
-        torch.sub(ours, highest, out=self.mass).exp_()  # q, but for its sum
+        torch.sub(ours, highest, out=self.mass).exp_()  # q, unnormalised
         self.norm = self.mass.sum(-1, keepdim=True)
         self.log_norm_q = highest + self.norm.log()
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Under q: `(n, V)` to `(n, 1)`."""
+        """The mean under q: `(n, V)` to `(n, 1)`."""
         return torch.mul(self.mass, values, out=self.product).sum(-1, keepdim=True) / self.norm
 
-    def record(self, found: TokenStatistics, rows: slice, at: torch.Tensor, look: slice | None) -> None:
-        """Write what is no divergence; `at` are the sampled ids, `(n, 1)`."""
+    def record(self, found: TokenStatistics, rows: slice, at: torch.Tensor, positions: slice | None) -> None:
+        """Write all statistics but the divergence; `at` are the sampled ids, `(n, 1)`."""
         found.log_q[rows] = (self.ours.gather(1, at) - self.log_norm_q)[:, 0]
         found.log_p[rows] = (self.theirs.gather(1, at) - self.log_norm_p)[:, 0]
         found.entropy[rows] = (self.log_norm_q - self.mean(self.ours))[:, 0]
-        earlier, upto = (0, 0) if look is None else (len(range(end)[look]) for end in (rows.start, rows.stop))
-        if look is not None and earlier < upto:
-            here = slice(look.start + earlier * look.step - rows.start, None, look.step)
+        earlier, upto = (0, 0) if positions is None else (len(range(end)[positions]) for end in (rows.start, rows.stop))
+        if positions is not None and earlier < upto:
+            here = slice(positions.start + earlier * positions.step - rows.start, None, positions.step)
             log_q, log_p = self.ours[here] - self.log_norm_q[here], self.theirs[here] - self.log_norm_p[here]
-            found.comparison[:, earlier:upto] = comparison(log_q, log_p, self.form.stops)
+            found.comparison[:, earlier:upto] = comparison(log_q, log_p, self.spec.stops)
 
     def measure(
         self,
@@ -302,11 +314,11 @@ class LogitsTile:
         slope_log_q: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """
-        Write the divergence to `value`; return slope · ∂divergence − slope_log_q · q by the logits, where `wanted`.
+        Write the divergence to `value`, if given; if `wanted`, return slope · ∂divergence − slope_log_q · q by logits.
 
         With Σ_v f(log q_v) as the divergence and g = ∂f, the derivative by logit u is g_u − q_u Σ_v g_v.
         """
-        if self.form.divergence == "reverse_kl" and not self.form.stops:  # q (log q − log p − KL): norms cancel
+        if self.spec.divergence == "reverse_kl" and not self.spec.stops:  # q (log q − log p − KL): normalisers cancel
             difference = torch.sub(self.ours, self.theirs, out=self.theirs)
             mean = self.mean(difference)
             divergence = (mean - self.log_norm_q + self.log_norm_p)[:, 0]
@@ -328,14 +340,14 @@ class LogitsTile:
         return self.theirs if wanted else None
 
     def _by_autograd(self, wanted: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Any form, stop tokens merged: its value and its derivatives by the log-probabilities."""
-        form, log_p = self.form, self.theirs - self.log_norm_p
+        """Any divergence, with merged stop tokens: its value, and its derivatives by the log-probabilities."""
+        spec, log_p = self.spec, self.theirs - self.log_norm_p
         with torch.enable_grad():
             log_q = (self.ours - self.log_norm_q).requires_grad_(wanted)
-            divergence = divergences.summands(form.divergence, log_q, log_p, form.alpha).sum(-1)
-            if form.stops:
-                ours, theirs = (x[:, list(form.stops)] for x in (log_q, log_p))
-                divergence = divergences.as_one_class(divergence, ours, theirs, form.divergence, form.alpha)
+            divergence = divergences.summands(spec.divergence, log_q, log_p, spec.alpha).sum(-1)
+            if spec.stops:
+                ours, theirs = (x[:, list(spec.stops)] for x in (log_q, log_p))
+                divergence = divergences.as_one_class(divergence, ours, theirs, spec.divergence, spec.alpha)
             if not wanted:
                 return divergence, None
             (derivative,) = torch.autograd.grad(divergence.sum(), log_q)

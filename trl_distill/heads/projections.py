@@ -1,8 +1,7 @@
-"""LM heads: hidden states of student and teacher in, numbers per token out, never a (B, T, V) tensor.
+"""Projections by an LM head: hidden states in, values per token out, never a (B, T, V) tensor.
 
-Log-probabilities run in TRL's kernels, the logits of a few ids and the likeliest ids here; all in tiles over tokens and
-vocabulary. The exact divergence is in `fused.py`, and in TRL's kernel where there is Triton. Where hidden states come
-from is `forwards.py`'s business, what the numbers mean that of `estimators.py`.
+Log-probabilities are computed by TRL's kernels, logits of a few ids and top-k ids here; all in tiles over tokens and
+vocabulary. The exact divergence is in `fused.py`, or in TRL's kernel if it runs in Triton.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ..signals import HiddenStates
 from .lm_head import LMHead, check_same_device
 
 
-# Tiles of what is projected here rather than in TRL's kernel: tokens, ids, and elements of gathered rows of a head
+# Tile sizes of the projections here: tokens, ids, and elements of a head's gathered rows
 TOKEN_TILE, VOCAB_TILE, ROW_TILE = 1024, 32768, 2**24
 
 
@@ -30,16 +29,16 @@ def kernel_divergence(
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    KL either way or JSD by TRL's kernel, which runs in Triton where there is one.
+    Either KL or the JSD by TRL's kernel.
 
-    Where the vocabularies differ in size (padding rows), both distributions are renormalised over the ids that both
-    have. Hidden states may be in any dtype; under autocast they are projected in its dtype, accumulated in fp32.
+    If the vocabularies differ in size (padding rows), both distributions are renormalised over the shared ids. Hidden
+    states may have any dtype; under autocast they are projected in its dtype and accumulated in fp32.
 
     Args:
-        student_hidden: hidden states of the N judged positions.
+        student_hidden: the student's hidden states at the N positions that predict judged tokens.
         student_head: the student's output layer.
         signal: the teacher's hidden states at the same N positions, and its output layer.
-        kernel_beta: as the kernel counts: 0 the forward KL, 1 the reverse KL, between them the JSD.
+        kernel_beta: the kernel's parameter: 0 is the forward KL, 1 the reverse KL, values between them the JSD.
         temperature: softmax temperature of both.
 
     Returns:
@@ -51,7 +50,7 @@ def kernel_divergence(
     teacher_weight, teacher_bias = teacher_head.parameters()
     check_same_device(weight, teacher_weight)
     shared = teacher_head.vocab_size
-    if shared < student_head.vocab_size:  # the kernel itself cuts a teacher that is larger
+    if shared < student_head.vocab_size:  # the kernel itself truncates a larger teacher
         weight, bias = weight[:shared], None if bias is None else bias[:shared]
     return ChunkedDivergenceFunction.apply(
         student_hidden.to(weight.device),
@@ -77,15 +76,17 @@ def log_probs_of(
 
     Args:
         hidden (`torch.Tensor` of shape `(N, H)`).
-        head ([`LMHead`]): the same model's.
-        ids (`torch.Tensor` of shape `(N,)`).
-        vocab_size (`int`): a larger vocabulary is cut to it, and renormalised.
+        head ([`LMHead`]): of the same model.
+        ids (`torch.Tensor` of shape `(N,)`): one id per position.
+        vocab_size (`int`): a larger vocabulary is truncated to it and renormalised.
         temperature (`float`): softmax temperature.
-        entropy (`bool`): return the entropy of each position, too: a pair of tensors.
+        entropy (`bool`): also return the entropy at each position `(N,)`, in nats, as the second of a pair.
     """
     weight, bias = head.parameters()
     with gathered_head(weight, bias):
-        if vocab_size < head.vocab_size:  # else the parameter itself, which the kernel gathers again in its backward
+        if (
+            vocab_size < head.vocab_size
+        ):  # otherwise pass the parameter itself, which the kernel gathers again in its backward
             weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
         found = ChunkedLogProbFunction.apply(
             *(hidden.to(weight.device), weight, bias, ids.to(weight.device), temperature, VOCAB_TILE),
@@ -102,7 +103,9 @@ def top_ids(hidden: torch.Tensor, head: LMHead, k: int) -> torch.Tensor:
     with gathered_head(weight, bias):
         for rows in hidden.to(weight.device).split(TOKEN_TILE):
             best, ids = rows.new_full((rows.shape[0], k), -torch.inf), rows.new_zeros((rows.shape[0], k)).long()
-            for start in range(0, weight.shape[0], VOCAB_TILE):  # scale, soft cap and temperature keep the order
+            for start in range(
+                0, weight.shape[0], VOCAB_TILE
+            ):  # scale, soft cap and temperature do not change the order
                 tile = slice(start, start + VOCAB_TILE)
                 logits = nn.functional.linear(rows, weight[tile].to(rows.dtype), None if bias is None else bias[tile])
                 values, places = logits.topk(min(k, logits.shape[1]))
@@ -118,8 +121,8 @@ def logits_of(hidden: torch.Tensor, head: LMHead, ids: torch.Tensor, temperature
 
     Args:
         hidden (`torch.Tensor` of shape `(N, H)`).
-        head ([`LMHead`]): the same model's.
-        ids (`torch.Tensor` of shape `(N, K)`).
+        head ([`LMHead`]): of the same model.
+        ids (`torch.Tensor` of shape `(N, K)`): K ids per position.
         temperature (`float`): divides the logits.
     """
     weight, bias = head.parameters()
@@ -130,7 +133,7 @@ def logits_of(hidden: torch.Tensor, head: LMHead, ids: torch.Tensor, temperature
 
 
 class _RowLogits(torch.autograd.Function):
-    """`h · W[ids] + b[ids]` for `(N, H)` and `(N, K)`, without ever holding `(N, K, H)`; sums in fp32."""
+    """`h · W[ids] + b[ids]` for `(N, H)` and `(N, K)`, without an `(N, K, H)` tensor; sums are in fp32."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids):
@@ -142,7 +145,7 @@ class _RowLogits(torch.autograd.Function):
             for rows in _row_tiles(ids, hidden.shape[1]):
                 columns = weight[ids[rows]].to(ctx.dtype).float()  # (n, K, H)
                 logits[rows] = torch.einsum("nkh,nh->nk", columns, hidden[rows].to(ctx.dtype).float())
-            logits = logits.to(ctx.dtype)  # rounded as TRL's kernel rounds, whose log Z they are compared with
+            logits = logits.to(ctx.dtype)  # rounded like TRL's kernel, whose log Z is subtracted from them
             return (logits if bias is None else logits + bias[ids].to(ctx.dtype)).float()
 
     @staticmethod
@@ -171,7 +174,7 @@ class _RowLogits(torch.autograd.Function):
 
 
 def _row_tiles(ids: torch.Tensor, width: int) -> Iterator[slice]:
-    """Slices of rows such that a `(n, K, H)` tensor stays within `ROW_TILE` elements."""
+    """Slices of rows for which an `(n, K, H)` tensor has at most about `ROW_TILE` elements."""
     size = max(1, ROW_TILE // max(1, ids.shape[1] * width))
     for start in range(0, ids.shape[0], size):
         yield slice(start, start + size)

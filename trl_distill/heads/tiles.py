@@ -1,4 +1,4 @@
-"""Tiles of logits for `fused.py`: how large they are, how a head projects one, and the memory that they lie in."""
+"""Tiles of logits for `fused.py`: their sizes, their projection by a head, and their memory."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def sizes_for(device: torch.device) -> TileSizes:
     return ON_CPU if device.type == "cpu" else ON_GPU
 
 
-KEPT = 2**23  # elements: memory up to this size is kept on CPUs from one micro-step to the next
+KEPT = 2**23  # elements: on CPUs, memory up to this size is kept between micro-steps
 
 
 def tiles(rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
-    """Of so many tokens those whose logits are projected together."""
+    """Slices of `rows` tokens; the logits of each slice are projected together."""
     yield from _slices(0, rows, max(1, sizes_for(device).tile // vocab_size))
 
 
 def parts(tile: slice, vocab_size: int, device: torch.device) -> Iterator[slice]:
-    """Of a tile the tokens whose logits are worked on together."""
+    """Slices of a tile; the logits of each slice are processed together."""
     yield from _slices(tile.start, tile.stop, max(1, sizes_for(device).part // vocab_size))
 
 
 def _slices(start: int, stop: int, most: int) -> Iterator[slice]:
-    """Slices of like size. At least one, so that heads which ZeRO-3 has sharded are gathered on every process."""
+    """Slices of similar size. At least one, so that heads sharded by ZeRO-3 are gathered on every process."""
     pieces = max(1, -(-(stop - start) // most))
     size = max(1, -(-(stop - start) // pieces))
     for begin in range(start, max(stop, start + 1), size):
@@ -57,25 +57,25 @@ def _slices(start: int, stop: int, most: int) -> Iterator[slice]:
 
 
 class Projection:
-    """A head as a function of hidden states in the given dtype."""
+    """Projects hidden states by a head, in a given dtype with fp32 results."""
 
     def __init__(self, head: LMHead, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, name: str):
         self.head, self.weight, self.bias = head, weight.detach().to(dtype), bias
-        self.room = TileMemory(name, weight.device)
+        self.memory = TileMemory(name, weight.device)
         if not weight.is_cuda:
-            self.weight = self.weight.float()  # rounded, and then multiplied in fp32: once for all tiles
+            self.weight = self.weight.float()  # rounded above; converted here once for all tiles
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """What the weight alone makes of them, `(n, V)`, fp32, until the next tile."""
+        """Products with the weight alone, `(n, V)`, fp32; on CPUs overwritten by the next tile."""
         if states.is_cuda and states.dtype != torch.float32:
             return torch.mm(states, self.weight.T, out_dtype=torch.float32)
-        logits = self.room.take(len(states), len(self.weight))
+        logits = self.memory.take(len(states), len(self.weight))
         for ids in _slices(0, len(self.weight), sizes_for(states.device).ids):
             torch.mm(states.float(), self.weight[ids].T, out=logits[:, ids])
         return logits
 
     def finish(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
-        """Bias, the model's scale and soft cap, and temperature, in place."""
+        """Apply bias, scale, soft cap and temperature, in place."""
         if self.bias is not None:
             logits += self.bias.detach().float()
         if self.head.softcap is not None:
@@ -85,7 +85,7 @@ class Projection:
         return logits
 
     def backward_through_scale(self, derivative: torch.Tensor, finished: torch.Tensor, temperature: float) -> None:
-        """A derivative by finished logits as one by what was projected, in place."""
+        """Turn a derivative by finished logits into one by projected logits, in place."""
         if self.head.softcap is not None:
             derivative.mul_(1 - (finished * (temperature / self.head.softcap)).square_())
         if self.head.logit_scale != temperature:
@@ -97,10 +97,10 @@ _kept = threading.local()
 
 class TileMemory:
     """
-    Memory that is used again and again: on CPUs every new page costs several times what is done with it.
+    Memory that is reused for every tile: on CPUs a new page costs several times the work done in it.
 
-    On CPUs each thread keeps it for the next micro-step, if it is not large, until [`release_memory`]; GPUs have an
-    allocator for that.
+    On CPUs each thread keeps it for the next micro-step, if it is not large, until [`release_memory`]. On GPUs
+    PyTorch's allocator does that.
     """
 
     def __init__(self, name: str, device: torch.device):
@@ -110,7 +110,7 @@ class TileMemory:
         self._memory = kept if usable else None
 
     def take(self, rows: int, columns: int) -> torch.Tensor:
-        """Uninitialised, `(rows, columns)`, fp32; what was taken before is overwritten."""
+        """An uninitialised fp32 tensor `(rows, columns)`, in the same memory as the one before."""
         if self._memory is None or self._memory.numel() < rows * columns:
             self._memory = torch.empty(rows * columns, dtype=torch.float32, device=self.device)
             if self.device.type == "cpu" and self._memory.numel() <= KEPT:
@@ -119,5 +119,5 @@ class TileMemory:
 
 
 def release_memory() -> None:
-    """Give back what this thread keeps between micro-steps."""
+    """Free the memory that this thread keeps between micro-steps."""
     _kept.__dict__.clear()
