@@ -1,1 +1,1 @@
-"""Models: what is read off them, loading, and the forwards that are added."""
+"""Models: loading, their properties, and the forward passes that are added to them."""

@@ -1,4 +1,4 @@
-"""A model's last hidden states: forwards that end before the LM head, rows packed where attention allows it."""
+"""A model's last hidden states: a forward pass that ends before the LM head, with packed rows where possible."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .properties import unwrap_adapter
 
 def add_teacher_forward(model: nn.Module) -> None:
     """
-    Give a model a forward that ends before its LM head: `model(rollouts=rollouts)` returns [`HiddenStates`].
+    Add a forward pass that ends before the LM head: `model(..., rollouts=rollouts)` returns [`HiddenStates`].
 
-    Called without `rollouts` the model behaves as before.
+    Without `rollouts` the model behaves as before. Raises `ValueError` if it has no usable LM head.
     """
     base = unwrap_adapter(model)
-    LMHead(base)  # raises where there is none to use
+    LMHead(base)  # raises if there is none that can be used
     original_forward = unbound_forward(base)
 
     @functools.wraps(original_forward)  # keeps the signature, which `generate` inspects
@@ -34,7 +34,7 @@ def add_teacher_forward(model: nn.Module) -> None:
         if rollouts is None:
             return original_forward(self, *args, **kwargs)
         hidden = last_hidden(self, *args, **kwargs)
-        # A plain dataclass on purpose: accelerate would cast the tensors of a `ModelOutput` to fp32
+        # a plain dataclass, because accelerate would cast the tensors of a `ModelOutput` to fp32
         return HiddenStates(judged_states(hidden, rollouts.mask), LMHead(self))
 
     base.forward = types.MethodType(forward, base)
@@ -45,15 +45,13 @@ def unbound_forward(model: nn.Module) -> Callable[..., Any]:
     forward = model.forward
     if hasattr(forward, "__func__"):
         return forward.__func__
-    # a device map's hook is a partial of its own, with the module inside
+    # the hook of a device map is a partial that contains the module
     return functools.wraps(forward)(lambda _self, *args, **kwargs: forward(*args, **kwargs))
 
 
 def last_hidden(model: PreTrainedModel, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """
-    Last hidden state `(B, T, H)` of the backbone; 0 on padding where rows were packed into one sequence.
-    """
-    given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT hands `None`s on
+    """Last hidden state `(B, T, H)` of the backbone; 0 on padding if rows were packed into one sequence."""
+    given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes `None`s
     ids: Any = given.get("input_ids")
     attended: Any = given.get("attention_mask")
     if not args and set(given) == {"input_ids", "attention_mask"} and packs(model) and is_exact(model, ids, attended):
@@ -62,24 +60,24 @@ def last_hidden(model: PreTrainedModel, *args: Any, **kwargs: Any) -> torch.Tens
 
 
 def judged_states(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Hidden states `(B, T, H)` at the positions that predict the judged ones of the last C tokens: `(N, H)`."""
+    """From hidden states `(B, T, H)` those that predict the tokens marked by `mask` `(B, C)`: `(N, H)`."""
     completion_length = mask.shape[1]
-    # counted from the right: prompts may differ in length between teacher and student, or hold virtual tokens
+    # counted from the right, since the teacher's prompts may have another length, or the student's virtual tokens
     return hidden[:, -completion_length - 1 : -1][mask.to(hidden.device)]
 
 
 def scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`(N, ...)` back to `(B, C, ...)`, zero elsewhere; stays connected to the graph when N is 0."""
+    """`(N, ...)` back to `(B, C, ...)`, 0 elsewhere; it stays connected to the graph even if N is 0."""
     mask = mask.to(values.device).view(*mask.shape, *[1] * (values.dim() - 1)).expand(*mask.shape, *values.shape[1:])
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 @contextmanager
 def last_hidden_state(backbone: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Catch the last hidden state of the one call of `backbone` in this context."""
-    caught: list[torch.Tensor] = []
-    hook = backbone.register_forward_hook(lambda _module, _args, output: caught.append(output.last_hidden_state))
+    """Capture the last hidden state of the call of `backbone` in this context."""
+    captured: list[torch.Tensor] = []
+    hook = backbone.register_forward_hook(lambda _module, _args, output: captured.append(output.last_hidden_state))
     try:
-        yield caught
+        yield captured
     finally:
         hook.remove()

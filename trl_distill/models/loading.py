@@ -1,6 +1,6 @@
-"""Models, configurations and tokenizers by name: whole, or an error that says what to change.
+"""Load configurations, models and tokenizers by name; incomplete ones raise an error that says what to change.
 
-What is checked of them once they are there is in `checks.py`.
+What is checked after loading is in `trl_distill.checks`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 def check_folder(name_or_path: str, whose: str, argument: str) -> None:
-    """A wrong path is an error at once: asking the hub for it may take half a minute. Raises `ValueError`."""
-    is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1  # on the hub: owner/name
+    """Raise `ValueError` for a path that does not exist; asking the hub for it can take half a minute."""
+    is_path = (
+        name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    )  # names on the hub have one slash: owner/name
     if is_path and not os.path.exists(name_or_path):
         raise ValueError(f"The {whose}'s folder {name_or_path!r} does not exist. Check {argument}.")
 
 
 def load_config(name_or_path: str, whose: str, argument: str, **kwargs: Any) -> PretrainedConfig:
-    """A model's configuration: a cheap way to learn that a path is wrong before any weights are loaded."""
+    """A model's configuration, without weights. Raises `ValueError` if the name is wrong or it cannot be read."""
     check_folder(name_or_path, whose, argument)
     try:
         return AutoConfig.from_pretrained(name_or_path, **kwargs)
@@ -50,12 +52,12 @@ def load_config(name_or_path: str, whose: str, argument: str, **kwargs: Any) -> 
 
 def load_whole(load: Callable[..., Any], name_or_path: str, whose: str, **kwargs: Any) -> Any:
     """
-    A model of which every weight was found; transformers draws at random what a checkpoint lacks, and goes on.
+    A model with all its weights. transformers alone would initialise missing weights at random and only warn.
 
     Args:
-        load (`Callable`): `from_pretrained`, or what hands its arguments on to it.
-        name_or_path (`str`): of the model.
-        whose (`str`): "teacher", for the message.
+        load (`Callable`): `from_pretrained`, or a function that passes its arguments on to it.
+        name_or_path (`str`): hub name or folder.
+        whose (`str`): "teacher" or "student", for messages.
 
     Raises:
         ValueError: the weights cannot be read, or some of them are missing or have another shape.
@@ -70,21 +72,29 @@ def load_whole(load: Callable[..., Any], name_or_path: str, whose: str, **kwargs
             f"are pointers of git-lfs, fetch them again. ({error})"
         ) from error
     absent = sorted(info["missing_keys"])
-    if absent and getattr(model, "is_quantized", False):  # quantisers have keys of their own
-        logger.warning(f"transformers misses {len(absent)} weights of the quantised {whose}, such as {absent[0]!r}.")
+    if absent and getattr(model, "is_quantized", False):  # quantisers use other keys
+        logger.warning(
+            f"transformers did not find {len(absent)} weights of the quantised {whose}, such as {absent[0]!r}. This is "
+            "expected with some quantisers; make sure that the model is not random."
+        )
     elif absent:
         raise ValueError(
             f"The checkpoint of the {whose} {name_or_path!r} lacks {len(absent)} of its weights ({absent[0]!r} ...): "
-            "they would be random. Use a whole checkpoint, or one that fits its `config.json`."
+            "they would be random. Use a complete checkpoint, or one that matches its `config.json`."
         )
     return model
 
 
 def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside a model, or `None` where there is none."""
+    """The tokenizer saved with a model, or `None` if there is none."""
     if not name_or_path:
         return None
     try:
         return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-    except (OSError, ValueError, KeyError, TypeError):  # what transformers raises for a folder without a tokenizer
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # transformers raises any of these for a folder without a tokenizer
         return None

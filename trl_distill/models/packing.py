@@ -1,8 +1,8 @@
-"""Rows of a batch as one sequence without padding, for models whose attention takes rows of any length.
+"""Rows of a batch packed into one sequence without padding, for models whose attention supports it.
 
-Positions that begin again, and the lengths of the rows, tell attention where each row begins. Layers that know neither
-(linear attention, state-space layers, convolutions over time) would let one row see the one before it. So a model's
-layers are looked at, and the first batch is computed both ways: packing is used only where both agree.
+Attention finds where each row begins from positions that restart at 0 and from the lengths of the rows. Layers that use
+neither (linear attention, state-space layers, convolutions over time) would let a row see the one before it. So the
+model's layers are checked, and the first batch is computed both ways: rows are packed only if both results agree.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .properties import has_relative_positions
 logger = logging.getLogger(__name__)
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative difference of hidden states that rounding may leave
-ROUNDED = 5e-2  # the same in 16 bits; rows that see each other differ by far more
-_VERDICT = "_trl_distill_packs"  # attribute of a model: whether packing was found to be exact
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative difference of hidden states allowed for rounding
+ROUNDED = 5e-2  # the same in 16 bits; if rows see each other, the difference is far larger
+_VERDICT = "_trl_distill_packs"  # attribute of a model: whether packing is exact for it
 
 
 def packs(model: PreTrainedModel) -> bool:
     """
-    Whether a model's attention takes rows of any length one after another, without a mask, as far as its configuration
-    says: FlashAttention of any provenance, rotary positions, and no layer with a state.
+    Whether a model supports packed rows, by its configuration: any kind of FlashAttention, rotary positions, and no
+    layers with a state.
     """
     attention = str(model.config._attn_implementation).replace("-", "_")
     if "flash" not in attention or attention.startswith("paged"):
@@ -42,7 +42,7 @@ def packs(model: PreTrainedModel) -> bool:
 
 def packed_hidden(backbone: nn.Module, ids: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
     """
-    Last hidden states `(B, T, H)` from one sequence of all rows; 0 on padding.
+    Last hidden states `(B, T, H)`, computed with all rows in one sequence; 0 on padding.
 
     Args:
         backbone: the model without its LM head.
@@ -60,9 +60,9 @@ def packed_hidden(backbone: nn.Module, ids: torch.Tensor, attended: torch.Tensor
 
 def is_exact(model: PreTrainedModel, ids: torch.Tensor, attended: torch.Tensor) -> bool:
     """
-    Whether packed rows give the hidden states of padded ones, found out on the first batch of two rows or more.
+    Whether packed rows give the same hidden states as padded ones, tested on the first batch of two or more rows.
 
-    Every process runs the same forward passes, so that sharded weights are gathered alike.
+    Every process runs the same forward passes, as sharded weights require.
     """
     known = getattr(model, _VERDICT, None)
     if known is not None or len(ids) < 2:
@@ -82,14 +82,14 @@ def is_exact(model: PreTrainedModel, ids: torch.Tensor, attended: torch.Tensor) 
     if not exact:
         logger.warning(
             f"{type(model).__name__} is not computed on packed rows: hidden states would differ from those of padded "
-            f"rows by {error:.1%}, since rows would see each other. Batches are padded instead: right, and slower."
+            f"rows by {error:.1%}, since rows would see each other. Batches are padded instead: correct, but slower."
         )
     setattr(model, _VERDICT, exact)
     return exact
 
 
 def _row_lengths(backbone: nn.Module, kept: torch.Tensor) -> dict[str, Any]:
-    """Where rows begin, for models that hand it on to attention: it saves every layer from finding it out."""
+    """Keyword arguments with the starts of rows, if the model passes them on, so that no layer has to find them."""
     takes = inspect.signature(type(backbone).forward).parameters.values()
     if kept.device.type == "cpu" or not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
         return {}

@@ -1,4 +1,4 @@
-"""What is read off a model or its configuration: name, stop ids, context, positions, the model under an adapter."""
+"""Properties of a model and its configuration: name, stop ids, context length, positions, the model in an adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 
 def has_relative_positions(config: Any) -> bool:
-    """Whether a model is indifferent to padding on the left: rotary embeddings, by its configuration."""
+    """Whether a model has rotary positions, so that padding on the left does not matter."""
     return getattr(config.get_text_config(), "rope_parameters", None) is not None
 
 
@@ -22,7 +22,7 @@ def unwrap_adapter(model: Any) -> PreTrainedModel:
 def stop_ids(
     model_config: Any, generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> set[int]:
-    """Every id that ends a turn of a model, by its generation settings, else its configuration, and its tokenizer."""
+    """All ids that end a turn: of the generation settings (or else the configuration) and of the tokenizer."""
 
     def ids_of(source: Any) -> set[Any]:
         ids = getattr(source, "eos_token_id", None)
@@ -33,12 +33,12 @@ def stop_ids(
 
 
 def real_stops(ids: set[int], tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Those that are special or added tokens: configurations have defaults that mean nothing to the tokenizer."""
+    """Those ids that are special or added tokens; default ids in a configuration may be ordinary tokens."""
     return ids & (set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values()))
 
 
 def context_of(config: Any) -> int | None:
-    """Positions that a model takes, with those that a scaled RoPE adds; `None` where its configuration is silent."""
+    """Context length in tokens, RoPE scaling included; `None` if the configuration does not say."""
     positions, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
     if positions is None or "factor" not in rope:
         return positions
@@ -46,9 +46,9 @@ def context_of(config: Any) -> int | None:
 
 
 def name_of(teacher: Any) -> str:
-    """What to call a teacher in a log: a name or folder as it is, a model by where it came from, else its class."""
+    """The name of a teacher or model in a log: its name or folder, where it was loaded from, or else its class."""
     if isinstance(teacher, str):
         return teacher
     origin = getattr(getattr(teacher, "config", None), "_name_or_path", "")
-    served = getattr(teacher, "model", None)  # of a `ServedTeacher`: the name under which it is served
+    served = getattr(teacher, "model", None)  # a `ServedTeacher` has the name under which it is served
     return origin or (served if isinstance(served, str) else type(teacher).__name__)
