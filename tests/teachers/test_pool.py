@@ -67,7 +67,7 @@ ESTIMATORS = [("full", 0.0), ("topk", 0.0), ("sampled", 0.0), ("full", 1.0)]
 
 
 @pytest.mark.parametrize(("estimator", "discount"), ESTIMATORS)
-def test_a_parked_teacher_trains_as_a_resident_one(make, estimator, discount):
+def test_an_offloaded_teacher_trains_as_a_resident_one(make, estimator, discount):
     """Up to rounding: it judges rows of like length together, a resident one those of each micro-batch."""
     settings = {
         "kl_estimator": estimator,
@@ -76,13 +76,16 @@ def test_a_parked_teacher_trains_as_a_resident_one(make, estimator, discount):
         "gradient_accumulation_steps": 2,
         "max_steps": 3,
     }
-    (resident, expected), (parked, found) = trained(make(**settings)), trained(make(teacher_offload=True, **settings))
-    for ours, theirs in zip(parked, resident, strict=True):
+    (resident, expected), (offloaded, found) = (
+        trained(make(**settings)),
+        trained(make(teacher_offload=True, **settings)),
+    )
+    for ours, theirs in zip(offloaded, resident, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_parked_teacher_visits_once_per_generation_batch_and_leaves_its_head(make, monkeypatch):
+def test_an_offloaded_teacher_visits_once_per_generation_batch_and_leaves_its_head(make, monkeypatch):
     """On the CPU both places are the same device, so a visitor's weights are made copies, which tells them apart."""
     trainer = make(teacher_offload=True, gradient_accumulation_steps=2, num_iterations=2, max_steps=4)
     teacher, visits, updates = trainer.teacher, [], []
@@ -90,24 +93,24 @@ def test_a_parked_teacher_visits_once_per_generation_batch_and_leaves_its_head(m
     monkeypatch.setattr(teacher, "score", lambda rollouts: (visits.append(len(rollouts)), score(rollouts))[1])
 
     def rollout_loss(model, inputs):
-        updates.append([parameter.data_ptr() == home.data_ptr() for parameter, home in teacher._parked])
+        updates.append([parameter.data_ptr() == home.data_ptr() for parameter, home in teacher._offloaded])
         return loss(model, inputs)
 
-    def arrived(home):
+    def copied(home):
         copies.append(home.clone())
         return copies[-1]
 
     copies: list = []
-    monkeypatch.setattr(teacher, "_arrived", arrived)
+    monkeypatch.setattr(teacher, "_on_accelerator", copied)
     monkeypatch.setattr(trainer, "rollout_loss", rollout_loss)
     trainer.train()
-    assert len(copies) == 2 * len(teacher._parked)
+    assert len(copies) == 2 * len(teacher._offloaded)
     assert visits == [8, 8]  # 4 optimizer steps, two for each generation batch of 8 rows
     assert len(updates) == 8
     assert all(all(home) for home in updates)
     names = {id(parameter): name for name, parameter in teacher.model.named_parameters()}
-    parked = {names[id(parameter)] for parameter, _ in teacher._parked}
-    assert set(names.values()) - parked == {"model.embed_tokens.weight"}  # tied: it is the LM head
+    offloaded = {names[id(parameter)] for parameter, _ in teacher._offloaded}
+    assert set(names.values()) - offloaded == {"model.embed_tokens.weight"}  # tied: it is the LM head
     assert all(not waiting for waiting in trainer.pool._waiting)  # nothing is kept after its last use
 
 
@@ -177,7 +180,7 @@ def test_a_device_map_places_the_teacher(make, saved):
 @pytest.mark.parametrize("attribute", ["is_quantized", "hf_device_map"])
 def test_parking_what_cannot_be_moved(make, teacher, attribute):
     setattr(teacher, attribute, {"": "cpu"} if attribute == "hf_device_map" else True)
-    with pytest.raises(ValueError, match="which a quantised one or one with a `device_map` does not allow"):
+    with pytest.raises(ValueError, match="not possible if it is quantised or has a `device_map`"):
         make(teacher_model=teacher, teacher_offload=True)
 
 
@@ -203,7 +206,7 @@ def test_adapter_off_equals_a_copy_of_the_base(make, student, estimator, discoun
 def test_adapter_off_needs_an_adapter_and_a_frozen_head(make):
     with pytest.raises(ValueError, match="the student has no adapter"):
         make(teacher_model="adapter-off")
-    with pytest.raises(ValueError, match="LM head is trained itself"):
+    with pytest.raises(ValueError, match="LM head is trained too"):
         make(
             teacher_model="adapter-off",
             peft_config=LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
@@ -265,7 +268,7 @@ def test_the_moving_average_is_saved_and_resumed(make, prompts, tmp_path):
         torch.testing.assert_close(resumed.teacher.averages[name], average, rtol=1e-5, atol=1e-7)
     (tmp_path / "checkpoint-2" / "teacher_ema.safetensors").unlink()
     mark_complete(tmp_path / "checkpoint-2")  # as of a run that had none
-    with pytest.raises(ValueError, match="from a run without `teacher_ema`"):
+    with pytest.raises(ValueError, match="from a run without this `teacher_ema`"):
         make(**settings, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
@@ -293,7 +296,7 @@ def test_a_prompt_for_the_teacher_beside_environments(make, prompts):
 
 
 def test_adapter_off_refuses_an_adapter_that_trains_the_base(make):
-    with pytest.raises(ValueError, match="this teacher would drift"):
+    with pytest.raises(ValueError, match="this teacher would change during training"):
         make(teacher_model="adapter-off", peft_config=LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"))
 
 
@@ -439,7 +442,7 @@ def test_several_teachers_train_and_log_by_name(make, pair, prompts, offload):
     assert any(row["distill/reverse_kl/code"] > 0 for row in trainer.state.log_history[:-1])
 
 
-def test_parked_and_resident_teachers_route_alike(make, pair, prompts):
+def test_offloaded_and_resident_teachers_route_alike(make, pair, prompts):
     column = prompts.add_column("teacher", (["math", "code", "math", "math"] * 8))
     runs = [
         trained(
@@ -468,11 +471,11 @@ def test_a_checkpoint_with_two_names_is_loaded_once(make, saved, prompts):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("physics", "names the teacher 'physics', which is not known. Known are: 'math', 'code'"),
+        ("physics", "names the teacher 'physics', which does not exist. Name one of 'math', 'code'"),
         (None, "Name one of 'math', 'code'"),
-        ({"math": -1.0}, "must not be negative"),
-        ({"math": float("nan")}, "must not be negative"),
-        ({"math": 0.0}, "nor all of them 0"),
+        ({"math": -1.0}, "must be finite and not negative"),
+        ({"math": float("nan")}, "must be finite and not negative"),
+        ({"math": 0.0}, "not all of them 0"),
     ],
     ids=str,
 )
@@ -538,7 +541,7 @@ def test_a_served_teacher_that_cannot_give_what_is_asked(make, served):
         make(teacher_model=teacher)
     with pytest.raises(ValueError, match="judges at temperature 1 only"):
         make(teacher_model=teacher, kl_estimator="sampled", temperature=0.7)
-    with pytest.raises(ValueError, match=r"is a server\. Say which model it serves"):
+    with pytest.raises(ValueError, match=r"is a server\. Name the model that it serves"):
         make(teacher_model=served.url, kl_estimator="sampled")
     with pytest.raises(ValueError, match=r"asks the server for 0 .* `kl_top_k` is 4"):
         make(teacher_model=teacher, kl_estimator="topk", kl_top_k=4)
@@ -636,7 +639,7 @@ def demo_gradient(tmp_path, kind: str, settings: dict, stack: ExitStack) -> tupl
     trainer = OPDTrainer(
         model=student,
         teacher_model=teacher,
-        args=config(tmp_path, teacher_offload=kind == "parked", top_k=0, **settings),
+        args=config(tmp_path, teacher_offload=kind == "offloaded", top_k=0, **settings),
         train_dataset=Dataset.from_dict({"prompt": DEMO_PROMPTS, "teacher": ["one"] * 4}),
         **extra,
     )
@@ -654,7 +657,7 @@ def demo_gradient(tmp_path, kind: str, settings: dict, stack: ExitStack) -> tupl
 @pytest.mark.parametrize(
     ("kind", "estimator"),
     [
-        *[(kind, e) for kind in ("parked", "several", "base, adapter off") for e in ("full", "topk", "sampled")],
+        *[(kind, e) for kind in ("offloaded", "several", "base, adapter off") for e in ("full", "topk", "sampled")],
         *[("served", e) for e in ("topk", "sampled")],
     ],
 )

@@ -292,7 +292,7 @@ def test_check_needs_one_server_that_answers(server, ask, closed_url, caplog):
 def test_check_refuses_an_answer_under_another_name(server, ask):
     """As a vLLM server with several names gives."""
     server.alter = lambda answer: {**answer, "model": "first"}
-    with pytest.raises(TeacherAnswerError, match=r"from the model 'first', but 'teacher' was asked.*its first"):
+    with pytest.raises(TeacherAnswerError, match=r"from the model 'first', but 'teacher' was requested.*its first"):
         ask(server.url).check()
 
 

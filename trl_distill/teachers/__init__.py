@@ -1,1 +1,1 @@
-"""Teachers: who judges, and how a judgement is obtained."""
+"""Teachers: how each kind of teacher scores rollouts."""

@@ -1,4 +1,4 @@
-"""A teacher that is a model of its own in this process."""
+"""A teacher that is its own model in this process."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .base import Teacher
 
 def shard_layers(model: nn.Module, accelerator: Accelerator) -> None:
     """
-    Shard a frozen model layer by layer under FSDP2, so that a forward gathers one layer at a time.
+    Shard a frozen model layer by layer under FSDP2, so that a forward pass gathers one layer at a time.
 
-    TRL shards its reference model at the root alone, which gathers all of it at once.
+    TRL shards its reference model at the root alone, so that all of it is gathered at once.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -41,15 +41,15 @@ def shard_layers(model: nn.Module, accelerator: Accelerator) -> None:
 
 class LocalTeacher(Teacher):
     """
-    A model in this process, frozen, in eval mode, prepared as TRL prepares its reference model.
+    A model in this process: frozen, in eval mode, and prepared as TRL prepares its reference model.
 
     DeepSpeed ZeRO-3 and FSDP shard it; otherwise each process holds a copy.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `PeftModel`): the teacher. Its forward is extended in place.
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
-        student_vocab_size (`int`): where the teacher's is smaller, each batch is checked for ids that it lacks.
-        batch_size (`int`, *optional*): rows per forward. Defaults to all that it is asked about.
+        student_vocab_size (`int`): if the teacher's is smaller, each batch is checked for ids that the teacher lacks.
+        batch_size (`int`, *optional*): rows per forward pass. Defaults to all rows.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class LocalTeacher(Teacher):
         if accelerator.distributed_type == DistributedType.FSDP:
             if accelerator.state.fsdp_plugin.fsdp_version == 1:
                 raise ValueError(
-                    "FSDP version 1 flattens the teacher's LM head, which the divergence needs whole. Set "
+                    "FSDP version 1 flattens the teacher's LM head, which the divergence needs as a matrix. Set "
                     "`fsdp_version: 2` in the accelerate configuration."
                 )
             shard_layers(model, accelerator)
@@ -80,22 +80,22 @@ class LocalTeacher(Teacher):
 
     @contextmanager
     def on_device(self) -> Iterator[nn.Module]:
-        """The model, where it can be called."""
+        """The model, which is always on its device."""
         yield self.model
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts) -> HiddenStates:
         """
-        Forwards of the backbone; the LM head is applied later, in tiles.
+        Run the backbone; the LM head is applied later, in tiles.
 
         Raises:
             ValueError: a prompt or completion holds an id that the teacher's vocabulary lacks.
         """
-        # Padding may be an id that the teacher lacks, and its embedding is looked up although nobody attends to it
+        # the padding id may be one that the teacher lacks, and its embedding is looked up even though it is masked
         input_ids = rollouts.input_ids.masked_fill(rollouts.attention_mask == 0, 0)
         if self._lacks_ids and (input_ids >= self.vocab_size).any():
             raise ValueError(
-                f"A rollout holds the id {input_ids.max().item()}, but the teacher's vocabulary ends at "
+                f"A rollout has the token id {input_ids.max().item()}, but the teacher's vocabulary ends at "
                 f"{self.vocab_size - 1}. Keep such ids out of prompts and rollouts, or use a teacher that has them."
             )
         with self.on_device() as model, self.accelerator.autocast():
@@ -114,16 +114,16 @@ def in_parts(
     trims_prompts: bool = False,
 ) -> HiddenStates:
     """
-    Judge `batch_size` rows at a time, rows of like length together and without padding that none of them needs.
+    Score `batch_size` rows at a time, rows of similar length together, without unnecessary padding.
 
     Args:
-        forward: of the teacher.
-        rollouts ([`Rollouts`]): what is judged.
-        batch_size (`int`, *optional*): rows at a time; all of them unless given.
-        trims_prompts (`bool`): cut padding on the left, too.
+        forward (`Callable`): the teacher's forward pass.
+        rollouts ([`Rollouts`]): what to score.
+        batch_size (`int`, *optional*): rows at a time. Defaults to all.
+        trims_prompts (`bool`): whether padding on the left is cut too.
 
     Returns:
-        [`HiddenStates`]: in the order of the rollouts.
+        [`HiddenStates`]: in the order of `rollouts`.
     """
     size = batch_size or len(rollouts)
     order = rollouts.attention_mask.sum(1).argsort(descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""A teacher whose weights live in CPU memory and visit the accelerator."""
+"""A teacher whose weights are kept in CPU memory and copied to the accelerator when it scores."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .local import LocalTeacher
 
 class OffloadedTeacher(LocalTeacher):
     """
-    A model that lives in CPU memory and visits the accelerator once per generation batch.
+    A model in CPU memory that is copied to the accelerator once per generation batch.
 
-    During the update only its LM head is left there. The weights are never copied back: the visitor's copy is dropped.
+    Only its LM head stays on the accelerator. Weights are never copied back: the accelerator's copy is dropped.
     """
 
     per_generation = True
@@ -27,33 +27,33 @@ class OffloadedTeacher(LocalTeacher):
         base = unwrap_adapter(model)
         if is_sharded(self.accelerator):
             raise ValueError(
-                "`teacher_offload=True` parks a whole teacher, but ZeRO-3 and FSDP cut it up. Leave it out, and "
+                "`teacher_offload=True` offloads a whole teacher, but ZeRO-3 and FSDP shard it. Leave it out, and "
                 "let the engine offload: `offload_param` under ZeRO-3."
             )
         if getattr(base, "is_quantized", False) or getattr(base, "hf_device_map", None):
             raise ValueError(
-                "`teacher_offload=True` moves the teacher as a whole, which a quantised one or one with a `device_map` "
-                "does not allow. Leave out one of the two."
+                "`teacher_offload=True` moves the whole teacher, which is not possible if it is quantised or has a "
+                "`device_map`. Leave one of the two out."
             )
         device = self.accelerator.device
         model.to("cpu")
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
-        head = {id(parameter) for parameter in base.get_output_embeddings().parameters()}  # tied embeddings included
-        self._parked = self._homes([p for p in model.parameters() if id(p) not in head])
+        head = {id(parameter) for parameter in base.get_output_embeddings().parameters()}  # including tied embeddings
+        self._offloaded = self._homes([p for p in model.parameters() if id(p) not in head])
         for parameter in base.get_output_embeddings().parameters():
             parameter.data = parameter.data.to(device)
-        for parameter, home in self._parked:
+        for parameter, home in self._offloaded:
             parameter.data = home
         return model
 
-    def _arrived(self, home: torch.Tensor) -> torch.Tensor:
+    def _on_accelerator(self, home: torch.Tensor) -> torch.Tensor:
         return home.to(self.accelerator.device, non_blocking=True)
 
     def _homes(self, parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """
-        Where each parameter lives. Pinned where that speeds up the way to the accelerator: one piece of memory for each
-        dtype, since every piece is rounded up to a power of two.
+        The CPU memory of each parameter. With a GPU it is pinned, which makes copies faster: one block per dtype, since
+        the size of every pinned block is rounded up to a power of two.
         """
         if self.accelerator.device.type != "cuda":
             return [(p, p.data) for p in parameters]
@@ -68,9 +68,9 @@ class OffloadedTeacher(LocalTeacher):
     @contextmanager
     def on_device(self) -> Iterator[nn.Module]:
         try:
-            for parameter, home in self._parked:
-                parameter.data = self._arrived(home)
+            for parameter, home in self._offloaded:
+                parameter.data = self._on_accelerator(home)
             yield self.model
         finally:
-            for parameter, home in self._parked:
+            for parameter, home in self._offloaded:
                 parameter.data = home

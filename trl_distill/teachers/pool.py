@@ -1,7 +1,8 @@
-"""Which teacher judges which row with what weight, and when it is asked.
+"""Which teacher scores which row with what weight, and when.
 
-A resident teacher judges each micro-batch as it comes. One that is offloaded or served, or whose answer is used more
-than once, judges the whole generation batch at once; its signals wait in CPU memory, by row id, until their last use.
+A resident teacher scores each micro-batch during its step. One that is offloaded or served, or whose signals are used
+more than once, scores the whole generation batch at once; its signals are kept in CPU memory, by row id, until their
+last use.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..signals import Signal, TeacherScore
 from .base import Teacher, as_teacher
 
 
-_row_ids = itertools.count()  # never the same twice, so that a stale entry cannot be taken for another row's
+_row_ids = itertools.count()  # unique, so that a stale signal is never used for another row
 
 
 class TeacherPool:
@@ -26,17 +27,18 @@ class TeacherPool:
     One or several teachers.
 
     Args:
-        teachers (`dict[str, Teacher]`): by the name that the `teacher` column uses. Names may share a teacher.
+        teachers (`dict[str, Teacher]`): by name, as in the dataset's `teacher` column. Names may share a teacher.
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
-        uses (`int`): how often each generation batch is trained on.
-        together (`bool`): whether every process must take part in every teacher's forward (ZeRO-3, FSDP).
+        uses (`int`): number of times that each generation batch is trained on.
+        together (`bool`): whether every process must take part in every forward pass of a teacher (ZeRO-3, FSDP).
     """
 
     def __init__(self, teachers: dict[str, Teacher], accelerator: Any, uses: int = 1, together: bool = False):
-        self.teachers, self.names = {name: as_teacher(given) for name, given in teachers.items()}, list(teachers)
+        adapted = {id(given): as_teacher(given) for given in teachers.values()}  # one for each, whatever its names
+        self.teachers, self.names = {name: adapted[id(given)] for name, given in teachers.items()}, list(teachers)
         self.accelerator, self.uses, self.together = accelerator, uses, together
-        self.failed_everywhere = False  # whether all processes know that a teacher failed
-        # names of the same teacher share one forward
+        self.failed_everywhere = False  # whether all processes have raised the failure of a teacher
+        # names of the same teacher share a forward pass
         self.members: list[tuple[Teacher, list[int]]] = []
         for column, teacher in enumerate(self.teachers.values()):
             columns = next((columns for known, columns in self.members if known is teacher), None)
@@ -45,7 +47,7 @@ class TeacherPool:
             else:
                 columns.append(column)
         self._waiting: list[dict[int, tuple[Signal, int]]] = [{} for _ in self.members]  # row id: signal, uses left
-        self._nothing: list[Signal | None] = [None for _ in self.members]  # a signal for no token, where one is needed
+        self._nothing: list[Signal | None] = [None for _ in self.members]  # a signal for no tokens
 
     @property
     def several(self) -> bool:
@@ -53,30 +55,30 @@ class TeacherPool:
 
     def assign(self, rows: list[dict[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
         """
-        What travels with each row through shuffling and splitting.
+        Columns for a generation batch, which are shuffled and split with its rows.
 
         Args:
             rows (`list` of `dict`): examples of the dataset, one per rollout.
-            device: of the rollouts.
+            device (`torch.device`): device of the columns.
 
         Returns:
             `dict`: "row_id" of shape `(B,)`, and with several teachers "teacher_weights" of shape `(B, teachers)`.
 
         Raises:
-            ValueError: a row names no teacher, or one that is not known.
+            ValueError: a row names no teacher, or an unknown one.
         """
-        seats = {"row_id": torch.tensor([next(_row_ids) for _ in rows], device=device)}
+        added = {"row_id": torch.tensor([next(_row_ids) for _ in rows], device=device)}
         if self.several:
             weights = [weights_of(row.get("teacher"), self.names, f"Row {i} of a batch") for i, row in enumerate(rows)]
-            seats["teacher_weights"] = torch.tensor(weights, device=device)
-        return seats
+            added["teacher_weights"] = torch.tensor(weights, device=device)
+        return added
 
     def score_ahead(self, batch: MicroBatch, training: bool) -> None:
         """
-        Ask those teachers that judge whole generation batches.
+        Run the teachers that score whole generation batches, and keep their signals.
 
         Raises:
-            TeacherUnavailable: on all processes, where a teacher did not answer one of them.
+            TeacherUnavailable: on all processes, if a teacher did not answer one of them.
         """
         rollouts, weights = batch.for_teachers, self._weights(batch)
         for member, (teacher, columns) in enumerate(self.members):
@@ -87,10 +89,10 @@ class TeacherPool:
             signal: Any = None
             try:
                 signal = self._ask(teacher, rollouts, chosen)
-            except Exception as error:  # whatever it is, the other processes must not wait for this one
+            except Exception as error:  # of any kind: the other processes must not wait for this one
                 failure = error
             self._agree(failure)
-            if training:  # whatever is left of the last generation batch is not asked for any more
+            if training:  # signals left from the last generation batch are not needed any more
                 self._waiting[member].clear()
             if signal is None:
                 continue
@@ -103,7 +105,7 @@ class TeacherPool:
             }
 
     def score(self, batch: MicroBatch, training: bool) -> list[TeacherScore]:
-        """What the teachers say about a micro-batch; those without a row in it are left out."""
+        """The scores of a micro-batch by all teachers that have a row in it."""
         rollouts, weights = batch.for_teachers, self._weights(batch)
         scores = []
         for member, (teacher, columns) in enumerate(self.members):
@@ -120,31 +122,31 @@ class TeacherPool:
 
     @staticmethod
     def _ids(batch: MicroBatch, chosen: torch.Tensor) -> list[int]:
-        assert batch.row_ids is not None  # `assign` has given them
+        assert batch.row_ids is not None  # set by `assign`
         return batch.row_ids[chosen].tolist()
 
     def _weights(self, batch: MicroBatch) -> torch.Tensor:
-        """`(B, teachers)`."""
+        """Weight of each teacher in each row, `(B, teachers)`."""
         if self.several:
             assert batch.teacher_weights is not None
             return batch.teacher_weights
         return torch.ones(len(batch.rollouts), 1, device=batch.mask.device)
 
     def _ask(self, teacher: Teacher, rollouts: Rollouts, chosen: torch.Tensor) -> Signal | None:
-        if self.together:  # every row on every process, so that all run the same number of forwards; those are kept
-            asked = Rollouts(rollouts.input_ids, rollouts.attention_mask, rollouts.mask & chosen[:, None])
+        if self.together:  # all rows, so that every process runs the same number of forward passes
+            chosen_rollouts = Rollouts(rollouts.input_ids, rollouts.attention_mask, rollouts.mask & chosen[:, None])
         elif not chosen.any():
             return None
         else:
-            asked = rollouts if chosen.all() else rollouts.rows(chosen)
-        return checked(teacher, teacher.score(asked), int(rollouts.mask[chosen].sum()))
+            chosen_rollouts = rollouts if chosen.all() else rollouts.rows(chosen)
+        return checked(teacher, teacher.score(chosen_rollouts), int(rollouts.mask[chosen].sum()))
 
     def _at_once(self, teacher: Teacher, training: bool) -> bool:
-        """Whether a teacher judges whole generation batches."""
+        """Whether a teacher scores whole generation batches."""
         return teacher.per_generation or (training and self.uses > 1)
 
     def _take(self, member: int, row_ids: list[int]) -> Signal | None:
-        """The signals of these rows, put together; forgotten after their last use."""
+        """The stored signals of these rows, concatenated; they are dropped after their last use."""
         waiting = self._waiting[member]
         pieces: list[Any] = []
         for row_id in row_ids:
@@ -161,16 +163,16 @@ class TeacherPool:
         return type(arrived[0]).cat(arrived)
 
     def _agree(self, failure: Exception | None) -> None:
-        """Raise on all processes where one of them failed, so that none waits for the others."""
+        """Raise on all processes if one of them failed, so that none waits for the others."""
         kinds = [failure is not None, failure is not None and not isinstance(failure, TeacherUnavailable)]
         failed = torch.tensor([float(kind) for kind in kinds], device=self.accelerator.device)
-        some, for_good = (self.accelerator.reduce(failed, reduction="sum") > 0).tolist()
-        self.failed_everywhere = some
-        if not some:
+        failed_anywhere, for_good = (self.accelerator.reduce(failed, reduction="sum") > 0).tolist()
+        self.failed_everywhere = failed_anywhere
+        if not failed_anywhere:
             return
         if failure is None or (for_good and isinstance(failure, TeacherUnavailable)):
             kind = RuntimeError if for_good else TeacherUnavailable
-            failure = kind("A teacher failed on another process; its message is there.")
+            failure = kind("A teacher failed on another process, which shows the reason.")
             vars(failure)["is_of_another_process"] = True
         vars(failure)["on_all_processes"] = True
         raise failure
@@ -178,15 +180,15 @@ class TeacherPool:
 
 def checked(teacher: Teacher, signal: Any, tokens: int) -> Signal:
     """
-    A signal that a teacher has given, if it is what the teacher should give.
+    Check the signal that a teacher returned.
 
     Args:
-        teacher ([`~trl_distill.Teacher`]): who gave it.
+        teacher ([`~trl_distill.Teacher`]): the teacher.
         signal: what its `score` returned.
-        tokens (`int`): how many tokens are judged.
+        tokens (`int`): number of judged tokens.
 
     Raises:
-        TypeError: it is of another type.
+        TypeError: it has another type than `teacher.gives`.
         ValueError: it is for another number of tokens.
     """
     if not isinstance(signal, teacher.gives):
@@ -197,14 +199,14 @@ def checked(teacher: Teacher, signal: Any, tokens: int) -> Signal:
     found = len(next(iter(vars(signal).values())))
     if tokens != found:
         raise ValueError(
-            f"The teacher's `score` returned a signal for {found} tokens, but {tokens} are judged: one for each "
-            "`True` of `rollouts.mask`, row by row."
+            f"The teacher's `score` returned a signal for {found} tokens, but {tokens} are judged. Return one "
+            "for each `True` of `rollouts.mask`, row by row."
         )
     return signal  # type: ignore[return-value]
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """To CPU memory, pinned where that speeds up the way back."""
+    """Copy to CPU memory, pinned if from a GPU, which makes the copy back faster."""
     if tensor.device.type != "cuda":
         return tensor.to("cpu")
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
@@ -212,21 +214,31 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 def weights_of(value: Any, names: list[str], where: str) -> list[float]:
     """
-    Weights by teacher of one row's `teacher`: a name, or weights by name.
+    The weight of each teacher, from one row's `teacher` column: a name, or weights by name.
 
     Args:
-        value: what the row has in its `teacher` column.
-        names (`list[str]`): of the teachers.
-        where (`str`): begins the message of an error.
+        value (`str` or `dict[str, float]`): the row's `teacher`.
+        names (`list[str]`): names of all teachers.
+        where (`str`): the row, at the start of error messages.
+
+    Returns:
+        `list[float]`: in the order of `names`.
+
+    Raises:
+        ValueError: it names no teacher or an unknown one, or weights are negative, not finite, or all 0.
     """
     known = ", ".join(repr(name) for name in names)
     given = {value: 1.0} if isinstance(value, str) else value
     if not isinstance(given, dict):
         raise ValueError(f"{where} has the `teacher` {value!r}. Name one of {known}, or give weights by name.")
-    given = {name: weight for name, weight in given.items() if weight is not None}  # what Arrow fills structs with
+    given = {
+        name: weight for name, weight in given.items() if weight is not None
+    }  # Arrow fills missing fields of structs with `None`
     unknown = [name for name in given if name not in names]
     if unknown:
-        raise ValueError(f"{where} names the teacher {unknown[0]!r}, which is not known. Known are: {known}.")
+        raise ValueError(f"{where} names the teacher {unknown[0]!r}, which does not exist. Name one of {known}.")
     if not all(math.isfinite(weight) and weight >= 0 for weight in given.values()) or sum(given.values()) <= 0:
-        raise ValueError(f"{where} has the teachers {given}; weights must not be negative, nor all of them 0.")
+        raise ValueError(
+            f"{where} has the teachers {given}; weights must be finite and not negative, and not all of them 0."
+        )
     return [float(given.get(name, 0.0)) for name in names]

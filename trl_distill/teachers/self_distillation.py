@@ -1,6 +1,6 @@
-"""Teachers that are the student itself: with its adapter off, or its moving average. No second set of weights.
+"""Teachers that are the student itself: with its adapter off, or its moving average. No second model is loaded.
 
-They judge with the student's own forward, in eval mode. What they are good for is in docs/teachers.md.
+They score with the student's own forward pass, in eval mode. docs/teachers.md says what they are good for.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .base import Teacher, is_sharded
 from .local import in_parts
 
 
-ADAPTER_OFF = "adapter-off"  # what to write where a name is expected
+ADAPTER_OFF = "adapter-off"  # the name of this teacher where a model's name is expected
 
 
 class AdapterOff(Teacher):
     """
-    The student without its adapter: the base model of a PEFT student judges, with no second set of weights.
+    The base model of a PEFT student, that is, the student with its adapter off. No second model is loaded.
 
-    With prompts of its own (a `teacher_prompt` column) this is self-distillation. On the command line:
+    With its own prompts (a `teacher_prompt` column) this is self-distillation. On the command line:
     `--teacher_model_name_or_path adapter-off`.
     """
 
@@ -41,10 +41,10 @@ class AdapterOff(Teacher):
 
     def bind(self, student: nn.Module, accelerator: Accelerator, batch_size: int | None = None) -> None:
         """
-        Take the student that is trained as the one to look at; called by the trainer.
+        Get the student; called by the trainer.
 
         Raises:
-            ValueError: the student has no adapter, or what lies under it is trained too.
+            ValueError: the student has no adapter, or parts of the base model are trained too.
         """
         if not is_peft_model(student):
             raise ValueError(
@@ -54,53 +54,55 @@ class AdapterOff(Teacher):
         head = unwrap_adapter(student).get_output_embeddings()
         if any(parameter.requires_grad for parameter in head.parameters()):
             raise ValueError(
-                "The teacher is the student with its adapter off, but the LM head is trained itself, so that there is "
-                "no frozen one to judge with. Leave it out of `modules_to_save` and `target_modules`."
+                "The teacher is the student with its adapter off, but the LM head is trained too, so there is no "
+                "frozen head to score with. Leave it out of `modules_to_save` and `target_modules`."
             )
         biases = {getattr(config, "bias", "none") for config in cast(Any, student).peft_config.values()}
         if biases - {"none"}:
             raise ValueError(
                 "The teacher is the student with its adapter off, but the adapter trains biases of the base model too, "
-                "so that this teacher would drift. Set `bias='none'` in the `peft_config`."
+                "so this teacher would change during training. Set `bias='none'` in the `peft_config`."
             )
         self._student, self._accelerator, self._batch_size = student, accelerator, batch_size
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts) -> HiddenStates:
-        """Forwards of the base model in eval mode."""
+        """Run the base model in eval mode."""
         trained = [(parameter, parameter.requires_grad) for parameter in self._student.parameters()]
         try:
             with self._student.disable_adapter():
                 return _score_as_student(self._student, self._accelerator, rollouts, self._batch_size)
         finally:
-            for parameter, requires_grad in trained:  # PEFT switches all of the adapter on again
+            for parameter, requires_grad in trained:  # PEFT has set `requires_grad` on the whole adapter
                 parameter.requires_grad_(requires_grad)
 
 
 class MovingAverage(Teacher):
     """
-    The student's exponential moving average, θ_T ← d · θ_T + (1 − d) · θ after every step, starting at the student.
+    The student's exponential moving average, θ_T ← d · θ_T + (1 − d) · θ after every step, starting equal to it.
 
-    Only averages of trained parameters are held; they change places with the student's for as long as it judges. With
-    prompts of its own (a `teacher_prompt` column) this is self-distillation, see `teacher_ema`.
+    Only averages of trained parameters are kept; they replace the student's parameters while it scores. With its own
+    prompts (a `teacher_prompt` column) this is self-distillation. The setting is `teacher_ema`.
 
     Args:
         decay (`float`): d in (0, 1).
     """
 
     follows_student = starts_equal = True
-    file_name = "teacher_ema.safetensors"  # beside a checkpoint
+    file_name = "teacher_ema.safetensors"  # in a checkpoint
 
     def __init__(self, decay: float):
         if not 0 < decay < 1:
-            raise ValueError(f"`teacher_ema` is {decay}; it is the decay of a moving average, in (0, 1), e.g. 0.99.")
+            raise ValueError(
+                f"`teacher_ema` is {decay}; it is the decay of a moving average and must be in (0, 1), such as 0.99."
+            )
         self.decay = decay
 
     def bind(self, student: nn.Module, accelerator: Accelerator, batch_size: int | None = None) -> None:
-        """Start at the student that is trained; called by the trainer. Raises `ValueError` where it is sharded."""
+        """Start equal to the student; called by the trainer. Raises `ValueError` if the student is sharded."""
         if is_sharded(accelerator):
             raise ValueError(
-                "`teacher_ema` averages whole parameters, which ZeRO-3 and FSDP cut up. Use plain data parallelism "
+                "`teacher_ema` averages whole parameters, but ZeRO-3 and FSDP shard them. Use plain data parallelism "
                 "(`torchrun`), ZeRO-2, or a fixed teacher."
             )
         self._student, self._accelerator, self._batch_size = student, accelerator, batch_size
@@ -110,9 +112,9 @@ class MovingAverage(Teacher):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """One step after the student. New tensors, since signals that are still in use hold the old ones."""
+        """Update the averages after a step. They become new tensors, since signals in use may refer to the old ones."""
         for name, parameter in self._parameters.items():
-            average = self.averages[name].to(parameter.device)  # an engine may have moved the student since
+            average = self.averages[name].to(parameter.device)  # an engine may have moved the student
             self.averages[name] = torch.lerp(average, parameter.detach().float(), 1 - self.decay)
 
     def call_it(self, name: str) -> None:
@@ -122,32 +124,36 @@ class MovingAverage(Teacher):
         return [FollowStudent(self)]
 
     def save(self, folder: str) -> None:
-        """Write the averages beside a checkpoint."""
+        """Write the averages into a checkpoint folder."""
         save_file(self.averages, os.path.join(folder, self.file_name))
 
     def load(self, folder: str) -> None:
-        """Go on from a checkpoint. Raises `ValueError` where it holds no averages, or others."""
+        """Read the averages from a checkpoint. Raises `ValueError` if it has none, or those of other parameters."""
         path = os.path.join(folder, self.file_name)
         if not os.path.isfile(path):
             raise ValueError(
-                f"The checkpoint {folder} has no {self.file_name}: it is from a run without `teacher_ema`."
+                f"The checkpoint {folder} has no {self.file_name}, so it is from a run without this `teacher_ema`. "
+                "Resume with the settings of that run, or start a new run."
             )
         averages = load_file(path)
         if averages.keys() != self.averages.keys():
-            raise ValueError(f"{path} holds the averages of other parameters than those that are trained now.")
+            raise ValueError(
+                f"{path} holds averages of other parameters than those that are trained now. Resume with the model and "
+                "adapter settings of that run."
+            )
         self.averages = {name: averages[name].to(old.device) for name, old in self.averages.items()}
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts) -> HiddenStates:
-        """Forwards of the student in eval mode with the averages in place of its parameters."""
+        """Run the student in eval mode with the averages in place of its parameters."""
         own = {name: parameter.data for name, parameter in self._parameters.items()}
         try:
             for name, parameter in self._parameters.items():
                 parameter.data = self.averages[name].to(parameter)
-            torch.clear_autocast_cache()  # casts of the student's weights
+            torch.clear_autocast_cache()  # it holds casts of the student's weights
             signal = _score_as_student(self._student, self._accelerator, rollouts, self._batch_size)
             weight, bias = signal.head.parameters()
-            # detached: the averages themselves, not the parameters that will hold the student's values again
+            # detached: the averages, not the parameters, which get the student's values back
             head = FixedHead(unwrap_adapter(self._student), weight.detach(), None if bias is None else bias.detach())
             return HiddenStates(signal.hidden, head)
         finally:
@@ -156,7 +162,7 @@ class MovingAverage(Teacher):
 
 
 class FollowStudent(TrainerCallback):
-    """Moves a [`MovingAverage`] after each optimizer step."""
+    """Updates a [`MovingAverage`] after each optimizer step."""
 
     def __init__(self, teacher: MovingAverage):
         self.teacher = teacher
@@ -168,7 +174,7 @@ class FollowStudent(TrainerCallback):
 def _score_as_student(
     student: nn.Module, accelerator: Accelerator, rollouts: Rollouts, batch_size: int | None
 ) -> HiddenStates:
-    """Judgement of the student as it stands, in eval mode and back."""
+    """Score with the student's current parameters in eval mode, then restore its mode."""
     training = student.training
     student.eval()
     try:
@@ -181,4 +187,4 @@ def _score_as_student(
             )
     finally:
         student.train(training)
-        torch.clear_autocast_cache()  # casts made without a graph must not reach the student's own forward
+        torch.clear_autocast_cache()  # casts made without a graph must not be used in training

@@ -1,10 +1,10 @@
-"""A teacher behind vLLM's HTTP server: log-probabilities of the sampled tokens, and the teacher's own top k.
+"""A teacher served by vLLM: log-probabilities of the sampled tokens, and the teacher's top k.
 
     vllm serve Qwen/Qwen3-8B --max-logprobs 64
 
 The protocol is that of vLLM 0.33, unchanged since 0.22: `/v1/completions`, `prompt_logprobs` and `return_token_ids`.
-An answer is taken only if every position in it fits what was asked; anything else is an error, never a number. When to
-ask is left to the caller, what is computed from the signal to `estimators/`.
+An answer is accepted only if every position in it matches the request; anything else is an error. `pool.py` decides
+when to ask, and `estimators/` compute the divergence.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-ADVICE = {  # what to do about a server's complaint
+ADVICE = {  # what to change, by a part of the server's error message
     "max allowed": "Start the server with `--max-logprobs` of at least `top_k` (the run's `kl_top_k`), or lower it.",
     "maximum context length": "Start the server with a larger `--max-model-len`, or shorten prompts and completions.",
     "not JSON compliant": "The teacher computes NaN: look at its weights and at the server's `--dtype`.",
@@ -42,29 +42,34 @@ ADVICE = {  # what to do about a server's complaint
 
 class ServedTeacher(Teacher):
     """
-    A teacher that one or several vLLM servers run. They must serve the same weights.
+    A teacher on one or several vLLM servers, which must serve the same weights.
 
-    Every training process asks for its own rollouts. A request that fails for a passing reason (no connection, a
-    time-out, HTTP 408, 409, 425, 429 or 5xx) is sent again, to another URL if there is one, without a pause until all
-    have been tried once and with exponentially growing ones from then on.
+    Every training process sends its own rollouts. A request that fails for a transient reason (no connection, a
+    timeout, HTTP 408, 409, 425, 429 or 5xx) is sent again, to another URL if there is one: without a pause until all
+    URLs have been tried once, then with exponentially growing pauses.
 
     Args:
-        urls (`str` or `list[str]`): where the servers listen, with or without `/v1`. A login in one
-            (`http://user:password@host`) is sent, and shown nowhere.
+        urls (`str` or `list[str]`): URLs of the servers, with or without `/v1`. A login in a URL
+            (`http://user:password@host`) is sent, but never shown.
         model (`str`): the first name under which they serve it.
-        top_k (`int`): the teacher's likeliest ids to ask for beside the sampled token. The server's `--max-logprobs`
-            (20 unless set) must allow it.
-        timeout (`float`): seconds without a byte from the server, its queue included, after which a request has failed.
-        retries (`int`): further attempts after a failed one.
-        backoff (`float`): seconds of the first pause, about; doubled from each to the next, at most 30.
-        concurrency (`int`): requests under way at once.
+        top_k (`int`): number of the teacher's most likely ids to request besides the sampled token. The server's
+            `--max-logprobs` (20 by default) must allow it.
+        timeout (`float`): seconds without data from the server after which a request has failed; waiting in the
+            server's queue counts.
+        retries (`int`): further attempts after a failed request.
+        backoff (`float`): approximate length of the first pause in seconds; each further pause is twice as long, up
+            to 30 seconds.
+        concurrency (`int`): number of requests at the same time.
         rows_per_request (`int`): sequences in one request.
-        api_key (`str`): the server's `--api-key`.
+        api_key (`str`, *optional*): the server's `--api-key`.
+
+    Raises:
+        ValueError: a number is out of range, or a URL cannot be used.
     """
 
     gives = TokenLogProbs
-    per_generation = True  # whole generation batches keep the server busy, and waiting is done once
-    temperature = 1.0  # `prompt_logprobs` know no other
+    per_generation = True  # large requests keep the servers busy, and training waits once per generation batch
+    temperature = 1.0  # of vLLM's `prompt_logprobs`
     top_k: int
 
     def __init__(
@@ -106,19 +111,19 @@ class ServedTeacher(Teacher):
 
     def score(self, rollouts: Rollouts) -> TokenLogProbs:
         """
-        Judge the tokens that `rollouts.mask` marks; rows without any are not sent.
+        Score the tokens that `rollouts.mask` marks; rows without any are not sent.
 
         Raises:
-            TeacherUnavailable: no answer within the time-outs and retries.
-            TeacherAnswerError: the server refused, or its answer does not fit the question.
-            ValueError: padding, or a token with nothing before it, is marked.
+            TeacherUnavailable: there was no answer within the timeouts and retries.
+            TeacherAnswerError: the server rejected the request, or its answer does not match it.
+            ValueError: the mask marks padding, or the first token of a row.
         """
         rows, size = _rows(rollouts), self.rows_per_request
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        answers = self._client.all([partial(self._judge, batch) for batch in batches])
-        judgements = list(itertools.chain.from_iterable(answers))  # N
-        log_p, top_ids, top_log_p = zip(*judgements, strict=True) if judgements else ((), (), ())
-        device, shape = rollouts.input_ids.device, (len(judgements), self.top_k)
+        answers = self._client.all([partial(self._score_rows, batch) for batch in batches])
+        scores = list(itertools.chain.from_iterable(answers))  # N
+        log_p, top_ids, top_log_p = zip(*scores, strict=True) if scores else ((), (), ())
+        device, shape = rollouts.input_ids.device, (len(scores), self.top_k)
         return TokenLogProbs(
             log_p=torch.tensor(log_p, dtype=torch.float32, device=device),  # (N,)
             top_ids=torch.tensor(top_ids, dtype=torch.int64, device=device).reshape(shape),  # (N, K)
@@ -127,12 +132,12 @@ class ServedTeacher(Teacher):
 
     def check(self) -> None:
         """
-        Ask every server for its models and for one small judgement; to be called before training.
+        Request the models and the scores of two short sequences from every server; called before training.
 
         Raises:
-            TeacherUnavailable: none of them answers. Where only some do not, a warning is logged.
-            TeacherAnswerError: one of them cannot give what `score` will ask for.
-            ValueError: one of them does not serve `model`.
+            TeacherUnavailable: no server answers. If only some do not, a warning is logged.
+            TeacherAnswerError: a server cannot give what `score` needs.
+            ValueError: a server does not serve `model`.
         """
         failures = [
             failure for failure in self._client.all([partial(self._visit, url) for url in self.urls]) if failure
@@ -140,27 +145,27 @@ class ServedTeacher(Teacher):
         if len(failures) == len(self.urls):
             raise TeacherUnavailable(" ".join(map(str, failures)))
         for failure in failures:
-            logger.warning("Training goes on without one of the teacher's servers. %s", failure)
+            logger.warning("Training continues without one of the teacher's servers. %s", failure)
 
     def close(self) -> None:
-        """Close the connections. Nothing can be asked afterwards."""
+        """Close the connections; the teacher cannot be used afterwards."""
         self._client.close()
 
-    def _judge(self, rows: list[Row], halt: threading.Event, urls: list[str] | None = None) -> list[TokenScore]:
+    def _score_rows(self, rows: list[Row], halt: threading.Event, urls: list[str] | None = None) -> list[TokenScore]:
         body = {
             "model": self.model,
             "prompt": [row.ids for row in rows],
-            "prompt_logprobs": max(self.top_k, 1),  # 0 escapes vLLM's check that fast prefill is off
+            "prompt_logprobs": max(self.top_k, 1),  # with 0, vLLM would skip its check that fast prefill is off
             "return_token_ids": True,
             "add_special_tokens": False,
             "temperature": 1.0,
-            "max_tokens": 1,  # the least that vLLM takes
+            "max_tokens": 1,  # vLLM's minimum
         }
         read = partial(read_answer, rows=rows, model=self.model, top_k=self.top_k)
         return self._ask(urls or self._next_urls(), "/completions", body, read, halt)
 
     def _visit(self, url: str, halt: threading.Event) -> TeacherUnavailable | None:
-        """Check one server; the error if it does not answer."""
+        """Check one server; returns the error if it does not answer."""
         try:
             models = self._ask([url], "/models", None, read_models, halt)
             if self.model not in models:
@@ -168,29 +173,29 @@ class ServedTeacher(Teacher):
                     f"{url} does not serve `model='{self.model}'` but {models}. Pass one of these names, or start the "
                     f"server with `--served-model-name {self.model}`."
                 )
-            self._judge([Row(0, [0, 1], []), Row(1, [1, 0], [])], halt, [url])
+            self._score_rows([Row(0, [0, 1], []), Row(1, [1, 0], [])], halt, [url])
         except TeacherUnavailable as error:
             return error
         return None
 
     def _next_urls(self) -> list[str]:
-        """All URLs, each in turn first."""
+        """All URLs, beginning with another one each time."""
         start = next(self._turn) % len(self.urls)
         return self.urls[start:] + self.urls[:start]
 
     def _ask(
         self, urls: list[str], path: str, body: dict[str, Any] | None, read: Callable[[bytes], T], halt: threading.Event
     ) -> T:
-        """What `read` makes of the answer to one question, with the client's errors as the teacher's."""
+        """Send a request and parse the answer with `read`; the client's errors are raised as the teacher's."""
 
-        def understood(url: str, content: bytes) -> T:
+        def parsed(url: str, content: bytes) -> T:
             try:
                 return read(content)
             except TeacherAnswerError as error:
                 raise TeacherAnswerError(f"The answer of {url} cannot be used: {error}") from None
 
         try:
-            return self._client.ask(urls, path, body, understood, halt)
+            return self._client.ask(urls, path, body, parsed, halt)
         except NoAnswerError as error:
             raise TeacherUnavailable(str(error)) from error
         except StatusError as error:
@@ -199,7 +204,7 @@ class ServedTeacher(Teacher):
 
 
 def _rows(rollouts: Rollouts) -> list[Row]:
-    """The rows with judged tokens, without padding."""
+    """The rows that have judged tokens, without padding."""
     prompt = rollouts.input_ids.shape[1] - rollouts.mask.shape[1]
     attended = rollouts.attention_mask.bool()  # (B, P + C)
     judged = torch.nn.functional.pad(rollouts.mask.bool(), (prompt, 0))  # (B, P + C)
@@ -211,7 +216,7 @@ def _rows(rollouts: Rollouts) -> list[Row]:
         positions = judged[index][kept].nonzero().flatten().tolist()
         if positions[0] == 0:
             raise ValueError(
-                f"Row {index}: its first token is judged, but a teacher cannot judge a token with nothing before it. "
+                f"Row {index}: its first token is judged, but a teacher cannot score a token with nothing before it. "
                 "Give every prompt at least one token."
             )
         rows.append(Row(index, rollouts.input_ids[index][kept].tolist(), positions))
@@ -219,6 +224,6 @@ def _rows(rollouts: Rollouts) -> list[Row]:
 
 
 def _server(url: str) -> ServerURL:
-    """A server's URL with `/v1` at its end."""
+    """A server's URL, ending with `/v1`."""
     server = read_url(url, "`urls`")
     return replace(server, base=server.base.removesuffix("/v1") + "/v1")

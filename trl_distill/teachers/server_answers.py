@@ -1,6 +1,6 @@
-"""What a teacher's server answered: read position by position, and taken only where all of it fits the question.
+"""Reads the answers of a teacher's server, position by position; an answer is accepted only if all of it matches.
 
-The wire format is that of vLLM, see `server.py`, which asks.
+The format is that of vLLM; `server.py` sends the requests.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import TeacherAnswerError
 
 
-TokenScore = tuple[float, list[int], list[float]]  # log p of the token; the K likeliest ids; their log p
+TokenScore = tuple[float, list[int], list[float]]  # log p of the token; the K most likely ids; their log p
 
 
 IMPOSSIBLE = -9999.0  # what vLLM writes for a log-probability of -inf, which JSON lacks
@@ -27,7 +27,7 @@ TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 @dataclass
 class Row:
-    """A row of the rollouts as it is sent: its index there, its ids without padding, the positions that are judged."""
+    """A row of the rollouts as it is sent: its index, its ids without padding, and the judged positions."""
 
     index: int
     ids: list[int]
@@ -36,24 +36,24 @@ class Row:
 
 def read_answer(content: bytes | str, rows: list[Row], model: str, top_k: int) -> list[TokenScore]:
     """
-    The judgements of all judged tokens, row by row, from the answer of `/v1/completions` about `rows`.
+    The scores of all judged tokens, row by row, from the answer of `/v1/completions` for `rows`.
 
     Raises:
-        TeacherAnswerError: something in it is malformed or does not belong to what was asked; says what and where.
+        TeacherAnswerError: the answer is malformed or does not match the request; the message says where.
     """
     answer = read_json(content)
     if answer.get("model") != model:
         raise TeacherAnswerError(
-            f"it is from the model {show(answer.get('model'))}, but {model!r} was asked. A server with several names "
-            "answers under its first: pass that one as `model`."
+            f"it is from the model {show(answer.get('model'))}, but {model!r} was requested. A server with several "
+            "names answers with its first: pass that one as `model`."
         )
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != len(rows):
         raise TeacherAnswerError(f"{len(rows)} sequences were sent, found as choices: {show(choices)}.")
     return [
-        judgement
+        score
         for number, (choice, row) in enumerate(zip(choices, rows, strict=True))
-        for judgement in _read_choice(choice, number, row, top_k)
+        for score in _read_choice(choice, number, row, top_k)
     ]
 
 
@@ -66,24 +66,24 @@ def _read_choice(choice: Any, number: int, row: Row, top_k: int) -> list[TokenSc
         raise TeacherAnswerError(
             f"row {row.index}: {len(row.ids)} tokens were sent; as prompt_token_ids and prompt_logprobs came {found}."
         )
-    judged, judgements = set(row.judged), []
+    judged, scores = set(row.judged), []
     for position, (token, echoed, entry) in enumerate(zip(row.ids, *lists, strict=True)):
         try:
             if not same(echoed, token):
                 raise ValueError(f"the server read it as {show(echoed)}")
             if position > 0:
-                judgement = _read_position(entry, token, max(top_k, 1), position in judged)
+                score = _read_position(entry, token, max(top_k, 1), position in judged)
                 if position in judged:
-                    judgements.append((judgement[0], judgement[1][:top_k], judgement[2][:top_k]))
+                    scores.append((score[0], score[1][:top_k], score[2][:top_k]))
             elif entry is not None:
                 raise ValueError(f"nothing stands before it, so null was expected, found {show(entry)}")
         except ValueError as error:
             raise TeacherAnswerError(f"row {row.index}, position {position}, token {token}: {error}.") from None
-    return judgements
+    return scores
 
 
 def _read_position(entry: Any, token: int, k: int, judged: bool) -> TokenScore:
-    """Read `{"<id>": {"logprob": ..., "rank": ...}}`: first the token, then the k likeliest ids that it is not."""
+    """Read `{"<id>": {"logprob": ..., "rank": ...}}`: first the token, then the other ids among the k most likely."""
     if not isinstance(entry, dict) or not entry:
         raise ValueError(f"an object with log-probabilities was expected, found {show(entry)}")
     ranked: dict[int, tuple[int, float]] = {}  # rank: (id, log p)
@@ -99,7 +99,7 @@ def _read_position(entry: Any, token: int, k: int, judged: bool) -> TokenScore:
         ranked[rank] = (int(key), float(log_p))
     first = next(iter(entry))
     if int(first) != token:
-        raise ValueError(f"found the judgement of token {first}; positions are shifted, or a proxy sorts JSON keys")
+        raise ValueError(f"found the score of token {first}; positions are shifted, or a proxy sorts JSON keys")
     own = entry[first]["rank"]
     if sorted(ranked) != [*range(1, k + 1), *([own] if own > k else [])]:
         raise ValueError(f"ranks 1 to {k} and the token's own, {own}, were expected, found {show(sorted(ranked))}")
@@ -110,15 +110,15 @@ def _read_position(entry: Any, token: int, k: int, judged: bool) -> TokenScore:
         raise ValueError(f"the listed probabilities sum to {sum(map(math.exp, log_ps)):.4f}, more than 1")
     if judged and log_ps[-1] <= IMPOSSIBLE:
         raise ValueError(
-            f"the teacher gives id {ranked[max(ranked)][0]} no probability at all (vLLM writes -inf as {IMPOSSIBLE}), "
-            "and no divergence is finite there. Keep such ids out of the rollouts, or lower `top_k`"
+            f"the teacher gives id {ranked[max(ranked)][0]} probability 0 (vLLM writes -inf as {IMPOSSIBLE}), "
+            "so the divergence would be infinite. Keep such ids out of the rollouts, or lower `top_k`"
         )
     top_ids, top_log_p = zip(*(ranked[rank] for rank in range(1, k + 1)), strict=True)
     return ranked[own][1], list(top_ids), list(top_log_p)
 
 
 def read_models(content: bytes) -> list[str]:
-    """The names in the answer of `/v1/models`."""
+    """The model names in the answer of `/v1/models`."""
     cards = read_json(content).get("data")
     if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
         raise TeacherAnswerError(f"a list of models was expected, found {show(cards)}.")
@@ -129,7 +129,7 @@ def read_json(content: bytes | str) -> dict[str, Any]:
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise ValueError(f"a key stands twice among {show([key for key, _ in pairs])}")
+            raise ValueError(f"a key occurs twice among {show([key for key, _ in pairs])}")
         return result
 
     try:

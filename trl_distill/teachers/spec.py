@@ -1,7 +1,6 @@
-"""A teacher as it was asked for, before anything is loaded: a name, a model, a server, or an object with `score`.
+"""A teacher as the user specified it, before anything is loaded: a name, a model, a server, or an object with `score`.
 
-One class for each, with the same questions: what it is called, its configuration, its tokenizer, how it ends a turn,
-and the teacher itself.
+One class for each, with the same methods: its name, configuration, tokenizer and generation settings, and `load`.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from .server import ServedTeacher
 
 class TeacherSpec:
     """
-    A teacher that can be asked about without being loaded. This class: an object with `score`, of which nothing is
-    known beforehand.
+    Describes a teacher before it is loaded. This class is for objects with `score`, about which nothing is known
+    beforehand; subclasses are for models.
 
     Attributes:
         given (`Any`): what was passed as `teacher_model`.
-        served (`bool`): whether it runs behind a server.
-        can_be_examined (`bool`): whether it has a tokenizer or a configuration to compare with the student's.
+        served (`bool`): whether it is a served model.
+        can_be_examined (`bool`): whether its tokenizer or configuration can be compared with the student's.
     """
 
     served = False
@@ -44,12 +43,12 @@ class TeacherSpec:
 
     @property
     def name(self) -> str:
-        """What to call it in a log."""
+        """Its name in logs."""
         return type(self.given).__name__
 
     @property
     def identity(self) -> Any:
-        """Equal for two names of the same teacher, which is loaded once."""
+        """Equal for two names of the same teacher, which is then loaded once."""
         return id(self.given)
 
     @property
@@ -58,26 +57,26 @@ class TeacherSpec:
         return None
 
     def config(self) -> PretrainedConfig | None:
-        """The model's configuration, without its weights. Raises `ValueError` where its name leads nowhere."""
+        """The model's configuration, without weights. Raises `ValueError` if it cannot be found."""
         return None
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer that lies beside it."""
+        """The tokenizer saved with it."""
         return None
 
     def generation_config(self) -> GenerationConfig | None:
-        """The settings that it generates with."""
+        """Its generation settings."""
         return None
 
     def load(self, accelerator: Accelerator, student: nn.Module, student_vocab_size: int) -> Teacher:
-        """The teacher, ready to judge."""
+        """The teacher, ready to score."""
         teacher = as_teacher(self.given)
         teacher.bind(student, accelerator, self.args.teacher_batch_size or self.args.per_device_train_batch_size)
         return teacher
 
 
 class _ModelSpec(TeacherSpec):
-    """What a name and a model have in common."""
+    """Base of models by name and models as objects."""
 
     can_be_examined = True
 
@@ -110,8 +109,8 @@ class NamedModel(_ModelSpec):
 
     def load(self, accelerator: Accelerator, student: nn.Module, student_vocab_size: int) -> Teacher:
         """
-        The model in this process, in the checkpoint's own dtype and on this process's device unless
-        `teacher_model_init_kwargs` say else; in CPU memory with `teacher_offload`.
+        Load the model in this process, with the checkpoint's dtype and on this process's device unless
+        `teacher_model_init_kwargs` say otherwise; in CPU memory with `teacher_offload`.
         """
         kwargs: dict[str, Any] = {"dtype": "auto", **_init_kwargs(self.args)}
         if accelerator.num_processes > 1 or accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -127,7 +126,7 @@ class NamedModel(_ModelSpec):
 
 
 class LoadedModel(_ModelSpec):
-    """A model."""
+    """A model that was passed as an object."""
 
     @property
     def name(self) -> str:
@@ -157,7 +156,7 @@ class LoadedModel(_ModelSpec):
 
 
 class ServedModel(TeacherSpec):
-    """A model behind a server: its name says where its tokenizer is, if anything does."""
+    """A served model. Its tokenizer is loaded by the name under which it is served, if that is a name or folder."""
 
     can_be_examined = True
     served = True
@@ -175,10 +174,10 @@ class ServedModel(TeacherSpec):
 
 def read_specs(teacher_model: Any, args: OPDConfig) -> dict[str, TeacherSpec]:
     """
-    Who the teachers are, by name, from what was passed and what the configuration says; nothing is loaded.
+    The teachers by name, from the `teacher_model` argument and the configuration; nothing is loaded.
 
     Raises:
-        ValueError: there is none, or two ways to name one are used at once.
+        ValueError: there is no teacher, or both the argument and the configuration name one.
         TypeError: one of them cannot be a teacher.
     """
     settings = ("teacher_model_name_or_path", "teacher_models", "teacher_ema")
@@ -190,13 +189,13 @@ def read_specs(teacher_model: Any, args: OPDConfig) -> dict[str, TeacherSpec]:
         top_k = args.kl_top_k if args.kl_estimator == "topk" else 0
         from_args = ServedTeacher(args.teacher_server_urls, model=from_args, top_k=top_k)
     if teacher_model is not None and named is not None and teacher_model != from_args:
-        raise ValueError(f"Two teachers: `teacher_model` was passed, and `args.{named}` is given. Keep one.")
+        raise ValueError(f"Two teachers are given, `teacher_model` and `args.{named}`. Keep one.")
     given = teacher_model if teacher_model is not None else from_args
     if given is None:
         raise ValueError(
             f"There is no teacher, but `beta` is {args.beta}. Pass `teacher_model=...` (or "
-            "`--teacher_model_name_or_path`), or set `beta=0` for plain GRPO. A PEFT student's own base model is "
-            f"not taken in its place: ask for it by name, `teacher_model={ADAPTER_OFF!r}`."
+            "`--teacher_model_name_or_path`), or set `beta=0` for plain GRPO. A PEFT student's base model is "
+            f"not used by default: ask for it by name, `teacher_model={ADAPTER_OFF!r}`."
         )
     if isinstance(given, dict) and not given:
         raise ValueError("`teacher_model` is an empty dictionary. Give at least one teacher by name.")
@@ -206,18 +205,18 @@ def read_specs(teacher_model: Any, args: OPDConfig) -> dict[str, TeacherSpec]:
 
 def spec_of(given: Any, args: OPDConfig) -> TeacherSpec:
     """
-    What was passed as a teacher, as a [`TeacherSpec`].
+    The [`TeacherSpec`] for what was passed as a teacher.
 
     Raises:
-        ValueError: it is a server without the name of a model.
+        ValueError: it is the URL of a server, without the name of a model.
         TypeError: it cannot be a teacher.
     """
     if given == ADAPTER_OFF:
         return TeacherSpec(AdapterOff(), args)
     if isinstance(given, str) and given.startswith(("http://", "https://")):
         raise ValueError(
-            f"The teacher {given!r} is a server. Say which model it serves: `ServedTeacher({given!r}, model=...)`, or "
-            "`--teacher_server_urls` with `--teacher_model_name_or_path`."
+            f"The teacher {given!r} is a server. Name the model that it serves: `ServedTeacher({given!r}, model=...)`, "
+            "or `--teacher_server_urls` with `--teacher_model_name_or_path`."
         )
     if isinstance(given, str):
         return NamedModel(given, args)
@@ -228,8 +227,8 @@ def spec_of(given: Any, args: OPDConfig) -> TeacherSpec:
     if callable(getattr(given, "score", None)) and not isinstance(given, type):
         return TeacherSpec(given, args)
     raise TypeError(
-        f"`teacher_model` is {given!r}; give a hub name, a folder, a model, an object with `score(rollouts)`, or "
-        "several of these by name."
+        f"`teacher_model` is {given!r}, which cannot score rollouts. Give a hub name, a folder, a model, an object "
+        "with `score(rollouts)`, or several of these by name."
     )
 
 
@@ -237,13 +236,13 @@ def load_pool(
     specs: dict[str, TeacherSpec], args: OPDConfig, accelerator: Any, student: nn.Module, student_vocab_size: int
 ) -> TeacherPool:
     """
-    Load or bind every teacher once, whatever the number of its names.
+    Load or bind every teacher, once even if it has several names.
 
     Args:
-        specs (`dict[str, TeacherSpec]`): by name.
-        args ([`OPDConfig`]): for the number of iterations.
+        specs (`dict[str, TeacherSpec]`): the teachers by name.
+        args ([`OPDConfig`]): the settings.
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
-        student: the model that is trained, for teachers that look at it.
+        student (`torch.nn.Module`): the model that is trained, for teachers that use it.
         student_vocab_size (`int`): rows of its LM head.
     """
     loaded: dict[Any, Teacher] = {}
@@ -255,13 +254,13 @@ def load_pool(
 
 
 def student_config(name_or_path: str, args: OPDConfig) -> PretrainedConfig:
-    """The student's configuration, without its weights. Raises `ValueError` where the name leads nowhere."""
+    """The student's configuration, without weights. Raises `ValueError` if it cannot be found."""
     kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
     return load_config(name_or_path, "student", "`model` or `--model_name_or_path`", **hub_kwargs(kwargs))
 
 
 def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Of a model's keyword arguments, those that say where and how to fetch."""
+    """Those of a model's keyword arguments that say where and how to download it."""
     names = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "force_download", "proxies")
     return {name: value for name, value in kwargs.items() if name in names}
 
