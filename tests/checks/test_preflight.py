@@ -58,7 +58,7 @@ def other_special():
             "error",
             "differ in 2 of 31",
         ),
-        (lambda: tokenizer_checks.same_tokenizer(make_tokenizer(), None), "warning", "came without a tokenizer"),
+        (lambda: tokenizer_checks.same_tokenizer(make_tokenizer(), None), "warning", "has no tokenizer with it"),
         (
             lambda: tokenizer_checks.same_tokenizer(make_tokenizer(), other_special()),
             "warning",
@@ -69,14 +69,18 @@ def other_special():
         (lambda: tokenizer_checks.vocabulary(make_tokenizer(), 29, 20), "error", "ends at 19"),
         (lambda: tokenizer_checks.stop_tokens(make_tokenizer(), {1}, {1}, True), "ok", "Both end with '<eos>' (1)"),
         (lambda: tokenizer_checks.stop_tokens(make_tokenizer(), {1}, {1, 28}, True), "ok", "compared as one class"),
-        (lambda: tokenizer_checks.stop_tokens(make_tokenizer(), {1}, {28}, False), "warning", "completions will grow"),
+        (lambda: tokenizer_checks.stop_tokens(make_tokenizer(), {1}, {28}, False), "warning", "completions would grow"),
         (
             lambda: tokenizer_checks.chat_templates(with_template("x"), with_template("x")),
             "ok",
-            "render a conversation alike",
+            "render a conversation the same way",
         ),
-        (lambda: tokenizer_checks.chat_templates(with_template("x"), with_template("y")), "warning", "is not its own"),
-        (lambda: tokenizer_checks.chat_templates(with_template("x"), make_tokenizer()), "ok", "none of its own"),
+        (
+            lambda: tokenizer_checks.chat_templates(with_template("x"), with_template("y")),
+            "warning",
+            "differs from its own",
+        ),
+        (lambda: tokenizer_checks.chat_templates(with_template("x"), make_tokenizer()), "ok", "The teacher has none"),
         (
             lambda: tokenizer_checks.chat_templates(with_template("x"), with_template("y"), False),
             "warning",
@@ -96,9 +100,9 @@ def other_special():
         (lambda: model_checks.teacher_differs(0.0, "", True), "warning", "assume_different_teacher"),
         (lambda: model_checks.teacher_differs(0.0, "", False, "math"), "error", "and the teacher 'math' give the same"),
         (
-            lambda: model_checks.teacher_differs(0.0, "it has prompts of its own", False, own=True),
+            lambda: model_checks.teacher_differs(0.0, "it has its own prompts", False, own=True),
             "ok",
-            "as they should",
+            "as expected",
         ),
         (lambda: model_checks.teacher_differs(0.0, "", False, own=True), "error", "the student itself"),
         (
@@ -116,7 +120,7 @@ def test_checks(finding, level, words):
     found = finding()
     assert found.level == level
     assert words in str(found)
-    assert bool(found.advice) == (level != "ok") or "Going on" in found.found
+    assert bool(found.advice) == (level != "ok") or "Continuing" in found.found
 
 
 def test_a_report_counts_and_stops_with_all_errors():
@@ -161,7 +165,7 @@ def test_other_stop_tokens_are_merged_and_said(tmp_path, tokenizer, prompts, stu
     assert trainer.eos_token_ids == trainer.generation_config.eos_token_id == ends
     said = "The student ends with '<eos>' (1), the teacher with '<eos>' (1), '.' (28)."
     assert caplog.text.count(said) == 1
-    assert ("completions will grow" in caplog.text) is not merge
+    assert ("completions would grow" in caplog.text) is not merge
     trainer.train()
 
 

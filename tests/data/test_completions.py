@@ -345,7 +345,7 @@ def test_a_dataset_without_completions(make, rows):
 def test_a_completion_of_several_messages(make):
     turns = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
     dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": "x"}]] * 8, "completion": [turns] * 8})
-    with pytest.raises(ValueError, match="earlier turns belong into the prompt"):
+    with pytest.raises(ValueError, match="earlier turns belong in the prompt"):
         make(train_dataset=dataset)
 
 

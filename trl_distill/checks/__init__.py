@@ -1,1 +1,1 @@
-"""What would otherwise fail late, or train on a wrong number."""
+"""Checks before the first step, of what would otherwise fail late or silently train on something wrong."""

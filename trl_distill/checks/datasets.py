@@ -1,7 +1,7 @@
-"""What a run needs of its datasets before the first step: columns, their number of rows, teachers and completions.
+"""Checks of a run's datasets before the first step: columns, number of rows, teachers and completions.
 
-All of it stops the run with what to change. That rows hold prompts is checked where datasets are taken in, by
-`data/rows.py`; what is checked of models and tokenizers is beside this file.
+All of them raise an error that says what to change. The form of prompts is checked by `data/rows.py` when a dataset is
+loaded.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from ..teachers.pool import weights_of
 
 def check_datasets(train: Any, evaluation: Any, teachers: list[str], args: OPDConfig, writers: dict[str, Any]) -> None:
     """
-    All checks of one run.
+    All checks of the datasets of a run.
 
     Args:
-        train: dataset for training.
-        evaluation: for evaluation, one or several by name, or `None`.
-        teachers (`list[str]`): their names.
+        train: training dataset.
+        evaluation: evaluation dataset, several by name, or `None`.
+        teachers (`list[str]`): names of the teachers.
         args ([`OPDConfig`]): resolved.
-        writers (`dict`): arguments of the trainer that take part in writing a completion, by name; `None` where not
+        writers (`dict`): by name, those arguments of the trainer that take part in writing completions; `None` if not
             given.
 
     Raises:
-        ValueError: at the first that fails.
+        ValueError: from the first check that fails.
     """
     removed = bool(args.remove_unused_columns)
     if writers["environment_factory"] is None:  # an environment may own the prompts
@@ -37,8 +37,8 @@ def check_datasets(train: Any, evaluation: Any, teachers: list[str], args: OPDCo
             check_teacher_columns(dataset, teachers, removed)
     elif "teacher_prompt" in (getattr(train, "column_names", None) or ()):
         raise ValueError(
-            "The dataset has a `teacher_prompt` column, but environments add to the prompts what is observed, which "
-            "the teacher would not be shown. Drop the column, or the environments."
+            "The dataset has a `teacher_prompt` column, but environments append observations to the prompts, which "
+            "the teacher would not see. Drop the column, or the environments."
         )
     if args.lmbda < 1:
         check_completions(train, [name for name, given in writers.items() if given is not None], removed)
@@ -46,14 +46,16 @@ def check_datasets(train: Any, evaluation: Any, teachers: list[str], args: OPDCo
 
 def check_train_dataset(dataset: Any, prompts_per_generation: int) -> None:
     """
-    A training dataset must have a `prompt` column and fill at least one generation batch.
+    Check that the training dataset has a `prompt` column and fills at least one generation batch.
 
     Args:
-        dataset: `Dataset` or `IterableDataset`; of the latter only the column names, where known, are checked.
-        prompts_per_generation (`int`): prompts that one generation batch takes.
+        dataset: `Dataset` or `IterableDataset`; for the latter only the column names are checked, if known.
+        prompts_per_generation (`int`): prompts per generation batch.
     """
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
-        raise ValueError(f"The training dataset has several splits. Take one: `dataset['{next(iter(dataset))}']`.")
+        raise ValueError(
+            f"The training dataset has several splits. Pass one of them: `dataset['{next(iter(dataset))}']`."
+        )
     _check_prompts(dataset, "training")
     if isinstance(dataset, Dataset) and len(dataset) < prompts_per_generation:
         raise ValueError(
@@ -65,13 +67,13 @@ def check_train_dataset(dataset: Any, prompts_per_generation: int) -> None:
 
 
 def check_eval_datasets(datasets: Any) -> None:
-    """Evaluation datasets, one or several by name, need prompts too: found out now, not at the first evaluation."""
+    """Check the prompts of evaluation datasets, one or several by name, now instead of at the first evaluation."""
     for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
         _check_prompts(dataset, "evaluation")
 
 
 def check_teacher_columns(dataset: Any, names: list[str], removed: bool = False) -> None:
-    """With several teachers, every row must say which of them scores it."""
+    """Check that with several teachers every row says which of them scores it."""
     columns = getattr(dataset, "column_names", None)
     if columns is None or not isinstance(dataset, Dataset | IterableDataset):
         return
@@ -83,7 +85,7 @@ def check_teacher_columns(dataset: Any, names: list[str], removed: bool = False)
     if len(names) > 1 and "teacher" not in columns:
         raise ValueError(
             f"There are several teachers ({', '.join(names)}), but a dataset has no `teacher` column that "
-            "says who judges a row: a name, or weights by name."
+            "says which of them scores a row. Add it: a name, or weights by name."
         )
     if isinstance(dataset, Dataset) and len(names) > 1:
         for i, value in enumerate(dataset["teacher"]):
@@ -92,17 +94,17 @@ def check_teacher_columns(dataset: Any, names: list[str], removed: bool = False)
 
 def check_completions(dataset: Any, writers: list[str], removed: bool) -> None:
     """
-    What is needed where some batches train on the dataset's completions (`lmbda` below 1).
+    Check what is needed if some batches train on the dataset's completions (`lmbda` below 1).
 
     Args:
-        dataset: for training; of a stream only the column names, where known, are checked.
-        writers (`list[str]`): arguments that were given and that take part in writing a completion.
+        dataset: training dataset; for a stream only the column names are checked, if known.
+        writers (`list[str]`): the given arguments that take part in writing completions.
         removed (`bool`): `remove_unused_columns`.
     """
     if writers:
         raise ValueError(
-            f"`lmbda` below 1 trains on completions of the dataset, which `{writers[0]}` had no part in. Leave it out, "
-            "or set `lmbda=1`."
+            f"`lmbda` below 1 trains on completions of the dataset, which were written without `{writers[0]}`. Leave "
+            "it out, or set `lmbda=1`."
         )
     if removed:
         raise ValueError(
@@ -115,7 +117,7 @@ def check_completions(dataset: Any, writers: list[str], removed: bool) -> None:
     if "completion" not in columns:
         raise ValueError(
             f"`lmbda` below 1 trains on the dataset's `completion` column, but the training dataset has only "
-            f"{sorted(columns)}. Rename the column that holds them, write some with scripts/generate.py, or set "
+            f"{sorted(columns)}. Rename the column that has them, generate some with `trl-distill generate`, or set "
             "`lmbda=1`."
         )
     for i, row in enumerate(dataset.select_columns(["prompt", "completion"]) if isinstance(dataset, Dataset) else ()):
@@ -123,20 +125,20 @@ def check_completions(dataset: Any, writers: list[str], removed: bool) -> None:
         fits = isinstance(completion, str) == isinstance(prompt, str) and bool(completion)
         if not fits or (isinstance(completion, list) and [m.get("role") for m in completion] != ["assistant"]):
             raise ValueError(
-                f"Row {i} of the training dataset has the completion {completion!r}; `lmbda` below 1 needs text beside "
-                "a prompt that is text, or one assistant message beside messages (earlier turns belong into the "
+                f"Row {i} of the training dataset has the completion {completion!r}; `lmbda` below 1 needs text with a "
+                "prompt that is text, or one assistant message with a prompt of messages (earlier turns belong in the "
                 "prompt)."
             )
 
 
 def _check_prompts(dataset: Any, purpose: str) -> None:
     if not isinstance(dataset, Dataset | IterableDataset):
-        return  # TRL says what it takes
+        return  # TRL raises for other types
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"The {purpose} dataset is empty. Check the split and the filters that made it.")
     columns = dataset.column_names
     if columns is not None and "prompt" not in columns:
         raise ValueError(
-            f"The {purpose} dataset has no 'prompt' column; it has {sorted(columns)}. Rename the column that holds the "
+            f"The {purpose} dataset has no 'prompt' column; it has {sorted(columns)}. Rename the column that has the "
             "prompts: `dataset.rename_column('...', 'prompt')`."
         )

@@ -1,4 +1,4 @@
-"""What a check found, and the report that collects findings."""
+"""A check's finding, and the report that collects findings."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Finding:
     """
-    What one check found.
+    The result of one check.
 
     Attributes:
-        check (`str`): what was looked at, two or three words.
-        level (`str`): "ok", "skipped" (could not be looked at), "warning" (the run may go on) or "error" (it may not).
+        check (`str`): what was checked, in two or three words.
+        level (`str`): "ok", "skipped" (could not be checked), "warning" (the run continues) or "error" (it does not).
         found (`str`): what was found and what it means.
-        advice (`str`): what to change; empty where all is well.
+        advice (`str`): what to change; empty if nothing.
+        notify (`bool`): whether the log says it even if all is well: the run does something that was not asked for.
     """
 
     check: str
     level: str
     found: str
     advice: str = ""
+    notify: bool = False
 
     def __str__(self) -> str:
         return f"{self.found} {self.advice}".strip()
@@ -33,10 +35,10 @@ class Finding:
 
 class PreflightError(ValueError):
     """
-    What a run cannot get past.
+    The errors that the preflight found.
 
     Attributes:
-        report ([`Report`]): everything that was found until then.
+        report ([`Report`]): all findings so far.
     """
 
     def __init__(self, report: Report):
@@ -47,7 +49,7 @@ class PreflightError(ValueError):
 
 @dataclass
 class Report:
-    """What the checks found, in order."""
+    """The findings of all checks, in order."""
 
     findings: list[Finding] = field(default_factory=list)
 
@@ -58,28 +60,28 @@ class Report:
         return sum(finding.level == level for finding in self.findings)
 
     def stop_on_errors(self) -> None:
-        """Raise [`PreflightError`], a `ValueError`, with everything that a run cannot get past."""
+        """Raise [`PreflightError`], a `ValueError`, with all errors, if there are any."""
         if self.count("error"):
             raise PreflightError(self)
 
     def warn(self) -> None:
-        """Log what may be wrong, and how much was looked at."""
+        """Log the warnings and the number of checks."""
         for finding in self.findings:
             if finding.level == "warning":
                 logger.warning(str(finding))
-            elif finding.check == "stop tokens" and "one class" in finding.found:
+            elif finding.notify:
                 logger.warning(finding.found)
         logger.info(f"Preflight: {len(self.findings)} checks, {self.count('warning')} warnings.")
 
     def table(self) -> Any:
-        """A `rich` table with a line for each check, and what it adds up to."""
+        """A `rich` table with a row for each check, and the totals."""
         from rich.table import Table
 
         colours = {"ok": "green", "skipped": "dim", "warning": "yellow", "error": "red"}
         table = Table(title="Preflight", show_lines=True)
         table.add_column("check", no_wrap=True)
         table.add_column("")
-        table.add_column("found, and what it means", ratio=3, overflow="fold")
+        table.add_column("finding", ratio=3, overflow="fold")
         table.add_column("what to change", ratio=2, overflow="fold")
         for finding in self.findings:
             level = f"[{colours[finding.level]}]{finding.level}[/]"

@@ -1,4 +1,4 @@
-"""Checks of models: kind, logits, context, and whether the teacher differs from the student."""
+"""Checks of models: text only, logits, context length, and whether the teacher differs from the student."""
 
 from __future__ import annotations
 
@@ -9,40 +9,45 @@ from .findings import Finding
 
 
 def check_text_only(config: PretrainedConfig, whose: str) -> None:
-    """Refuse vision-language models."""
+    """Raise `ValueError` for vision-language models."""
     if getattr(config, "vision_config", None) is not None:
         raise ValueError(
-            f"The {whose} is a vision-language model ({config.model_type}). Distilling those has not been run yet and "
-            "is refused; use a text model."
+            f"The {whose} is a vision-language model ({config.model_type}). Distilling those is untested, so it "
+            "is refused. Use a text model."
         )
 
 
 def check_logits(expected: torch.Tensor, computed: torch.Tensor, whose: str) -> None:
     """
-    What we compute from hidden states must be what the model itself puts out.
+    Check that the logits computed from hidden states are those of the model itself.
 
     Args:
         expected (`torch.Tensor` of shape `(..., V)`): the model's logits for a few tokens.
         computed (`torch.Tensor` of shape `(..., V)`): ours, from its last hidden state and head.
         whose (`str`): "student" or "teacher".
+
+    Raises:
+        ValueError: they differ by more than rounding.
     """
     expected, computed = expected.float().log_softmax(-1), computed.float().log_softmax(-1)
     difference, spread = (expected - computed).abs().mean().item(), expected.std().item()
-    if not difference < 0.02 + 0.05 * spread:  # above rounding in bf16, far below a missing scale; NaN fails too
+    if not difference < 0.02 + 0.05 * spread:  # bf16 rounding is below it, a missing scale far above; NaN fails too
         raise ValueError(
             f"The {whose}'s logits do not follow from its last hidden state and LM head: log-probabilities differ by "
-            f"{difference:.3g} nats on average. Its architecture transforms them in a way that is not known here, and "
-            "the divergence would be that of another distribution."
+            f"{difference:.3g} nats on average. Its architecture transforms them in a way that this version does not "
+            "know, so the divergence would be that of another distribution. Use another model."
         )
 
 
 def context_length(longest_prompt: int, completion: int, context: int | None, whose: str) -> Finding:
-    """Whether the longest prompt and completion, in tokens, fit into a model's positions."""
+    """Whether the longest prompt plus a completion, in tokens, fits into a model's context."""
     check = f"context, {whose}"
-    known = context is not None and context > 0  # some configurations write -1
+    known = context is not None and context > 0  # some configurations have -1
     if context is None or not known or longest_prompt + completion <= context:
         limit = f"{context} positions" if known else "no limit known"
-        return Finding(check, "ok", f"Prompts of up to {longest_prompt} tokens and {completion} more; {limit}.")
+        return Finding(
+            check, "ok", f"Prompts have up to {longest_prompt} tokens, completions up to {completion}; {limit}."
+        )
     return Finding(
         check,
         "error",
@@ -56,51 +61,51 @@ def teacher_differs(
     kl: float, explained: str, override: bool, name: str = "", own: bool = False, rough: bool = False
 ) -> Finding:
     """
-    Whether there is anything to learn: KL(student ‖ teacher) on tokens of a few prompts.
+    Whether there is something to learn, by KL(student ‖ teacher) on tokens of a few prompts.
 
     Args:
         kl (`float`): nats per token.
-        explained (`str`): why the two may start out equal, e.g. "there is a reward"; empty where nothing does.
+        explained (`str`): why the two may start equal, such as "there is a reward"; empty if nothing explains it.
         override (`bool`): `assume_different_teacher`.
-        name (`str`): of this teacher, where there are several.
-        own (`bool`): the teacher is the student itself, without its adapter or averaged.
-        rough (`bool`): probabilities are computed in 16 bits, whose rounding looks like a small KL.
+        name (`str`): name of this teacher, if there are several.
+        own (`bool`): whether the teacher is the student itself, without its adapter or as a moving average.
+        rough (`bool`): whether probabilities are computed in 16 bits, where rounding looks like a small KL.
     """
     check = f"teacher differs, {name}" if name else "teacher differs"
     if SAME_MODEL_KL < kl < ROUNDING_KL and rough and not (explained or override):
         return Finding(
             check,
             "warning",
-            f"KL(student ‖ teacher) is only {kl:.1g} nats per token of the prompts, what rounding alone may leave.",
+            f"KL(student ‖ teacher) is only {kl:.1g} nats per token of the prompts, which may be rounding.",
             "Make sure that the teacher is not the student under another name.",
         )
     if kl > SAME_MODEL_KL:
-        told = f"KL(student ‖ teacher) is {kl:.3g} nats per token of the prompts; on completions it will be another."
-        return Finding(check, "ok", told)
+        found = f"KL(student ‖ teacher) is {kl:.3g} nats per token of the prompts; on completions it will differ."
+        return Finding(check, "ok", found)
     who = f"The student and the teacher {name!r}" if name else "Student and teacher"
     found = f"{who} give the same probabilities (KL {kl:.1g} nats per token of the prompts)."
     if own and explained:
-        return Finding(check, "ok", f"They start out equal, as they should; {explained}.")
+        return Finding(check, "ok", f"They start equal, as expected: {explained}.")
     if explained or override:
-        return Finding(check, "warning", f"{found} Going on: {explained or '`assume_different_teacher=True`'}.")
+        return Finding(check, "warning", f"{found} Continuing: {explained or '`assume_different_teacher=True`'}.")
     if own:
         return Finding(
             check,
             "error",
             f"{found} The teacher is the student itself, so there is nothing to learn.",
-            "Give it prompts of its own (a `teacher_prompt` column) or a reward, start from an adapter that is trained "
-            "already, or set `assume_different_teacher=True`.",
+            "Give it prompts of its own (a `teacher_prompt` column) or a reward, start from a trained "
+            "adapter, or set `assume_different_teacher=True`.",
         )
     return Finding(
         check,
         "error",
         f"{found} The teacher's weights are those of the student, so there is nothing to learn.",
-        "Check the two paths. If it is intended, give the teacher prompts of its own (a `teacher_prompt` column) or a "
+        "Check the two paths. If this is intended, give the teacher its own prompts (a `teacher_prompt` column) or a "
         "reward, or set `assume_different_teacher=True`.",
     )
 
 
-ROUNDING_KL = 1e-3  # nats per token; between equal weights in 16 bits, a few times 1e-4
+ROUNDING_KL = 1e-3  # nats per token; with equal weights in 16 bits, rounding gives a few times 1e-4
 
 
-SAME_MODEL_KL = 1e-6  # nats per token; fp32 rounding is below it, and any training step above
+SAME_MODEL_KL = 1e-6  # nats per token; fp32 rounding is below it, the effect of any training step above

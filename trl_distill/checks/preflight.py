@@ -1,7 +1,7 @@
-"""The preflight: all checks of one run in order. Each check is a function in a module beside this one.
+"""The preflight: all checks of a run, in order. The single checks are functions in the other modules of this folder.
 
 Before loading: configurations, tokenizers, stop ids, lengths. After loading: LM heads against the models' own logits,
-and whether the teacher differs from the student. `trl-distill check` stops after it.
+and whether the teacher differs from the student. `trl-distill check` runs the preflight alone.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from . import tokenizers as tokenizer_checks
 from .findings import Finding, Report
 
 
-LONGEST_OF = 512  # prompts that are tokenised to learn how long they get
+LONGEST_OF = 512  # number of prompts that are tokenised to find the longest
 PROBE_LENGTH = 64  # tokens of a prompt on which student and teacher are compared
 
 
 def check_before_loading(model: Any, specs: dict[str, TeacherSpec], args: OPDConfig) -> None:
     """
-    What can be known of student and teachers before anything is loaded.
+    Check what is known about student and teachers before anything is loaded.
 
     Raises:
-        ValueError: a model is no text model, or a teacher is the student itself.
+        ValueError: a model is not a text model, or a teacher is the student itself.
     """
     for spec in specs.values():
         config = spec.config()
@@ -53,7 +53,7 @@ def check_before_loading(model: Any, specs: dict[str, TeacherSpec], args: OPDCon
         if same and unwrap_adapter(spec.model) is unwrap_adapter(model):
             raise ValueError(
                 "`teacher_model` is the student itself, or the base model under its adapter: the same weights "
-                "would be trained and frozen. Load the teacher once more, as a model of its own, or ask for the "
+                "would be trained and frozen. Load the teacher again as a separate model, or use the "
                 f"student without its adapter by name: `teacher_model={ADAPTER_OFF!r}`."
             )
     config = student_config(model, args) if isinstance(model, str) else unwrap_adapter(model).config
@@ -63,19 +63,19 @@ def check_before_loading(model: Any, specs: dict[str, TeacherSpec], args: OPDCon
 @dataclass(frozen=True)
 class RunFacts:
     """
-    What the preflight looks at, beside the teachers.
+    What the preflight needs to know about the run, besides the teachers.
 
     Attributes:
         args ([`OPDConfig`]): resolved.
         student ([`~transformers.PreTrainedModel`]): without its adapter.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the student's.
         stops (`list[int]`): ids that end a completion.
-        dataset (`Any`): for training.
-        tokenize (`Callable`): prompts to token ids, as in training.
+        dataset (`Any`): training dataset.
+        tokenize (`Callable`): turns prompts into token ids, as in training.
         has_rewards (`bool`): whether there are rewards.
-        has_environments (`bool`): whether environments write prompts, which are then not known beforehand.
+        has_environments (`bool`): whether environments write prompts, which are then unknown beforehand.
         generate_every (`int`): micro-steps per generation batch.
-        template_kwargs (`dict`): of the chat template.
+        template_kwargs (`dict`): keyword arguments of the chat template.
     """
 
     args: OPDConfig
@@ -90,25 +90,25 @@ class RunFacts:
     template_kwargs: dict[str, Any]
 
     def first_prompts(self, column: str = "prompt", limit: int = LONGEST_OF) -> list[list[int]]:
-        """Token ids of the first prompts in a column; empty where they cannot be known before they are used."""
-        prompts = [] if self.has_environments else prompts_to_look_at(self.dataset, column)[:limit]
+        """Token ids of the first prompts in a column; empty if they are unknown before training."""
+        prompts = [] if self.has_environments else readable_prompts(self.dataset, column)[:limit]
         return self.tokenize(prompts) if prompts else []
 
     @property
     def conversational(self) -> bool:
-        """Whether prompts go through a chat template, as far as it is known."""
-        return not any(isinstance(prompt, str) for prompt in prompts_to_look_at(self.dataset)[:1])
+        """Whether prompts go through a chat template, as far as is known."""
+        return not any(isinstance(prompt, str) for prompt in readable_prompts(self.dataset)[:1])
 
 
 @dataclass
 class Examined:
     """
-    What the preflight found before loading.
+    Results of the preflight before loading.
 
     Attributes:
-        report ([`~trl_distill.checks.findings.Report`]): every finding.
-        vocab_size (`int`, *optional*): of the smallest teacher; `None` where none is known.
-        merged (`list[int]`): ids that count as one, since student and teachers end a turn with different ones.
+        report ([`~trl_distill.checks.findings.Report`]): all findings.
+        vocab_size (`int`, *optional*): smallest vocabulary size of the teachers; `None` if unknown.
+        merged (`list[int]`): stop tokens that count as one, if student and teachers have different ones.
     """
 
     report: Report
@@ -121,12 +121,12 @@ def examine(facts: RunFacts, specs: dict[str, TeacherSpec], report: Report) -> E
     Compare student, teachers, dataset and settings before anything is loaded.
 
     Args:
-        facts ([`RunFacts`]): of the run.
+        facts ([`RunFacts`]): the run.
         specs (`dict[str, TeacherSpec]`): the teachers.
-        report ([`~trl_distill.checks.findings.Report`]): takes the findings as they come.
+        report ([`~trl_distill.checks.findings.Report`]): collects the findings.
 
     Raises:
-        PreflightError: there is something that a run cannot get past.
+        PreflightError: at least one finding is an error.
     """
     args, found = facts.args, Examined(report)
     prompts, hints = facts.first_prompts(), facts.first_prompts("teacher_prompt")
@@ -180,7 +180,7 @@ def _examine_teacher(facts: RunFacts, spec: TeacherSpec, found: Examined, longes
 
 
 def _examine_completions(facts: RunFacts, report: Report) -> None:
-    """Whether the dataset's completions fit, as far as they are known before they are used."""
+    """Whether the dataset's first completions fit into the length limit, if they can be read beforehand."""
     rows, limit = facts.dataset, facts.args.max_completion_length
     if not isinstance(rows, Dataset) or limit is None:
         return
@@ -192,20 +192,20 @@ def _examine_completions(facts: RunFacts, report: Report) -> None:
 
 def check_head(model: nn.Module, whose: str, accelerator: Accelerator) -> None:
     """
-    Compare our way from hidden states to logits with the model's own on four tokens; not on sharded weights.
+    Compare logits computed from hidden states with the model's own on four tokens; skipped if weights are sharded.
 
     Raises:
         ValueError: they differ.
     """
     if is_sharded(accelerator):
         return
-    base, training = unwrap_adapter(accelerator.unwrap_model(model)), model.training  # out of DeepSpeed's engine
+    base, training = unwrap_adapter(accelerator.unwrap_model(model)), model.training  # unwraps DeepSpeed's engine
     input_ids = torch.arange(4, device=next(base.parameters()).device)[None]
     with torch.no_grad(), accelerator.autocast():
         model.eval()
         with last_hidden_state(base.base_model) as caught:
             expected = model(input_ids=input_ids, use_cache=False).logits
-        # some, such as OPT, go past what others give their hidden states with
+        # some models, such as OPT, do not call the module that returns the hidden states
         hidden = caught[0] if caught else base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         model.train(training)
         model_checks.check_logits(expected, LMHead(base).logits(hidden.to(expected.device)), whose)
@@ -222,13 +222,13 @@ def teacher_differs(
     facts: RunFacts, student: nn.Module, teacher: Teacher, names: list[str], several: bool, accelerator: Accelerator
 ) -> Finding:
     """
-    Measure KL(student ‖ teacher) on a few prompts: 0 means that the wrong model was loaded.
+    Measure KL(student ‖ teacher) on a few prompts. 0 usually means that the wrong model was loaded.
 
     Args:
-        facts ([`RunFacts`]): of the run.
-        student: as it is trained.
-        teacher ([`~trl_distill.Teacher`]): ready to judge.
-        names (`list[str]`): its names, where there are several teachers.
+        facts ([`RunFacts`]): the run.
+        student (`torch.nn.Module`): the model that is trained.
+        teacher ([`~trl_distill.Teacher`]): ready to score.
+        names (`list[str]`): its names.
         several (`bool`): whether there are other teachers.
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
     """
@@ -240,8 +240,8 @@ def teacher_differs(
     rows = facts.first_prompts(limit=4) or [list(range(min(32, len(facts.tokenizer))))]
     kl = max(probe_kl(student, teacher, accelerator, ids) for ids in rows)
     explained = {
-        "it has prompts of its own": "teacher_prompt" in columns,
-        "rows are not known before they are used": facts.has_environments or not columns,
+        "it has its own prompts": "teacher_prompt" in columns,
+        "prompts are unknown before training": facts.has_environments or not columns,
         "there is a reward": facts.has_rewards,
         "there are other teachers": several,
         "it follows the student": teacher.starts_equal,
@@ -254,7 +254,7 @@ def teacher_differs(
 
 @torch.no_grad()
 def probe_kl(student: nn.Module, teacher: Teacher, accelerator: Accelerator, ids: list[int]) -> float:
-    """KL(student ‖ teacher) on the last tokens of one prompt, in nats per token."""
+    """KL(student ‖ teacher) on the last tokens of one prompt (ids `ids`), in nats per token."""
     input_ids = torch.tensor([ids[-PROBE_LENGTH:]], device=accelerator.device)
     if input_ids.shape[1] < 2:
         input_ids = input_ids.repeat(1, 2)
@@ -270,8 +270,8 @@ def probe_kl(student: nn.Module, teacher: Teacher, accelerator: Accelerator, ids
     return found.divergence.mean().item()
 
 
-def prompts_to_look_at(dataset: Any, column: str = "prompt") -> list[Any]:
-    """The first prompts of a dataset that can be read without consuming it."""
+def readable_prompts(dataset: Any, column: str = "prompt") -> list[Any]:
+    """The first prompts of a dataset, if they can be read without consuming it; else none."""
     if not isinstance(dataset, Dataset) or column not in dataset.column_names:
         return []
     return [prompt for prompt in dataset[:LONGEST_OF][column] if prompt]

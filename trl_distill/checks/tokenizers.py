@@ -16,13 +16,13 @@ def same_tokenizer(
     served: bool = False,
 ) -> Finding:
     """
-    The divergence compares probabilities id by id, so an id must be the same token for both.
+    Whether an id is the same token for student and teacher; the divergence compares probabilities id by id.
 
     Args:
         student: the student's tokenizer.
-        teacher: the teacher's, or `None` where it is not known.
-        assume_same (`bool`): a difference is no error.
-        served (`bool`): the teacher is behind a server, so its tokenizer can only be found by the model's name.
+        teacher: the teacher's tokenizer, or `None` if unknown.
+        assume_same (`bool`): report differences as a warning instead of an error.
+        served (`bool`): whether the teacher is served, so that its tokenizer can only be found by the model's name.
     """
     if teacher is None:
         return _not_known(served)
@@ -34,15 +34,15 @@ def _not_known(served: bool) -> Finding:
         return Finding(
             "tokenizer",
             "warning",
-            "The served teacher's name leads to no tokenizer here, so it was not checked that its token ids mean what "
-            "they mean to the student.",
+            "No tokenizer was found under the served teacher's name, so it was not checked that its token ids mean "
+            "the same as the student's.",
             "Serve it under its hub name or folder (`--served-model-name`) to have this checked.",
         )
     return Finding(
         "tokenizer",
         "warning",
-        "The teacher came without a tokenizer, so it was not checked that its token ids mean what they mean to the "
-        "student.",
+        "The teacher has no tokenizer with it, so it was not checked that its token ids mean the same as the "
+        "student's.",
         "Load the teacher from a folder or hub name that holds its tokenizer to have this checked.",
     )
 
@@ -50,7 +50,7 @@ def _not_known(served: bool) -> Finding:
 def _differing_ids(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, assume_same: bool
 ) -> Finding | None:
-    """Ids that are not the same token for both; `None` where there are none."""
+    """A finding about ids that are not the same token for both; `None` if there are none."""
     of_student = {index: token for token, index in student.get_vocab().items()}
     of_teacher = {index: token for token, index in teacher.get_vocab().items()}
     ids = sorted(of_student.keys() | of_teacher.keys())
@@ -63,8 +63,8 @@ def _differing_ids(
         return Finding(
             "tokenizer",
             "warning",
-            f"{len(differing)} ids are known to only one of the two tokenizers; all others agree. The first: {shown}.",
-            "Make sure that prompts and answers do without them.",
+            f"{len(differing)} ids exist in only one of the two tokenizers; all others agree. The first: {shown}.",
+            "Make sure that prompts and completions do not use them.",
         )
     shown = "; ".join(f"{i}: {of_student.get(i)!r} against {of_teacher.get(i)!r}" for i in differing[:5])
     found = (
@@ -72,7 +72,7 @@ def _differing_ids(
         f"{len(differing)} of {len(ids)} ids. The first, student against teacher: {shown}."
     )
     if assume_same:
-        return Finding("tokenizer", "warning", found, "Going on, as `assume_same_tokenizer=True` asks.")
+        return Finding("tokenizer", "warning", found, "Continuing, as `assume_same_tokenizer=True` is set.")
     return Finding(
         "tokenizer",
         "error",
@@ -92,8 +92,8 @@ def _differing_special_tokens(student: PreTrainedTokenizerBase, teacher: PreTrai
         return Finding(
             "tokenizer",
             "warning",
-            f"Same ids, other special tokens, student against teacher: {', '.join(special)}.",
-            "The teacher reads what the student's tokenizer writes: make sure that it was trained to.",
+            f"Same ids, but different special tokens, student against teacher: {', '.join(special)}.",
+            "The teacher gets text from the student's tokenizer: make sure that it was trained on such text.",
         )
     return Finding("tokenizer", "ok", f"The same {len(student.get_vocab())} ids and special tokens.")
 
@@ -101,7 +101,7 @@ def _differing_special_tokens(student: PreTrainedTokenizerBase, teacher: PreTrai
 def vocabulary(
     tokenizer: PreTrainedTokenizerBase, student_size: int, teacher_size: int, assume_same: bool = False
 ) -> Finding:
-    """Every id that the tokenizer can produce must have a row in the teacher's embedding; padding may differ."""
+    """Every id that the tokenizer can produce needs a row in the teacher's embedding; padding rows may differ."""
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > teacher_size and not assume_same:
         return Finding(
@@ -115,7 +115,7 @@ def vocabulary(
     return Finding(
         "vocabulary",
         "ok",
-        f"{student_size} rows against the teacher's {teacher_size}, {needed} ids in use; the shared rows count.",
+        f"{student_size} rows against the teacher's {teacher_size}; {needed} ids are in use. The shared rows count.",
     )
 
 
@@ -125,11 +125,11 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, student: set[int], teacher: 
         return Finding("stop tokens", "ok", f"Both end with {_named(tokenizer, student)}.")
     found = f"The student ends with {_named(tokenizer, student)}, the teacher with {_named(tokenizer, teacher)}."
     if merge:
-        return Finding("stop tokens", "ok", f"{found} They are compared as one class.")
+        return Finding("stop tokens", "ok", f"{found} They are compared as one class.", notify=True)
     return Finding(
         "stop tokens",
         "warning",
-        f"{found} The teacher charges the student for every stop, and completions will grow.",
+        f"{found} The student would be penalised for every stop, and completions would grow.",
         "Leave `merge_stop_tokens` on, or give both the same stop tokens.",
     )
 
@@ -147,7 +147,7 @@ PROBE_CONVERSATION = [
 def chat_templates(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, conversational: bool = True
 ) -> Finding:
-    """Whether both render a conversation alike: the teacher reads prompts in the student's template."""
+    """Whether both render a conversation the same way; the teacher gets prompts in the student's template."""
     if not conversational and getattr(teacher, "chat_template", None) and getattr(student, "chat_template", None):
         return Finding(
             "chat template",
@@ -158,23 +158,23 @@ def chat_templates(
     if not conversational:
         return Finding("chat template", "ok", "Prompts are text; none is used.")
     if teacher is None or getattr(teacher, "chat_template", None) is None:
-        return Finding("chat template", "ok", "The teacher brings none of its own; it reads the student's.")
+        return Finding("chat template", "ok", "The teacher has none; it gets prompts in the student's.")
 
     def rendered(tokenizer: Any) -> str:
-        for messages in (PROBE_CONVERSATION, PROBE_CONVERSATION[1:]):  # some templates take no system message
+        for messages in (PROBE_CONVERSATION, PROBE_CONVERSATION[1:]):  # some templates allow no system message
             try:
                 return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            except Exception:  # templates are programs, and raise what they like
+            except Exception:  # templates are programs and may raise anything
                 continue
         return ""
 
     of_student, of_teacher = rendered(student), rendered(teacher)
     if of_student == of_teacher:
-        return Finding("chat template", "ok", "Both render a conversation alike.")
+        return Finding("chat template", "ok", "Both render a conversation the same way.")
     return Finding(
         "chat template",
         "warning",
-        f"The teacher reads prompts in the student's chat template, which is not its own: {of_student!r} against "
+        f"The teacher gets prompts in the student's chat template, which differs from its own: {of_student!r} against "
         f"{of_teacher!r}.",
         "Distil in the format that the teacher was trained on: give the student's tokenizer its template "
         "(`processing_class.chat_template`), thinking mode included (`chat_template_kwargs`).",
