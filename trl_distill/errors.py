@@ -6,6 +6,8 @@ from __future__ import annotations
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; earlier checkpoints are unchanged."""
 
+    on_all_processes = False
+
 
 class NonFiniteLossError(RuntimeError):
     """The loss, or a reward, is NaN or infinite. No step was made with it."""

@@ -300,7 +300,7 @@ def read_url(url: str, setting: str) -> ServerURL:
         ) from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError(f"{setting} holds {without_login(url)!r}; write it in full, such as 'http://localhost:8000'.")
-    if parsed.query or parsed.fragment or "?" in url:
+    if parsed.query or parsed.fragment or "?" in url or "#" in url:
         raise ValueError(
             f"{setting} holds a URL of {parsed.host} with something after `?` or `#`, but paths such as "
             "`/chat/completions` are appended to it. Leave that out; a key has a setting of its own."

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from helpers import VOCAB, WORDS, config, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForSequenceClassification, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from trl import GRPOConfig
 
-from trl_distill import NonFiniteLossError, OPDTrainer
+from trl_distill import HiddenStates, NonFiniteLossError, OPDTrainer
 from trl_distill.checks import settings as setting_checks
+from trl_distill.models.hidden_states import add_teacher_forward
 from trl_distill.training import setup
 
 
@@ -69,7 +71,7 @@ def test_teacher_is_the_base_of_the_students_adapter(make, student):
 
 
 def test_teacher_is_nothing_of_the_kind(make):
-    with pytest.raises(TypeError, match="`teacher_model` is 7; give a hub name"):
+    with pytest.raises(TypeError, match=r"`teacher_model` is 7, which cannot score rollouts\. Give a hub name"):
         make(teacher_model=7)
 
 
@@ -123,7 +125,7 @@ def test_other_tokenizer(make, saved, other_tokenizer, caplog):
     make(
         teacher_model=str(saved / "teacher"), args=config(saved, assume_same_tokenizer=True)
     )  # for those who know better
-    assert "Going on, as `assume_same_tokenizer=True` asks" in caplog.text
+    assert "Continuing, as `assume_same_tokenizer=True` is set" in caplog.text
 
 
 def test_tokenizer_with_more_ids_than_the_teacher_has(make, prompts):
@@ -138,7 +140,7 @@ def test_padded_vocabularies_of_one_tokenizer_pass(make, saved):
 
 def test_teacher_without_a_tokenizer_is_said(make, caplog):
     make()
-    assert "The teacher came without a tokenizer" in caplog.text
+    assert "The teacher has no tokenizer with it" in caplog.text
 
 
 def test_adapter_on_the_lm_head(make):
@@ -195,7 +197,7 @@ def test_the_student_is_not_touched_by_a_refusal(make, student):
 def test_a_teacher_that_is_no_causal_language_model(make, what):
     causal = make_model("untied", seed=2)
     if what == "class":
-        with pytest.raises(TypeError, match="give a hub name"):
+        with pytest.raises(TypeError, match="Give a hub name"):
             make(teacher_model=type("Judge", (), {"score": lambda self, rollouts: None}))
         return
     other = LlamaForSequenceClassification(causal.config) if what == "classifier" else causal.model
@@ -228,7 +230,7 @@ def test_a_head_that_does_more_than_we_know(make, whose):
 
 
 def test_several_splits_as_training_dataset(make, prompts):
-    with pytest.raises(ValueError, match=r"has several splits\. Take one: `dataset\['train'\]`"):
+    with pytest.raises(ValueError, match=r"has several splits\. Pass one of them: `dataset\['train'\]`"):
         make(train_dataset=DatasetDict(train=prompts))
     with pytest.raises(TypeError, match="must be a `Dataset`"):  # TRL's own
         make(train_dataset=[{"prompt": "a"}])
@@ -265,13 +267,13 @@ def test_teacher_with_the_students_weights(make, saved, tmp_path, prompts, caplo
     with pytest.raises(ValueError, match=r"give the same probabilities.*there is nothing to learn"):
         make(**same)
     make(**same, args=config(tmp_path, assume_different_teacher=True))
-    assert "Going on: `assume_different_teacher=True`" in caplog.text
+    assert "Continuing: `assume_different_teacher=True`" in caplog.text
     make(**same, train_dataset=prompts.add_column("teacher_prompt", ["a hint"] * len(prompts)))
-    assert "Going on: it has prompts of its own" in caplog.text
+    assert "Continuing: it has its own prompts" in caplog.text
     make(
         **same, args=config(tmp_path, num_generations=2), reward_funcs=lambda completions, **_: [0.0] * len(completions)
     )
-    assert "Going on: there is a reward" in caplog.text
+    assert "Continuing: there is a reward" in caplog.text
 
 
 def test_a_teacher_that_scores_something_else(make):
@@ -369,3 +371,23 @@ def test_a_wrong_folder_is_said_at_once(tmp_path, prompts, saved, monkeypatch):
             args=config(tmp_path),
             train_dataset=prompts,
         )
+
+
+@pytest.mark.parametrize("gives", [False, True], ids=["says nothing of its signal", "says what it gives"])
+def test_a_teacher_of_ones_own_is_compared_with_the_student(make, student, gives):
+    """Its own weights are the student's: that is found out, whether or not it says which signal it gives."""
+
+    class Copy:
+        def __init__(self):
+            self.model = copy.deepcopy(student).eval()
+            add_teacher_forward(self.model)
+
+        def score(self, rollouts):
+            with torch.no_grad():
+                ids, mask = rollouts.input_ids, rollouts.attention_mask
+                return self.model(input_ids=ids, attention_mask=mask, rollouts=rollouts)
+
+    if gives:
+        Copy.gives = HiddenStates
+    with pytest.raises(ValueError, match="nothing to learn"):
+        make(model=student, teacher_model=Copy())

@@ -116,6 +116,8 @@ def test_two_processes_equal_one(models, engine, options):
         assert [row["distill/on_policy"] for row in single["steps"]] == [0.0, 1.0, 0.0]
     assert ("distill/reverse_kl/code" in single["steps"][0]) is ("routed" in chosen)
     for result in both:
+        assert "error" not in result["teacher_differs"]
+        assert ("skipped" in result["teacher_differs"]) is (engine == "zero3")  # whole weights are compared
         assert result["teacher_parameters"] == single["teacher_parameters"]
         share = result["teacher_parameters_held"] / result["teacher_parameters"]
         assert share <= 0.51 if engine == "zero3" else share == 1

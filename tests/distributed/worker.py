@@ -126,6 +126,7 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         "distributed_type": accelerator.distributed_type.value,
         "processes": accelerator.num_processes,
         "zero_stage": accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None,
+        "teacher_differs": [f.level for f in trainer.preflight.findings if f.check.startswith("teacher differs")],
         "teacher_parameters_held": sum(getattr(p, "ds_tensor", p).numel() for p in held),
         "teacher_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in held),
         "steps": [

@@ -225,6 +225,6 @@ def test_teacher_and_estimator_must_meet():
         ValueError, match=r"the teacher 'math' \(Served\) does not give. Use kl_estimator='topk' or 'sampled'"
     ):
         check_signals("full", make_estimator("full", "reverse_kl", 1.0, 0), teachers, 1.0)
-    with pytest.raises(ValueError, match=r"judges at temperature 1 only, but the divergence is taken at 0\.7"):
+    with pytest.raises(ValueError, match=r"scores at temperature 1 only, but the divergence is computed at 0\.7"):
         check_signals("topk", make_estimator("topk", "reverse_kl", 0.7, 4), teachers, 0.7)
     check_signals("topk", make_estimator("topk", "reverse_kl", 1.0, 4), teachers, 1.0)

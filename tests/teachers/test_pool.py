@@ -291,7 +291,7 @@ def test_a_prompt_for_the_teacher_beside_environments(make, prompts):
             return None
 
     rows = prompts.add_column("teacher_prompt", ["h"] * len(prompts))
-    with pytest.raises(ValueError, match="environments add to the prompts"):
+    with pytest.raises(ValueError, match="environments append observations to the prompts"):
         make(train_dataset=rows, environment_factory=Nothing)
 
 
@@ -539,11 +539,11 @@ def test_a_served_teacher_that_cannot_give_what_is_asked(make, served):
     teacher = ServedTeacher(served.url, "teacher")
     with pytest.raises(ValueError, match="Use kl_estimator='topk' or 'sampled'"):
         make(teacher_model=teacher)
-    with pytest.raises(ValueError, match="judges at temperature 1 only"):
+    with pytest.raises(ValueError, match="scores at temperature 1 only"):
         make(teacher_model=teacher, kl_estimator="sampled", temperature=0.7)
     with pytest.raises(ValueError, match=r"is a server\. Name the model that it serves"):
         make(teacher_model=served.url, kl_estimator="sampled")
-    with pytest.raises(ValueError, match=r"asks the server for 0 .* `kl_top_k` is 4"):
+    with pytest.raises(ValueError, match=r"requests the 0 most likely ids .* `kl_top_k` is 4"):
         make(teacher_model=teacher, kl_estimator="topk", kl_top_k=4)
 
 

@@ -157,3 +157,29 @@ def test_a_finished_run_is_not_trained_on(make, tmp_path, caplog):
     assert again.state.global_step == 3
     assert torch.equal(weights(again), weights(whole))
     assert "finished already, after step 3" in caplog.text
+
+
+def test_processes_resume_from_the_same_step_or_all_stop(make, tmp_path, monkeypatch):
+    """Nodes that share no folder find different checkpoints; one that finds none must not leave the others waiting."""
+    trainer = make(max_steps=1)
+    gathered = []
+
+    def gather(tensor):
+        gathered.append(tensor.item())
+        return torch.tensor([tensor.item(), 7])  # the other process goes on from step 7
+
+    monkeypatch.setattr(trainer.accelerator, "gather", gather)
+    with pytest.raises(ValueError, match=r"different checkpoints \(steps \[-1, 7\]"):
+        trainer.safeguards._checkpoint(None)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        trainer.safeguards._checkpoint(True)
+    assert gathered == [-1, -2]
+
+
+def test_a_checkpoint_that_fails_while_stopping_is_one_process_alone(make, monkeypatch):
+    trainer = make(max_steps=3)
+    error = OSError("no space left")
+    monkeypatch.setattr(trainer, "save_now", lambda: (_ for _ in ()).throw(error))
+    with pytest.raises(OSError, match="no space left"):
+        trainer.safeguards._save()
+    assert error.on_all_processes is False

@@ -277,7 +277,7 @@ def test_rewards_wait_for_their_step(make):
         if name == "waiting":
             disagreement = logged(trainer, "distill/disagreement")
             assert len(disagreement) == 3
-            assert max(disagreement) > 0  # taken from the rewards, although they have no weight yet
+            assert max(disagreement[:2]) > 0  # taken from the rewards, although they have no weight yet
     for step in range(3):
         torch.testing.assert_close(states["waiting"][step], states["alone"][step])
     assert relative_error(states["waiting"][3], states["alone"][3]) > 1e-4
@@ -337,7 +337,7 @@ def test_buffered_rollouts_are_not_changed(make):
         ({"beta": 0.0, "beta_schedule": "linear", "beta_end": 1.0}, "the start must not be 0"),
         ({"beta_schedule": "linear", "beta_end": -1.0}, "must not be negative"),
         ({"reward_start_step": -1}, "counts optimizer steps"),
-        ({"beta_schedule": "step", "beta_end": 0.0}, "say when"),
+        ({"beta_schedule": "step", "beta_end": 0.0}, "which is not set"),
         ({"beta_schedule_steps": 3}, "Set both or neither"),
         ({"beta": 0.0, "reward_start_step": 5}, "nothing would be learnt before it"),
         ({"beta_schedule": "sudden"}, "this version has constant, linear"),

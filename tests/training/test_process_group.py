@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trl_distill import NonFiniteLossError, StoppedBySignal, distributed_main
+from trl_distill import CheckpointError, NonFiniteLossError, StoppedBySignal, distributed_main
 from trl_distill.training import process_group
 from trl_distill.training.process_group import end_process_group
 
@@ -59,7 +59,7 @@ class Alone:
     def claim(self) -> bool:
         return True
 
-    def tell(self, rank: str) -> None:
+    def tell(self) -> None:
         self.calls.append("told")
 
     def forget(self) -> None:
@@ -103,7 +103,8 @@ def test_also_where_an_error_ends_it(group, error, status, way, capfd):
         works(held, error)()
     assert end.value.code == status
     assert alive == [None]
-    assert Alone.calls[-2:] == [way, "ended"]
+    left = [call for call in Alone.calls if call not in ("listens", "forgot")]
+    assert left == [way, "ended"]
     assert capfd.readouterr().err.count("x" if error.args else "Interrupted.") >= 1
 
 
@@ -119,6 +120,41 @@ def test_a_status_keeps_what_the_error_behind_it_says(group):
         main()
     assert end.value.code == 75
     assert "waited for everyone" in Alone.calls  # the status came from an error that all processes have met
+
+
+def test_a_full_disk_while_stopping_is_one_process_alone(group):
+    """The error that all processes met is behind it, and must not make this one wait for the others."""
+
+    @distributed_main
+    def main():
+        try:
+            raise StoppedBySignal("stopped")
+        except StoppedBySignal:
+            try:
+                raise OSError("no space")
+            except OSError as error:
+                raise CheckpointError("not written") from error
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    assert "told" in Alone.calls
+    assert "waited for everyone" not in Alone.calls
+
+
+def test_it_listens_until_all_have_come(group):
+    """Another process may fail on its way to the barrier."""
+    with pytest.raises(SystemExit):
+        works([], StoppedBySignal("x"))()
+    assert Alone.calls == ["listens", "waited for everyone", "forgot", "ended"]
+
+
+def test_a_dead_reference_somewhere_does_not_matter(group):
+    dead = weakref.proxy(nn.Linear(1, 1))
+    end_process_group()
+    assert not dist.is_initialized()
+    with pytest.raises(ReferenceError):
+        dead.weight  # noqa: B018
 
 
 def test_a_wrapper_that_somebody_still_holds_gives_up_the_group(group):

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,11 +24,13 @@ from helpers import (
     relative_error,
 )
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_flatten
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
 from trl_distill import OPDConfig, OPDTrainer
 from trl_distill.models.properties import unwrap_adapter
+from trl_distill.models.student import RecordedStudent
 
 
 def run(student, teacher, args, prompts, tokenizer, resume=None, **kwargs):
@@ -225,7 +228,7 @@ def test_save_steps_inside_a_generation_batch_warn(tmp_path, tokenizer, prompts,
             train_dataset=prompts,
             processing_class=tokenizer,
         )
-        assert ("does not fall on the end of a generation batch" in caplog.text) is warned
+        assert ("does not fall at the end of a generation batch" in caplog.text) is warned
 
 
 def test_iterations_and_steps_per_generation_reuse_rollouts(tmp_path, tokenizer, prompts, student, teacher):
@@ -300,7 +303,9 @@ def test_rollouts_stay_inside_a_smaller_teacher_vocabulary(tmp_path, tokenizer, 
     assert max(ids.max().item() for ids in written) < VOCAB
     inputs = batch()
     inputs["completion_ids"][0, 0] = VOCAB + 3
-    with pytest.raises(ValueError, match=f"holds the id {VOCAB + 3}, but the teacher's vocabulary ends at {VOCAB - 1}"):
+    with pytest.raises(
+        ValueError, match=f"has the token id {VOCAB + 3}, but the teacher's vocabulary ends at {VOCAB - 1}"
+    ):
         trainer.rollout_loss(trainer.model, inputs)
 
 
@@ -527,3 +532,26 @@ def test_arguments_survive_a_checkpoint(tmp_path, tokenizer, prompts, student, t
     args = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
     assert args.beta == 0.5
     assert json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_engines_find_what_was_measured_in_the_output(tmp_path, tokenizer, prompts, student, teacher):
+    """ZeRO-3 and DDP look for tensors in the output's dictionaries, lists and tuples, to attach their hooks."""
+    trainer = in_training(
+        OPDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=config(tmp_path),
+            train_dataset=prompts,
+            processing_class=tokenizer,
+        )
+    )
+    outputs = []
+    original = RecordedStudent.__call__
+
+    def call(self, **inputs):
+        outputs.append([leaf for leaf in tree_flatten(dict(self._model(**inputs)))[0] if torch.is_tensor(leaf)])
+        return original(self, **inputs)
+
+    with patch.object(RecordedStudent, "__call__", call):
+        trainer.rollout_loss(trainer.model, batch())
+    assert any(leaf.requires_grad and leaf.shape == batch()["completion_mask"].shape for leaf in outputs[0])

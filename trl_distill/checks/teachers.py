@@ -1,11 +1,11 @@
-"""Whether teachers give what the estimator needs."""
+"""Check that teachers give what the estimator needs."""
 
 from __future__ import annotations
 
 from ..estimators.base import Estimator
 from ..estimators.topk import TopK
 from ..signals import TokenLogProbs
-from ..teachers.base import Teacher
+from ..teachers.base import Teacher, kind_of
 
 
 def check_signals(name: str, estimator: Estimator, teachers: dict[str, Teacher], temperature: float) -> None:
@@ -15,22 +15,22 @@ def check_signals(name: str, estimator: Estimator, teachers: dict[str, Teacher],
         if not issubclass(gives, estimator.takes):
             raise ValueError(
                 f"kl_estimator={name!r} needs hidden states and an LM head, which the teacher {who!r} "
-                f"({teacher.kind}) does not give. Use kl_estimator='topk' or 'sampled'."
+                f"({kind_of(teacher)}) does not give. Use kl_estimator='topk' or 'sampled'."
             )
         if estimator.stops and issubclass(gives, TokenLogProbs):
             raise ValueError(
                 f"Student and teacher end a turn with different ids, and the teacher {who!r} "
-                f"({teacher.kind}) does not say how likely it is to stop as a whole. Give both the same stop "
+                f"({kind_of(teacher)}) does not give its total probability of stopping. Give both the same stop "
                 "tokens, use a local teacher, or set `merge_stop_tokens=False` and watch the length of completions."
             )
-        asked = teacher.top_k
-        if asked is not None and isinstance(estimator, TopK) and asked != estimator.k:
+        requested = teacher.top_k
+        if requested is not None and isinstance(estimator, TopK) and requested != estimator.k:
             raise ValueError(
-                f"The teacher {who!r} asks the server for {asked} of its likeliest ids, but `kl_top_k` is "
-                f"{estimator.k}. Give both the same number: `{teacher.kind}(..., top_k={estimator.k})`."
+                f"The teacher {who!r} requests the {requested} most likely ids from its server, but `kl_top_k` is "
+                f"{estimator.k}. Give both the same number: `{kind_of(teacher)}(..., top_k={estimator.k})`."
             )
         if fixed is not None and fixed != temperature:
             raise ValueError(
-                f"The teacher {who!r} ({teacher.kind}) judges at temperature {fixed:g} only, but the "
-                f"divergence is taken at {temperature:g}. Set `temperature` to {fixed:g}, or use a local teacher."
+                f"The teacher {who!r} ({kind_of(teacher)}) scores at temperature {fixed:g} only, but the "
+                f"divergence is computed at {temperature:g}. Set `temperature` to {fixed:g}, or use a local teacher."
             )

@@ -1,7 +1,6 @@
-"""Off-policy batches: completions of the dataset in the place of rollouts, and when it is their turn.
+"""Off-policy batches: the dataset's completions in place of rollouts, and which generation batches use them.
 
-Prompts are tokenised as for generation, completions go on from there, and are cut, ended and masked like rollouts. What
-is minimised on them is left to the loss, reading datasets to `datasets.py`.
+Prompts are tokenised as for generation; completions continue them, and are cut, ended and masked like rollouts.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ def is_on_policy(generation: int, lmbda: float) -> bool:
     """
     Whether generation batch number `generation`, from 0, is written by the student.
 
-    Evenly spaced: of the first n batches ⌊n λ⌋ are, whatever n is. A function of the number alone, so that all
-    processes choose alike and a resumed run goes on as it would have.
+    Evenly spaced: of the first n batches, ⌊n λ⌋ are on-policy for every n. This depends on the number alone, so all
+    processes agree, and a resumed run continues as it would have.
     """
     written = [math.floor(n * lmbda + 1e-9) for n in (generation, generation + 1)]  # 10 · 0.3 is below 3 in floats
     return written[1] > written[0]
 
 
 class Turns:
-    """Counts generation batches, so that a resumed run goes on with the batch that is due."""
+    """Counts generation batches, so that a resumed run continues with the right kind of batch."""
 
     FILE = "generations.json"  # in a checkpoint
 
@@ -38,16 +37,16 @@ class Turns:
         self.done = 0
 
     def next_is_on_policy(self, lmbda: float) -> bool:
-        """Whether the student writes the next generation batch, which is counted; see [`is_on_policy`]."""
+        """Count the next generation batch; returns whether the student writes it, see [`is_on_policy`]."""
         self.done += 1
         return is_on_policy(self.done - 1, lmbda)
 
     def save(self, folder: str, under_way: bool) -> None:
-        """Write how many batches there have been; one that is under way is written anew after a resume."""
+        """Write the number of finished batches; one that is under way is started again after a resume."""
         Path(folder, self.FILE).write_text(json.dumps({"generations": self.done - int(under_way)}))
 
     def load(self, folder: str | None) -> None:
-        """Go on after a checkpoint, or begin; a checkpoint without the file is of a run without off-policy batches."""
+        """Continue from a checkpoint, or start at 0; without the file it is from a run without off-policy batches."""
         path = Path(folder or "", self.FILE)
         self.done = json.loads(path.read_text())["generations"] if folder and path.is_file() else 0
 
@@ -60,33 +59,33 @@ def token_ids(
     template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[list[int], list[int]]:
     """
-    Ids of a row's prompt, and of its completion up to and with its first stop token, which is added where none is.
+    Ids of a row's prompt, and of its completion up to its first stop token, which is added if there is none.
 
     Args:
         row (`dict`): "prompt" and "completion", both text or both messages.
         tokenizer: the student's.
-        stops (`list[int]`): ids that end a completion; the tokenizer's own is the one that is added.
-        limit (`int`, *optional*): tokens of a completion with its stop token; longer ones are cut, as rollouts are.
-        template_kwargs (`dict`, *optional*): for the chat template.
+        stops (`list[int]`): ids that end a completion; the tokenizer's `eos_token_id` is added if none occurs.
+        limit (`int`, *optional*): maximum tokens of a completion, stop token included; longer ones are cut.
+        template_kwargs (`dict`, *optional*): keyword arguments of the chat template.
 
     Raises:
-        ValueError: the row has no completion, or its prompt no tokens, or ends with the assistant's words.
+        ValueError: the row has no completion, or its prompt has no tokens or ends with an assistant message.
     """
     if not row.get("completion"):
         raise ValueError(
             f"A row has the completion {row.get('completion')!r}, but `lmbda` below 1 trains on the dataset's "
             "completions. Drop such rows, or set `lmbda=1`."
         )
-    asked, answer, special = row["prompt"], row["completion"], True
-    if not isinstance(asked, str):
-        asked, answer = _rendered(asked, answer, tokenizer, template_kwargs or {})
-        special = False  # a template writes special tokens itself
-    prompt, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for text in (asked, asked + answer))
+    prefix, answer, special = row["prompt"], row["completion"], True
+    if not isinstance(prefix, str):
+        prefix, answer = _rendered(prefix, answer, tokenizer, template_kwargs or {})
+        special = False  # the template has written special tokens
+    prompt, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for text in (prefix, prefix + answer))
     if not prompt:
         raise ValueError(f"A row has the prompt {row['prompt']!r}, which has no tokens. Drop such rows.")
     if whole[: len(prompt)] == prompt:
         completion = whole[len(prompt) :]
-    else:  # the two meet inside of a token; a rollout goes on from the whole prompt
+    else:  # a token spans the boundary; a rollout would continue from the whole prompt
         completion = tokenizer(answer, add_special_tokens=False)["input_ids"]
     ends = [place for place, token in enumerate(completion) if token in stops]
     completion = completion[: ends[0] + 1] if ends else [*completion, tokenizer.eos_token_id]
@@ -102,27 +101,27 @@ def _rendered(
     """
     Prompt and completion as text: the prompt as for generation, and what the template writes after it.
 
-    A template may not write the same in both, such as one that opens a thought for generation and drops thoughts of
-    finished turns. Then the completion is its text alone, as a rollout would be.
+    Some templates render the prompt differently once it has an answer, such as those that open a thought for generation
+    and drop it in finished turns. Then the completion is its text alone, as a rollout would be.
     """
     if prompt[-1]["role"] == "assistant":
         raise ValueError(
             "A row has a prompt that ends with an assistant message, after which a rollout would begin another turn. "
-            "Let prompts end with the user's message, or put the beginning of the answer into the completion."
+            "Let prompts end with the user's message, and put the beginning of the answer into the completion."
         )
-    asked, whole = (
+    prefix, whole = (
         str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens, **template_kwargs))
         for messages, opens in ((prompt, True), ([*prompt, *completion], False))
     )
-    if whole.startswith(asked):
-        return asked, whole[len(asked) :]
+    if whole.startswith(prefix):
+        return prefix, whole[len(prefix) :]
     content = completion[0].get("content")
     if not isinstance(content, str):
         raise ValueError(
-            "The chat template writes a prompt otherwise in front of an answer than for generation, and the answer "
-            f"{completion[0]!r} has no text of its own. Use text completions, or `lmbda=1`."
+            "The chat template renders a prompt with an answer differently than for generation, and the answer "
+            f"{completion[0]!r} has no text to use in its place. Use completions with text, or `lmbda=1`."
         )
-    return asked, content
+    return prefix, content
 
 
 def completion_batch(
@@ -139,23 +138,23 @@ def completion_batch(
     A generation batch of the dataset's completions, in the form of TRL's rollouts.
 
     Args:
-        rows (`list` of `dict`): of this process; each prompt `group` times in a row, over all processes.
-        first (`int`): place of the first of them among the rows of all processes.
+        rows (`list` of `dict`): rows of this process; over all processes, each prompt occurs `group` times in a row.
+        first (`int`): index of the first of them among the rows of all processes.
         group (`int`): `num_generations`. Of equal rows only the first counts; the others are masked.
         tokenizer, stops, limit, template_kwargs: as in [`token_ids`].
-        mask_truncated (`bool`): a completion that was cut does not count (TRL's `mask_truncated_completions`).
+        mask_truncated (`bool`): whether cut completions are masked (TRL's `mask_truncated_completions`).
 
     Returns:
         `dict` of `torch.Tensor`: "prompt_ids" and "prompt_mask" `(B, P)`, left-padded; "completion_ids" and
-        "completion_mask" `(B, C)`, right-padded; and "row_weight" `(B,)`, `group` for rows that count and 0 for others:
-        what a loss is multiplied by that is averaged over rows.
+        "completion_mask" `(B, C)`, right-padded; and "row_weight" `(B,)`, the weight of each row in a
+        loss that is averaged over rows: `group` for rows that count, and 0 for others.
     """
     counts = [(first + i) % group == 0 for i in range(len(rows))]
     prompts, completions, masks = [], [], []
     for row, counted in zip(rows, counts, strict=True):
         prompt, completion = token_ids(row, tokenizer, stops, limit, template_kwargs)
         cut = completion[-1] not in stops
-        most = None if counted else 1  # of a row that does not count, a token is enough
+        most = None if counted else 1  # one token is enough for a row that does not count
         prompts.append(torch.tensor(prompt[:most], dtype=torch.long))
         completions.append(torch.tensor(completion[:most], dtype=torch.long))
         masks.append(torch.full_like(completions[-1], counted and not (cut and mask_truncated)))

@@ -1,7 +1,7 @@
-"""Datasets by the name that commands are given: a local file, a local folder, or one on the hub.
+"""Loads datasets by the name given to a command: a local file, a local folder, or a dataset on the hub.
 
-JSON files are read by `json_rows.py`, rows are checked by `rows.py`. What a training run needs beside that is checked
-in `checks/datasets.py`.
+JSON files are read by `json_rows.py`, and rows are checked by `rows.py`. What else a training run needs is checked in
+`checks/datasets.py`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
 
     Args:
         name (`str`): a `.jsonl` file (one object per line) or a `.json` file (also a list of objects), as split
-            "train"; a folder that `save_to_disk` wrote; a folder of data files; or a name on the hub. Local JSON is
-            read as it stands: text that looks like a date stays text.
-        config (`str`, *optional*): the configuration, for the last two.
+            "train"; a folder written by `save_to_disk`; a folder of data files; or a name on the hub. In local JSON,
+            text that looks like a date stays text.
+        config (`str`, *optional*): the dataset's configuration, for a folder of data files or the hub.
         streaming (`bool`): read while training instead of beforehand.
 
     Returns:
         `DatasetDict` or `IterableDatasetDict`.
 
     Raises:
-        ValueError: nothing is found under that name, or a file cannot be read.
+        ValueError: there is no such dataset, or a file cannot be read.
     """
     path = Path(name)
     try:
@@ -65,7 +65,7 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
 
 
 def _json_files(folder: str, config: str | None) -> dict[str, list[Path]]:
-    """The files of each split of a local folder, as `datasets` assigns them, where all of them are plain JSON."""
+    """The files of each split of a local folder, as `datasets` assigns them; none if some are not plain JSON."""
     if not any(path.suffix in SUFFIXES for path in Path(folder).rglob("*")):
         return {}
     found: Any = load_dataset_builder(folder, name=config).config.data_files or {}
@@ -76,15 +76,15 @@ def _json_files(folder: str, config: str | None) -> dict[str, list[Path]]:
 
 def with_prompts(dataset: Any, name: str = "the dataset") -> Any:
     """
-    A dataset whose rows are checked, in the form of prompts and completions; see [`~trl_distill.data.rows.check_row`].
+    A dataset with checked rows, in the form of prompts and completions; see [`~trl_distill.data.rows.check_row`].
 
     Args:
-        dataset: `Dataset`, `IterableDataset`, several of them by name, or anything else, which passes through, as does
-            a dataset without a column for prompts.
-        name (`str`): what to call it in messages, such as "the training dataset".
+        dataset: `Dataset`, `IterableDataset`, or several of them by name. Anything else, and a dataset without a column
+            for prompts, is returned unchanged.
+        name (`str`): its name in messages, such as "the training dataset".
 
     Raises:
-        RowError: a row cannot be used; of a stream when it is read.
+        RowError: a row cannot be used; for a stream this is raised when it is read.
     """
     if isinstance(dataset, dict):
         return type(dataset)({split: with_prompts(single, name) for split, single in dataset.items()})
@@ -97,7 +97,7 @@ def with_prompts(dataset: Any, name: str = "the dataset") -> Any:
 
 
 def take_split(splits: Any, split: str, purpose: str) -> Any:
-    """One split, or a `ValueError` that lists those that exist."""
+    """One split of a dataset; raises `ValueError` with the existing ones if there is none of this name."""
     if split not in splits:
         raise ValueError(
             f"The dataset has no split {split!r} for {purpose}; it has {', '.join(splits)}. Name one of them with "

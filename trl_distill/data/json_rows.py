@@ -1,6 +1,6 @@
-"""JSON files read as they stand: one object per line, or one list of objects; text that looks like a date stays text.
+"""Reads JSON files: one object per line, or one list of objects. Text that looks like a date stays text.
 
-Each row carries its place in the file, so that errors name the line. What rows must hold is left to `rows.py`.
+Each row has its place in the file, so that errors name the line. The contents of rows are checked by `rows.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .rows import with_flat_parts
 SUFFIXES = (".jsonl", ".json")
 
 
-BATCH = 1000  # rows whose types are found at a time
+BATCH = 1000  # number of rows whose types are determined at a time
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class InputRow:
 
     Attributes:
         where (`str`): "line 3" or "row 3", counted from 1.
-        row (`dict`, *optional*): its columns; `None` where it cannot be read.
-        fault (`str`, *optional*): why not.
+        row (`dict`, *optional*): its columns; `None` if it cannot be read.
+        fault (`str`, *optional*): why it cannot be read.
     """
 
     where: str
@@ -41,7 +41,7 @@ class InputRow:
 
 
 def read_json_rows(path: Path) -> Iterator[InputRow]:
-    """The rows of a file, one at a time; those that cannot be read as faults."""
+    """The rows of a file, one at a time; a row that cannot be read has a `fault`."""
     with open(path, "rb") as file:
         if path.suffix == ".json" and file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             yield from _read_list(path)
@@ -65,7 +65,7 @@ def _read_list(path: Path) -> Iterator[InputRow]:
 def _read_object(line: bytes, where: str) -> InputRow:
     try:
         row = json.loads(line.decode("utf-8-sig"))
-        json.dumps(row, ensure_ascii=False).encode()  # halves of surrogate pairs pass the reader, but no file
+        json.dumps(row, ensure_ascii=False).encode()  # lone surrogates can be read, but not written to a file
     except UnicodeError:
         return InputRow(where, None, "not UTF-8 text")
     except (ValueError, RecursionError):
@@ -79,13 +79,13 @@ def load_json(files: Mapping[str, Sequence[Path]], streaming: bool = False) -> A
 
     Args:
         files (`dict[str, list[Path]]`): the files of each split.
-        streaming (`bool`): read rows when they are used. Types are found in one pass beforehand in any case.
+        streaming (`bool`): read rows when they are used. In any case, types are determined in one pass beforehand.
 
     Returns:
         `DatasetDict` or `IterableDatasetDict`.
 
     Raises:
-        ValueError: a line is not a JSON object, or a column holds values of different kinds; says where.
+        ValueError: a line is not a JSON object, or a column has values of different types; the message says where.
     """
     kind = IterableDataset if streaming else Dataset
     splits = {}
@@ -95,13 +95,13 @@ def load_json(files: Mapping[str, Sequence[Path]], streaming: bool = False) -> A
             columns.add([row for _, row in group], [where for where, _ in group])
         if not columns.types:
             raise ValueError(f"The dataset file {str(paths[0])!r} is empty.")
-        # `datasets` keeps what it made of these arguments, so they must change with the contents
+        # `datasets` caches the result by these arguments, so they must change with the contents
         states = ((path.absolute(), path.stat()) for path in paths)
         stamp = tuple(f"{path} {state.st_mtime_ns} {state.st_size}" for path, state in states)
         splits[split] = kind.from_generator(
             _rows,
             features=Features.from_arrow_schema(columns.schema),
-            gen_kwargs={"paths": tuple(paths), "stamp": stamp},
+            gen_kwargs={"paths": list(paths), "stamp": stamp},  # `datasets` shards lists
         )
     return (IterableDatasetDict if streaming else DatasetDict)(splits)
 
@@ -112,7 +112,7 @@ def _rows(paths: Sequence[Path], stamp: Sequence[str]) -> Iterator[dict[str, Any
 
 
 def _located(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All rows with their places; empty lines are passed over."""
+    """All rows with their places; empty lines are skipped."""
     for path in paths:
         for found in read_json_rows(path):
             if found.fault == "empty line":
@@ -126,20 +126,22 @@ def _located(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class Columns:
-    """The columns of all rows that were added, each with the type that holds all its values."""
+    """The columns of all rows that were added, each with a type for all of its values."""
 
     def __init__(self) -> None:
         self.types: dict[str, pa.DataType] = {}
-        self._from: dict[str, str] = {}  # column: where its type was seen first
+        self._from: dict[str, str] = {}  # column: the place of its first value
 
     def add(self, rows: list[dict[str, Any]], where: Sequence[str] = ()) -> None:
         """
+        Add rows.
+
         Args:
             rows (`list[dict]`): more rows.
             where (`list[str]`, *optional*): their places, for messages.
 
         Raises:
-            ValueError: a column holds values that have no type in common.
+            ValueError: values of a column have no type in common.
         """
         for name in dict.fromkeys(name for row in rows for name in row):
             values = [row.get(name) for row in rows]
@@ -157,7 +159,7 @@ class Columns:
                     self._from[name] = first
 
     def _found(self, name: str, values: list[Any], where: Sequence[str]) -> str:
-        """The kinds of values; with places, the first value that does not fit those before it."""
+        """The types of values; with places, the first value that does not fit those before it."""
         if not where:
             return ", ".join(sorted({type(value).__name__ for value in values if value is not None}))
         known, before = self.types.get(name, pa.null()), self._from.get(name, "")
@@ -172,7 +174,7 @@ class Columns:
 
     @property
     def schema(self) -> pa.Schema:
-        """A column without any value is one of text."""
+        """The types of all columns; a column without values has type string."""
         return pa.schema([(name, pa.string() if pa.types.is_null(t) else t) for name, t in self.types.items()])
 
 
@@ -186,7 +188,7 @@ def _kind(value: Any) -> str:
 
 
 def groups(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size`, the last one shorter."""
+    """Lists of `size` rows; the last one may be shorter."""
     iterator = iter(rows)
     while group := list(islice(iterator, size)):
         yield group

@@ -1,4 +1,4 @@
-"""Reward functions outside of training: importing, checking and calling them."""
+"""Reward functions outside of training: import, check and call them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .sampling import SampledCompletion
 
 
 def import_reward(path: str) -> Callable:
-    """The function that an import path names; the current directory is searched too."""
+    """The function with this import path; the current directory is searched too. Raises `ValueError` if it fails."""
     module_name, _, name = path.replace(":", ".").rpartition(".")
     sys.path.insert(0, os.getcwd())
     try:
@@ -33,14 +33,14 @@ def import_reward(path: str) -> Callable:
 
 def check_rewards(functions: list[Any], dataset: Any) -> None:
     """
-    Whether reward functions can be called with what they are given, before anything is generated.
+    Check that reward functions can be called with the arguments they will get, before anything is generated.
 
     Args:
-        functions (`list`): rewards; models, and what has no signature that can be read, are passed over.
-        dataset: for training; nothing is checked where its columns are not known.
+        functions (`list`): rewards; models and functions without a readable signature are skipped.
+        dataset: training dataset; nothing is checked if its columns are unknown.
 
     Raises:
-        ValueError: one asks for what there is not, or does not take what there is.
+        ValueError: a function needs an argument that does not exist, or does not accept one that is passed.
     """
     columns = getattr(dataset, "column_names", None)
     if columns is None:
@@ -58,8 +58,8 @@ def check_rewards(functions: list[Any], dataset: Any) -> None:
         except TypeError as error:
             name = getattr(function, "__name__", type(function).__name__)
             raise ValueError(
-                f"The reward function {name!r} cannot be called: {error}. It is given {', '.join(REWARD_ARGUMENTS)} "
-                f"and the dataset's other columns ({', '.join(columns) or 'there are none'}), all by name: take "
+                f"The reward function {name!r} cannot be called: {error}. It gets {', '.join(REWARD_ARGUMENTS)} "
+                f"and the dataset's other columns ({', '.join(columns) or 'there are none'}), all by name. Accept "
                 "those that it needs, and `**kwargs` for the rest."
             ) from None
 
@@ -71,10 +71,18 @@ def scores(
     written: Sequence[SampledCompletion], functions: Sequence[RewardFunction], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[float | None]]:
     """
-    What functions say of completions, by name; they are called as TRL calls them: prompts, completions, columns.
+    Scores of completions by each function, called as TRL calls them: with prompts, completions and columns.
+
+    Args:
+        written (`list` of [`~trl_distill.data.sampling.SampledCompletion`]): the completions.
+        functions (`list`): reward functions.
+        tokenizer: decodes the completions.
+
+    Returns:
+        `dict` by the function's name: a score for each completion, or `None`.
 
     Raises:
-        ValueError: a function fails, or does not give a score, or `None`, for each completion.
+        ValueError: a function fails, or does not return a score or `None` for each completion.
     """
     rows = [row.row for row in written]
     names = rows[0] if rows else ()
@@ -100,7 +108,7 @@ def scores(
             ) from error
         if not isinstance(found, Sequence) or len(found) != len(written):
             raise ValueError(
-                f"The reward function {name!r} returned {found!r:.100} for {len(written)} completions. It must return "
+                f"The reward function {name!r} returned {found!r:.100} for {len(written)} completions. Return "
                 "a list with a number, or `None`, for each of them."
             )
         by_name[name] = [None if score is None else float(score) for score in found]

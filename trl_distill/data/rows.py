@@ -1,8 +1,8 @@
 """One check of a dataset's rows: prompts and conversations in the form that chat templates and TRL read.
 
-What means the same is converted: content given as text parts becomes text, ShareGPT's `from` and `value` become `role`
-and `content`, a whole conversation becomes prompt and completion. What cannot be a prompt is refused, with the row, the
-column and what to write instead. What a run needs beside that, such as completions, is checked in `checks/datasets.py`.
+Equivalent forms are converted: text parts become text, ShareGPT's `from` and `value` become `role` and `content`, and a
+whole conversation becomes prompt and completion. Anything else raises an error with the row, the column and what to
+write instead. What else a run needs, such as completions, is checked in `checks/datasets.py`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 from datasets import Features, IterableDataset, LargeList, List, Value
 
 
-CONVERSATIONS = ("messages", "conversations")  # columns with whole conversations, in TRL's and in ShareGPT's name
+CONVERSATIONS = ("messages", "conversations")  # columns with whole conversations, by TRL's and by ShareGPT's name
 
 
 PROMPTS = ("prompt", "teacher_prompt")
 
 
-COLUMNS = (*PROMPTS, "completion", *CONVERSATIONS)  # those that are looked at
+COLUMNS = (*PROMPTS, "completion", *CONVERSATIONS)  # those that are checked
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")  # that chat templates render
@@ -36,7 +36,7 @@ class RowError(ValueError):
     A row that cannot be used; the message says where, why, and what to write instead.
 
     Attributes:
-        reason (`str`): why, in a few words, for counts.
+        reason (`str`): the reason in a few words, by which errors are counted.
     """
 
     def __init__(self, reason: str, message: str):
@@ -46,15 +46,15 @@ class RowError(ValueError):
 
 def check_row(row: dict[str, Any], where: str) -> dict[str, Any]:
     """
-    A row with its prompt, completion and conversation in TRL's form; the same object where nothing changes.
+    A row with its prompt, completion and conversation in TRL's form; the same object if nothing changes.
 
     Args:
-        row (`dict`): a row of a dataset. A conversation without a prompt is split before the assistant's last message;
-            where another has the last word, it is all prompt and the completion is `None`.
-        where (`str`): which row, for messages, such as "Row 3 of the training dataset".
+        row (`dict`): a row of a dataset. A conversation without a prompt is split before its last message if that is
+            the assistant's; otherwise all of it is the prompt, and the completion is `None`.
+        where (`str`): the row, for messages, such as "Row 3 of the training dataset".
 
     Raises:
-        RowError: the prompt or the teacher's prompt cannot be rendered for an answer.
+        RowError: the prompt or the teacher's prompt cannot be used, or a message is malformed.
     """
     name = next((name for name in CONVERSATIONS if name in row), None)
     if "prompt" not in row:
@@ -62,7 +62,7 @@ def check_row(row: dict[str, Any], where: str) -> dict[str, Any]:
             raise RowError(
                 "no column `prompt` or `messages`",
                 f"{where} has no column `prompt` or `messages`; it has {', '.join(row) or 'none'}. Rename the one that "
-                "holds the prompts.",
+                "has the prompts.",
             )
         turns = read_messages(row[name], name, where) if isinstance(row[name], list) else row[name]
         answered = isinstance(turns, list) and bool(turns) and turns[-1]["role"] == "assistant"
@@ -80,10 +80,10 @@ def check_row(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 def read_prompt(prompt: Any, column: str, where: str) -> Any:
     """
-    A prompt as text or messages; the same object where nothing changes.
+    A prompt as text or messages; the same object if nothing changes.
 
     Raises:
-        RowError: it cannot be rendered for an answer.
+        RowError: it is empty, of another type, or ends with an assistant message.
     """
     shown = f"{where} has the {column.replace('_', ' ')} {prompt!r:.200}"
     rule = "a prompt is text or a list of messages, and not empty"
@@ -105,16 +105,16 @@ def read_prompt(prompt: Any, column: str, where: str) -> Any:
             "one, into the column `completion`.",
         )
     if not prompt or not (prompt[-1].get("content") or "").strip():
-        raise RowError("empty prompt", f"{shown}; {rule}: the last message says what is asked. {drop}")
+        raise RowError("empty prompt", f"{shown}; {rule}: the last message must have text. {drop}")
     return prompt
 
 
 def read_messages(messages: list[Any], column: str, where: str) -> list[dict[str, Any]]:
     """
-    Messages with `role` and textual `content`; the same object where nothing changes.
+    Messages with `role` and text as `content`; the same object if nothing changes.
 
     Raises:
-        RowError: something in the list is not a message, has a role that templates do not know, or holds an image.
+        RowError: an element is not a message, has an unknown role, or has content other than text.
     """
     found = [_message(message, column, where) for message in messages]
     return messages if all(new is old for new, old in zip(found, messages, strict=True)) else found
@@ -152,7 +152,7 @@ def _message(message: Any, column: str, where: str) -> dict[str, Any]:
 
 
 def flat_parts(content: Any) -> str | None:
-    """The text of a message's content, given as parts; `None` where one of them is not text."""
+    """The text of a message's content that is given as parts; `None` if one of them is not text."""
     if not isinstance(content, list):
         return None
     texts: list[Any] = [
@@ -162,7 +162,7 @@ def flat_parts(content: Any) -> str | None:
 
 
 def with_flat_parts(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose messages hold text where they can: a table's column cannot hold both text and lists of parts."""
+    """A row with text instead of text parts in its messages; a column of a table cannot have both."""
     changed = {}
     for column in COLUMNS:
         if isinstance(row.get(column), list):
@@ -177,17 +177,17 @@ def _with_flat_parts(message: Any) -> Any:
 
 def check_rows(dataset: Any, name: str) -> Any:
     """
-    A dataset with every row as [`check_row`] gives it: one in memory or on disk now, a stream when it is read.
+    A dataset with every row as [`check_row`] returns it: checked at once, or for a stream when it is read.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): with known columns.
         name (`str`): for messages, such as "the training dataset".
 
     Raises:
-        RowError: of the first row that cannot be used; of a stream when that row is read.
+        RowError: for the first row that cannot be used; for a stream when that row is read.
     """
     check = partial(_check_numbered, name=name)
-    if dataset.features is None:  # a stream whose columns show when it is read
+    if dataset.features is None:  # a stream whose columns are unknown until it is read
         return dataset.map(check, with_indices=True)
     features = converted_features(dataset.features)
     drop = [column for column in dataset.features if column not in features]
@@ -218,7 +218,7 @@ def converted_features(features: Features) -> Features:
 
 
 def _converted(kind: Any) -> Any:
-    """The type of messages with textual content; any other type as it is."""
+    """The type of messages with text as content; other types are unchanged."""
     fields = getattr(kind, "feature", None)
     if not isinstance(kind, List | LargeList) or not isinstance(fields, dict):
         return kind

@@ -1,7 +1,6 @@
-"""Completions outside of a training step: the one place where a model is asked to generate.
+"""Sampling completions outside of training steps, for reports, evaluations and the data engine's local teachers.
 
-For reports, evaluations and the data engine's local teachers; models and random numbers are left as they were found,
-and a model's own generation settings do not shape its samples. What is made of completions is left to the callers.
+Models and random number generators are restored afterwards, and a model's own generation settings are ignored.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ Signals = Callable[[Rollouts], HiddenStates]
 @dataclass(frozen=True)
 class Sampling:
     """
-    How completions are written.
+    How completions are sampled.
 
     Attributes:
-        limit (`int`): tokens of a completion, with its stop token.
+        limit (`int`): maximum tokens of a completion, stop token included.
         stops (`tuple[int, ...]`): ids that end one.
-        temperature (`float`): of sampling; 0 is greedy.
+        temperature (`float`): softmax temperature; 0 is greedy.
         generations (`int`): completions per prompt.
-        seed (`int`): of everything that is drawn.
-        suppressed (`tuple[int, ...]`): ids that are never drawn.
-        top_p (`float`): nucleus; 1 is the whole vocabulary.
+        seed (`int`): random seed.
+        suppressed (`tuple[int, ...]`): ids that are never sampled.
+        top_p (`float`): nucleus sampling; 1 is the whole vocabulary.
     """
 
     limit: int
@@ -56,13 +55,13 @@ class Sampling:
 @dataclass(frozen=True)
 class SampledCompletion:
     """
-    A completion that is not judged yet.
+    A completion with its prompt and row, without scores.
 
     Attributes:
-        row (`dict`): of the dataset: "prompt", perhaps "teacher_prompt", and what rewards ask for.
+        row (`dict`): the row of the dataset: "prompt", optionally "teacher_prompt", and columns for rewards.
         prompt (`list[int]`): ids of the prompt.
-        completion (`list[int]`): ids of the completion, up to and with its first stop token.
-        truncated (`bool`): whether it has none.
+        completion (`list[int]`): ids of the completion, up to and including its first stop token.
+        truncated (`bool`): whether it was cut before a stop token.
     """
 
     row: dict[str, Any]
@@ -73,7 +72,7 @@ class SampledCompletion:
 
 @contextmanager
 def preserving_state(*models: Any) -> Iterator[None]:
-    """Eval mode and random numbers of one's own; every module's mode and every generator's state come back after."""
+    """Context in eval mode; every module's mode and every random generator's state are restored afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
@@ -87,13 +86,13 @@ def preserving_state(*models: Any) -> Iterator[None]:
             module.training = training
         random.setstate(python)
         np.random.set_state(numpy)
-        torch.clear_autocast_cache()  # casts made without a graph must not reach a forward that needs one
+        torch.clear_autocast_cache()  # casts made without a graph must not be used in training
 
 
 @contextmanager
 def _no_settings_of_its_own(model: Any) -> Iterator[None]:
-    """`generate` fills what a configuration leaves open from the model's, which may change the distribution."""
-    base = unwrap_adapter(model)  # PEFT writes its own into the base model, too
+    """Context without the model's generation settings, which `generate` would use as defaults for those not given."""
+    base = unwrap_adapter(model)  # PEFT writes its settings into the base model too
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:
         yield
@@ -102,7 +101,7 @@ def _no_settings_of_its_own(model: Any) -> Iterator[None]:
 
 
 def tools_of(tools: Any) -> list[Any] | None:
-    """A column `tools` as chat templates take it; TRL's datasets hold it as a list or as JSON text."""
+    """A row's `tools` in the form for chat templates; in TRL's datasets it is a list or JSON text."""
     return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
 
 
@@ -117,8 +116,8 @@ def prompt_ids(
 
     Args:
         tokenizer: of the model that continues it.
-        prompt (`str` or messages): messages go through the chat template, with the turn handed over; text does not.
-        template_kwargs (`dict`, *optional*): for the template.
+        prompt (`str` or messages): messages go through the chat template, with a generation prompt; text does not.
+        template_kwargs (`dict`, *optional*): keyword arguments of the chat template.
         tools (`list` or `str`, *optional*): a row's column `tools`: JSON schemas for the template, or their JSON text.
     """
     if isinstance(prompt, str):
@@ -131,20 +130,20 @@ def prompt_ids(
 
 def sample_ids(model: Any, prompts: Sequence[list[int]], pad: int, how: Sampling) -> list[list[tuple[list[int], bool]]]:
     """
-    Let a model complete prompts, in one batch.
+    Sample completions of prompts, in one batch.
 
-    The model's own `generation_config` has no part in it: settings that are not in `how`, such as `num_beams` or
-    `suppress_tokens`, have transformers' defaults.
+    The model's own `generation_config` is ignored: settings that are not in `how`, such as `num_beams`, have
+    transformers' defaults.
 
     Args:
-        model: with transformers' `generate`.
-        prompts (`list[list[int]]`): ids, at least one each.
-        pad (`int`): id of padding.
-        how ([`Sampling`]): temperature, length, stop ids, seed.
+        model: a model with transformers' `generate`.
+        prompts (`list[list[int]]`): ids, at least one per prompt.
+        pad (`int`): id of the padding token.
+        how ([`Sampling`]): how to sample.
 
     Returns:
-        For each prompt `how.generations` completions: ids up to and with the first stop id, and whether the
-        completion was cut before there was one.
+        `list`: for each prompt `how.generations` completions, as pairs of ids up to and including the first stop id and
+        of whether the completion was cut before one.
     """
     device = next(model.parameters()).device
     ids = [torch.tensor(prompt) for prompt in prompts for _ in range(how.generations)]
@@ -165,7 +164,7 @@ def sample_ids(model: Any, prompts: Sequence[list[int]], pad: int, how: Sampling
 
 
 def _drawing(how: Sampling) -> dict[str, Any]:
-    """How each token is chosen; filters that transformers has on by default are off."""
+    """Arguments of `generate` for sampling; filters that transformers applies by default are off."""
     if how.temperature == 0:
         return {"do_sample": False}
     return {
@@ -179,7 +178,7 @@ def _drawing(how: Sampling) -> dict[str, Any]:
 
 
 def until_stop(ids: list[int], stops: Sequence[int]) -> tuple[list[int], bool]:
-    """Ids up to and with the first stop id; and whether there is none, so that the completion was cut."""
+    """Ids up to and including the first stop id, and whether there was none, that is, the completion was cut."""
     end = next((place for place, token in enumerate(ids) if token in stops), None)
     return ids[: None if end is None else end + 1], end is None
 
@@ -188,20 +187,20 @@ def sample_completions(
     model: Any, rows: Sequence[dict[str, Any]], prompts: Sequence[list[int]], pad: int, how: Sampling
 ) -> list[SampledCompletion]:
     """
-    Let a model write `how.generations` completions of each prompt, in one batch.
+    Sample `how.generations` completions of each prompt, in one batch.
 
     Args:
         model: with transformers' `generate`.
         rows (`list` of `dict`), prompts (`list[list[int]]`): of equal length.
-        pad (`int`): id of padding.
-        how ([`Sampling`]): temperature, length, seed.
+        pad (`int`): id of the padding token.
+        how ([`Sampling`]): how to sample.
 
     Raises:
         ValueError: a prompt has no tokens.
     """
     if not all(prompts):
         empty = next(row for row, ids in zip(rows, prompts, strict=True) if not ids)
-        raise ValueError(f"The prompt {empty['prompt']!r} has no tokens. Drop such rows.")
+        raise ValueError(f"The prompt {empty['prompt']!r} has no tokens, so nothing can be sampled. Drop such rows.")
     return [
         SampledCompletion(row, prompt, ids, truncated)
         for row, prompt, found in zip(rows, prompts, sample_ids(model, prompts, pad, how), strict=True)
@@ -215,11 +214,11 @@ def dataset_completion(
     how: Sampling,
     template_kwargs: dict[str, Any] | None = None,
 ) -> SampledCompletion:
-    """The dataset's own completion of a row, tokenised as for off-policy batches."""
+    """The dataset's completion of a row, tokenised as for off-policy batches. Raises `ValueError` if it has none."""
     if not row.get("completion"):
         raise ValueError(
             f"A row has the completion {row.get('completion')!r} (its columns: {', '.join(row)}), but the dataset's "
-            "own were asked for. Drop such rows, or let the student write (`--completions sample`)."
+            "completions were requested. Drop such rows, or sample from the student (`--completions sample`)."
         )
     tools = tools_of(row.get("tools"))
     kwargs = {**(template_kwargs or {}), **({"tools": tools} if tools else {})}
@@ -228,7 +227,7 @@ def dataset_completion(
 
 
 def rollouts_of(prompts: Sequence[list[int]], completions: Sequence[list[int]], pad: int, device: Any) -> Rollouts:
-    """A batch in the form that students and teachers judge: `(B, P + C)`, padded on both sides."""
+    """A batch of [`Rollouts`] for students and teachers: `(B, P + C)`, padded on both sides."""
     tensors = [[torch.tensor(row) for row in rows] for rows in (prompts, completions)]
     padded, masks = [], []
     for rows, side in zip(tensors, ("left", "right"), strict=True):
@@ -240,12 +239,12 @@ def rollouts_of(prompts: Sequence[list[int]], completions: Sequence[list[int]], 
 
 def scorer_of(model: nn.Module, as_in_training: bool = False) -> Signals:
     """
-    How a model whose forward is extended is asked for its hidden states.
+    A function from rollouts to a model's hidden states.
 
     Args:
-        model: see [`~trl_distill.models.hidden_states.add_teacher_forward`].
-        as_in_training (`bool`): count positions as a forward in training does, padding on the left included. Otherwise
-            models with absolute positions are given them, so that padding does not matter.
+        model (`torch.nn.Module`): extended by [`~trl_distill.models.hidden_states.add_teacher_forward`].
+        as_in_training (`bool`): count positions as in training, padding on the left included. Otherwise models with
+            absolute positions get position ids, so that padding does not matter.
     """
     base = unwrap_adapter(model)
     takes = inspect.signature(base.base_model.forward).parameters

@@ -41,10 +41,15 @@ class TokenMeasures:
     policy_log_q: torch.Tensor | None = None
     comparison: torch.Tensor | None = None
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What was measured, by name: engines find tensors in a module's output where they lie in dictionaries."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """A copy with `change` applied to each per-token tensor, that is to all but `comparison`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "comparison"}
-        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
+        per_token = {name: value for name, value in self.tensors().items() if name != "comparison"}
+        return replace(self, **{name: change(value) for name, value in per_token.items()})
 
 
 class Estimator(Protocol):
@@ -54,6 +59,7 @@ class Estimator(Protocol):
     Attributes:
         needs_log_probs (`bool`): whether it needs the student's log-probabilities of the sampled tokens, with gradient.
         takes (`tuple` of types): the types of signals that it accepts.
+        measures (`type`): [`TokenMeasures`], or the subclass that `measure` returns.
         temperature (`float`): softmax temperature of both models.
         stops (`list[int]`): stop tokens that count as one; empty if none are merged.
         profiles (`bool`): whether to log the profile of the divergence and the comparison of the models.
@@ -64,6 +70,9 @@ class Estimator(Protocol):
     temperature: float
     stops: list[int]
     profiles: bool
+
+    @property
+    def measures(self) -> type[TokenMeasures]: ...
 
     def shares_logits(self, device: torch.device) -> bool:
         """Whether `measure` also gives the student's log-probabilities at the sampling temperature: `policy_log_q`."""

@@ -29,6 +29,7 @@ class Full:
 
     needs_log_probs, profiles = False, True
     takes: tuple[type, ...] = (HiddenStates,)
+    measures = TokenMeasures
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import torch
 from ..heads.lm_head import LMHead
 from ..heads.projections import log_probs_of, logits_of
 from ..signals import HiddenStates, Signal, TokenLogProbs
+from .base import TokenMeasures
 
 
 class FromLogProbs:
@@ -16,6 +17,7 @@ class FromLogProbs:
 
     needs_log_probs, profiles = True, True
     takes: tuple[type, ...] = (HiddenStates, TokenLogProbs)
+    measures: type[TokenMeasures] = TokenMeasures
 
     def shares_logits(self, device: torch.device) -> bool:
         return False

@@ -37,6 +37,8 @@ class TopK(FromLogProbs):
     For the forward KL the rest counts as one id, which gives a lower bound.
     """
 
+    measures = TopKMeasures
+
     def __init__(self, k: int, divergence: str, temperature: float, stops: list[int]):
         self.k, self.divergence, self.temperature, self.stops = k, divergence, temperature, stops
 

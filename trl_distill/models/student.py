@@ -1,8 +1,7 @@
-"""The student's forward pass, extended: one pass of the backbone serves TRL's policy loss and the divergence.
+"""The student's extended forward pass: one pass of the backbone serves both TRL's policy loss and the divergence.
 
-It happens inside the patched `model.forward`, where DDP, ZeRO-3 and FSDP expect parameters to be used. Three steps:
-hidden states, log-probabilities of the sampled tokens where a policy loss needs them, and what an estimator measures
-against each teacher. The projections are in `trl_distill.heads`; what is done with the measures is left to the loss.
+It runs inside of `model.forward`, where DDP, ZeRO-3 and FSDP expect parameters to be used. Three steps: hidden states,
+log-probabilities of sampled tokens if the policy loss needs them, and the estimator's measures against each teacher.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .._trl import FusedCausalLMOutput
-from ..estimators.base import Estimator, TokenMeasures
+from ..estimators.base import Estimator
 from ..heads.comparison import comparison_from_states
 from ..heads.fused import ExpectedSlopes
 from ..heads.lm_head import LMHead
@@ -33,13 +32,13 @@ from .properties import unwrap_adapter
 @dataclass
 class DistilledOutput(FusedCausalLMOutput):
     """
-    Output of a student whose forward pass was given `rollouts`, teachers' `scores` and a `plan`.
+    Output of the student's forward pass with `rollouts`, teachers' `scores` and a `plan`.
 
-    TRL's own fields are filled where log-probabilities were asked for, and `None` otherwise.
+    TRL's own fields are set if log-probabilities were requested, else `None`.
 
     Attributes:
-        measured (`list` of [`~trl_distill.estimators.base.TokenMeasures`]): against each teacher's score, of shape
-            `(B, C)` or `(B, C, K)`, 0 where `TeacherScore.mask` is. Only the student receives a gradient.
+        measured (`list` of [`~trl_distill.estimators.base.TokenMeasures`]): for each teacher's score, of shape
+            `(B, C)` or `(B, C, K)`, and 0 where `TeacherScore.mask` is 0. Only the student gets a gradient.
     """
 
     measured: list[Any] | None = None
@@ -48,17 +47,18 @@ class DistilledOutput(FusedCausalLMOutput):
 @dataclass(frozen=True)
 class ForwardPlan:
     """
-    What a student's forward pass is asked to do with teachers' scores.
+    What the student's forward pass computes with teachers' scores.
 
     Attributes:
-        estimator ([`~trl_distill.estimators.base.Estimator`]): what is measured against each score.
-        log_probs (`str`): where log-probabilities come from, if they are wanted: "trl", from TRL's forward; "here", of
-            the judged tokens alone; "shared", from the logits of the one score, which is of all tokens.
-        temperature (`float`): of sampling, for "here".
-        policy_slope (`torch.Tensor` of shape `(B, C)`, *optional*): derivative of the policy loss by each token's
-            log-probability, as far as it is known beforehand, for "shared".
-        divergence_slopes (`list` of `torch.Tensor` of shape `(B, C)`): derivative of the loss by the divergence from
-            each teacher, which is known beforehand; empty where nothing is said.
+        estimator ([`~trl_distill.estimators.base.Estimator`]): takes the measures for each score.
+        log_probs (`str`): where log-probabilities come from, if requested: "trl", TRL's forward pass; "here", a
+            projection of the judged tokens alone; "shared", the logits of the divergence, if one teacher scores all
+            judged tokens.
+        temperature (`float`): sampling temperature, for "here".
+        policy_slope (`torch.Tensor` of shape `(B, C)`, *optional*): for "shared", the expected derivative of the
+            policy loss by each token's log-probability.
+        divergence_slopes (`list` of `torch.Tensor` of shape `(B, C)`): derivatives of the loss by the divergence from
+            each teacher; empty if unknown.
     """
 
     estimator: Estimator
@@ -68,7 +68,7 @@ class ForwardPlan:
     divergence_slopes: list[torch.Tensor] = field(default_factory=list)
 
     def slopes(self, number: int, mask: torch.Tensor) -> ExpectedSlopes | None:
-        """Of the tokens `(B, C)` that one teacher judges, `(N,)`."""
+        """The slopes `(N,)` for teacher `number`, at the tokens marked by `mask` `(B, C)`."""
         if not self.divergence_slopes:
             return None
         of_policy = self.policy_slope if self.log_probs == "shared" else None
@@ -80,19 +80,18 @@ class ForwardPlan:
 
 def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
     """
-    Teach a student's forward pass to answer with what an estimator measures against teachers' scores.
+    Extend a student's forward pass, so that it can return an estimator's measures against teachers' scores.
 
     `model(input_ids, attention_mask, rollouts=..., scores=[...], plan=...)` returns a [`DistilledOutput`]. With TRL's
-    `fused_lm_head=True` (and `labels`) it also carries log-probabilities and entropy, from the same backbone pass;
-    without, none are computed. With `rollouts` alone it answers as a teacher would, with [`HiddenStates`]; without,
-    the model behaves as before.
+    `fused_lm_head=True` (and `labels`) the output also has log-probabilities and entropy, from the same backbone pass.
+    With `rollouts` alone it returns [`HiddenStates`], like a teacher; without `rollouts` the model behaves as before.
 
     Args:
-        model: the student, on top of TRL's fused LM head; its forward is extended in place.
+        model: the student, after TRL has added its fused LM head; its forward is extended in place.
         fp32_head (`bool`): project in fp32, outside autocast (TRL's `cast_lm_head_to_fp32`).
     """
     base = unwrap_adapter(model)
-    LMHead(base)  # raises where there is none to use
+    LMHead(base)  # raises if there is none that can be used
     fused_forward = unbound_forward(base)
 
     @functools.wraps(fused_forward)
@@ -124,21 +123,22 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
 
 
 def _trl_forward(fused_forward: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-    """TRL's forward pass with its log-probabilities, and the hidden states that it does not return."""
-    with last_hidden_state(model.base_model) as caught:
+    """TRL's forward pass with log-probabilities, and its hidden states, which TRL does not return."""
+    with last_hidden_state(model.base_model) as captured:
         fields = dict(fused_forward(model, *args, fused_lm_head=True, **kwargs))
-    if not caught:
+    if not captured:
         raise ValueError(
-            f"{type(model).__name__} did not call its backbone in TRL's forward, so its hidden states are not "
-            "known. Leave out what needs TRL's log-probabilities: `cast_lm_head_to_fp32`, an entropy bonus."
+            f"{type(model).__name__} did not call its backbone in TRL's forward, so its hidden states, from which the "
+            "divergence is computed, are not known. Leave out what needs TRL's log-probabilities: "
+            "`cast_lm_head_to_fp32`, an entropy bonus."
         )
-    return caught[0], fields
+    return captured[0], fields
 
 
 def _log_probs(
     hidden: torch.Tensor, head: LMHead, rollouts: Rollouts, temperature: float, in_fp32: bool
 ) -> dict[str, torch.Tensor]:
-    """Log-probabilities and entropy of the judged tokens alone, in the form of TRL's."""
+    """Log-probabilities and entropy of the judged tokens alone, in TRL's form."""
     mask = rollouts.mask.to(hidden.device)
     sampled = rollouts.input_ids[:, -mask.shape[1] :].to(hidden.device)[mask]
     states = judged_states(hidden, rollouts.mask)
@@ -155,12 +155,12 @@ def _measure(
     fields: dict[str, torch.Tensor],
     in_fp32: bool,
 ) -> DistilledOutput:
-    """What the estimator measures against each teacher's score; `fields` are TRL's, filled where logits are shared."""
-    device = head.parameters()[0].device  # of a model that is split across devices, the last
+    """The estimator's measures for each teacher's score; `fields` are TRL's outputs, set here if logits are shared."""
+    device = head.parameters()[0].device  # the last device, if the model is split across several
     length = rollouts.mask.shape[1]
     sampled = rollouts.input_ids[:, -length:].to(device)
     log_q = fields["log_probs"][:, -length:].to(device) if fields else None
-    measured: list[TokenMeasures] = []
+    measured: list[dict[str, torch.Tensor]] = []
     for number, score in enumerate(scores):
         mask, states, signal = score.mask.to(device), judged_states(hidden, score.mask), score.signal
         if in_fp32:
@@ -175,18 +175,19 @@ def _measure(
                 found = replace(found, comparison=comparison_from_states(states.detach(), head, signal, *how))
         if found.policy_log_q is not None and found.entropy is not None:
             fields = _as_trls(hidden, score.mask, found.policy_log_q, found.entropy)
-        measured.append(replace(found, policy_log_q=None).map(functools.partial(_spread, mask=mask)))
+        spread = replace(found, policy_log_q=None).map(functools.partial(_spread, mask=mask))
+        measured.append(spread.tensors())
     return DistilledOutput(**fields, measured=measured)
 
 
 def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Measures of judged tokens as `(B, C, ...)`, numbers in fp32."""
+    """Measures of judged tokens `(N, ...)` as `(B, C, ...)`, floating point in fp32."""
     return scatter(values.float() if values.is_floating_point() else values, mask)
 
 
 @contextmanager
 def signal_on(signal: Any, device: torch.device, in_fp32: bool = False) -> Iterator[Any]:
-    """A signal where the student's head is, with the teacher's head gathered, and in fp32 if asked for."""
+    """A signal on the device of the student's head, with the teacher's head gathered, and optionally in fp32."""
     if not isinstance(signal, HiddenStates):
         yield signal.map(lambda tensor: tensor.to(device))
         return
@@ -205,21 +206,23 @@ def _as_trls(
 
 class RecordedStudent:
     """
-    Calls the student with teachers' scores added, once, and keeps the output.
+    Calls the student once, with teachers' scores as extra arguments, and keeps the output.
 
-    TRL's loss only ever calls its `model`, so this gives TRL its log-probabilities and us the measures of the same
-    forward pass.
+    TRL's loss only calls its `model`, so one forward pass gives TRL its log-probabilities and us the measures.
     """
 
     def __init__(self, model: nn.Module, rollouts: Rollouts, scores: list[TeacherScore], plan: ForwardPlan):
         self._model = functools.partial(model, rollouts=rollouts, scores=scores, plan=plan)
+        self._measures = plan.estimator.measures
         self._output: DistilledOutput | None = None
 
     def __call__(self, **inputs: Any) -> DistilledOutput:
         if self._output is not None:
             raise RuntimeError("TRL called the student twice for one micro-batch; the divergence would be ambiguous.")
-        self._output = self._model(**inputs)
-        return self._output
+        output: DistilledOutput = self._model(**inputs)
+        output.measured = [self._measures(**found) for found in output.measured or []]
+        self._output = output
+        return output
 
     @property
     def output(self) -> Any:

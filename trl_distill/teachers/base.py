@@ -1,4 +1,4 @@
-"""What a teacher is: one class with defaults, and an adapter for objects that only have `score`."""
+"""The base class of teachers, and an adapter for other objects with a `score` method."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..signals import HiddenStates, Signal
 
 class Teacher:
     """
-    Judges rollouts. A teacher of your own overrides [`~Teacher.score`]; whatever else is here has a working default.
+    Scores rollouts. A teacher of your own overrides [`~Teacher.score`]; everything else has a working default.
 
-    An object that is no subclass, but has a `score` method, is a teacher too: of the class attributes below it may have
-    those in which it differs from the default.
+    An object of another class with a `score` method is a teacher too. It may have `gives`, `per_generation`,
+    `temperature`, `top_k`, `follows_student`, `starts_equal` and `bind` where it differs from the defaults.
 
     Attributes:
         gives (`type`): the signal that `score` returns, [`HiddenStates`] or [`TokenLogProbs`].
-        per_generation (`bool`): whether it judges whole generation batches at once instead of each micro-batch.
-        temperature (`float`, *optional*): the only softmax temperature at which it can judge; `None` for any.
-        top_k (`int`, *optional*): how many of its likeliest ids it gives, where it gives log-probabilities.
-        follows_student (`bool`): whether it is the student itself, without its adapter or averaged.
-        starts_equal (`bool`): whether it gives the student's own probabilities before the first step, on purpose.
-        module (`torch.nn.Module`, *optional*): the model of its own in this process.
+        per_generation (`bool`): whether it scores whole generation batches at once instead of each micro-batch.
+        temperature (`float`, *optional*): the only softmax temperature that it supports; `None` for any.
+        top_k (`int`, *optional*): number of its most likely ids that it gives, if it gives log-probabilities.
+        follows_student (`bool`): whether it is the student itself, without its adapter or as a moving average.
+        starts_equal (`bool`): whether, by design, it gives the student's probabilities before the first step.
+        module (`torch.nn.Module`, *optional*): its own model in this process.
     """
 
     gives: type = HiddenStates
@@ -40,43 +40,47 @@ class Teacher:
     starts_equal: bool = False
     module: Any = None
 
-    @property
-    def kind(self) -> str:
-        """What to call it in a message."""
-        return type(self).__name__
-
     def score(self, rollouts: Rollouts) -> Signal:
-        """Judge the tokens that `rollouts.mask` marks. Called on every process."""
+        """
+        Score the tokens that `rollouts.mask` marks. Called on every process.
+
+        Args:
+            rollouts ([`~trl_distill.Rollouts`]): prompts and completions; N tokens are marked.
+
+        Returns:
+            [`HiddenStates`] or [`TokenLogProbs`], as `gives` says: for the N tokens, row by row.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no `score(rollouts)`.")
 
     def bind(self, student: nn.Module, accelerator: Accelerator, batch_size: int | None = None) -> None:
-        """Take the student that is trained; called by the trainer before anything is judged."""
+        """Get the student that is trained, and the rows per forward pass; called before the first `score`."""
 
     def check(self) -> None:
-        """See whether it can be asked, before training."""
+        """Called once before training; raises if the teacher cannot be used."""
 
     @contextmanager
     def on_device(self) -> Iterator[nn.Module | None]:
-        """Its model, where it can be called; `None` where it has none in this process."""
+        """Context in which its model is on the accelerator; `None` if it has no model in this process."""
         yield self.module
 
     def call_it(self, name: str) -> None:
-        """Called where there are several teachers, with its name: what it writes beside a checkpoint carries it."""
+        """Called with its name if there are several teachers, for the names of its files in checkpoints."""
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Callbacks that the trainer shall have for it."""
+        """Callbacks that the trainer adds for it."""
         return []
 
     def save(self, folder: str) -> None:
-        """Write what belongs to a checkpoint; called on the main process."""
+        """Write its state into a checkpoint folder; called on the main process."""
 
     def load(self, folder: str) -> None:
-        """Read what [`~Teacher.save`] has written."""
+        """Read from a checkpoint folder what [`~Teacher.save`] has written."""
 
 
 class TeacherAdapter(Teacher):
     """
-    An object with `score` as a [`Teacher`]: what it does not say has the default.
+    Makes an object with `score` a [`Teacher`]; attributes that it lacks have the defaults. Of its methods only `score`
+    and `bind` are called: `save`, `load` and `check` may mean something else to it. Subclass [`Teacher`] for those.
 
     Attributes:
         original (`Any`): the object.
@@ -84,25 +88,26 @@ class TeacherAdapter(Teacher):
 
     def __init__(self, original: Any):
         self.original = original
-        for name in ("gives", "per_generation", "temperature", "top_k", "bind", "check", "save", "load"):
+        for name in ("gives", "per_generation", "temperature", "top_k", "follows_student", "starts_equal", "bind"):
             if hasattr(original, name):
                 setattr(self, name, getattr(original, name))
-
-    @property
-    def kind(self) -> str:
-        return type(self.original).__name__
 
     def score(self, rollouts: Rollouts) -> Signal:
         return self.original.score(rollouts)
 
 
+def kind_of(teacher: Teacher) -> str:
+    """A teacher's name in messages: its class, or that of the object in an adapter."""
+    return type(getattr(teacher, "original", teacher)).__name__
+
+
 def as_teacher(given: Any) -> Teacher:
-    """A teacher as it is, or an adapter around an object with `score`."""
+    """A teacher unchanged, or another object with `score` in an adapter."""
     return given if isinstance(given, Teacher) else TeacherAdapter(given)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether parameters are cut up among processes, so that every forward takes all of them: ZeRO-3 and FSDP."""
+    """Whether parameters are sharded (ZeRO-3, FSDP), so that every forward pass takes all processes."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return accelerator.state.deepspeed_plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP

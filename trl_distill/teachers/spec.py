@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from .._trl import create_model_from_path, get_config_model_id
 from ..config import OPDConfig
+from ..http_client import without_login
 from ..models.loading import load_config, load_tokenizer, load_whole
 from ..models.properties import unwrap_adapter
 from .base import Teacher, as_teacher, is_sharded
@@ -214,6 +215,7 @@ def spec_of(given: Any, args: OPDConfig) -> TeacherSpec:
     if given == ADAPTER_OFF:
         return TeacherSpec(AdapterOff(), args)
     if isinstance(given, str) and given.startswith(("http://", "https://")):
+        shown = without_login(given)
         raise ValueError(
             f"The teacher {given!r} is a server. Name the model that it serves: `ServedTeacher({given!r}, model=...)`, "
             "or `--teacher_server_urls` with `--teacher_model_name_or_path`."

@@ -61,7 +61,7 @@ class DistillationLoss:
     def __init__(self, trainer: Any, setup: Setup):
         self.trainer, self.setup, self.args = trainer, setup, trainer.args
 
-    def __call__(self, model: Any, batch: MicroBatch, beta: float, rewarded: bool) -> LossParts:
+    def __call__(self, model: Any, batch: MicroBatch, beta: float, rewarded: bool = True) -> LossParts:
         """
         The loss of rollouts of the student.
 
@@ -73,10 +73,11 @@ class DistillationLoss:
         """
         trainer, estimator = self.trainer, self.setup.estimator
         scores = self.setup.pool.score(batch, trainer.mode == "train")
-        student = RecordedStudent(model, batch.rollouts, scores, self.forward_plan(batch, scores, beta))
+        for_policy = batch if rewarded or not trainer.has_rewards else batch.without_advantages()
+        student = RecordedStudent(model, batch.rollouts, scores, self.forward_plan(for_policy, scores, beta))
         policy = None
         if rewarded or trainer.has_side_terms:
-            policy = trainer.policy_loss(student, batch.inputs)
+            policy = trainer.policy_loss(student, for_policy.inputs)
         else:
             self._call(student, self._student_inputs(batch))
         per_token, by_teacher = self.kl_term(estimator, student.output, scores, batch)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 from accelerate import PartialState
 from torch.nn.parallel import DistributedDataParallel
@@ -50,12 +51,9 @@ def end_process_group() -> None:
     collected first, those still referenced drop the group, and only then is the group destroyed.
     """
     gc.collect()
-    for wrapper in [found for found in gc.get_objects() if isinstance(found, DistributedDataParallel)]:
-        for name in (
-            "reducer",
-            "logger",
-            "process_group",
-        ):  # still referenced, for instance by a trainer in a global variable
+    # by type: `isinstance` would ask each object for its class, and a dead weak reference raises
+    for wrapper in [found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel)]:
+        for name in ("reducer", "logger", "process_group"):  # a trainer in a global variable may still refer to it
             setattr(wrapper, name, None)
     gc.collect()
     if dist.is_available() and dist.is_initialized():
@@ -107,8 +105,8 @@ class _End:
     def __init__(self, error: BaseException):
         self.text, self.status = _text_and_status(error)
         causes = list(_causes(error))
-        self.on_all_processes = any(getattr(cause, "on_all_processes", False) for cause in causes)
-        self.is_of_another = any(getattr(cause, "is_of_another_process", False) for cause in causes)
+        self.on_all_processes = _first(causes, "on_all_processes")
+        self.is_of_another = _first(causes, "is_of_another_process")
         for cause in causes:  # so that a reference to the error does not keep the trainer alive
             traceback.clear_frames(cause.__traceback__)
 
@@ -129,6 +127,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def _first(causes: list[BaseException], name: str) -> bool:
+    """What the latest error that says anything about it says: a full disk while stopping is one process's alone."""
+    return next((getattr(cause, name) for cause in causes if hasattr(cause, name)), False)
+
+
 def _text_and_status(error: BaseException) -> tuple[str, int]:
     """The text to print for an error, and the exit status."""
     if isinstance(error, SystemExit):
@@ -146,12 +149,15 @@ def _leave(end: _End, others: _OtherProcesses) -> None:
         who = "" if end.on_all_processes else f"Process {rank} of {os.environ['WORLD_SIZE']}: "
         print(f"{who}{end.text}", file=sys.stderr, flush=True)
     if end.on_all_processes:
+        try:
+            PartialState().wait_for_everyone()  # still listening: another one may fail on its way here
+        except RuntimeError:
+            logger.debug("Another process left without waiting.")
         others.forget()
-        PartialState().wait_for_everyone()
     else:
         # if anything hangs from here on, exit from C: the GIL may be held
         faulthandler.dump_traceback_later(2 * PATIENCE, exit=True)
-        others.tell(rank)
+        others.tell()
     end_process_group()
     sys.exit(end.status)
 
@@ -162,6 +168,8 @@ class _OtherProcesses:
     def __init__(self) -> None:
         run = (os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", ""))
         self._prefix = f"trl_distill/{'/'.join(run)}"
+        # the launcher may start workers again beside the same store: what is older than this process is of no concern
+        self._born = psutil.Process().create_time()
         self._store: Any = None
         self._connected, self._leaving = threading.Event(), threading.Event()
         threading.Thread(target=self._listen, name="end-of-run", daemon=True).start()
@@ -201,29 +209,40 @@ class _OtherProcesses:
 
     def _have_failed(self) -> bool:
         try:
-            failed = self._store.check([self._key("failed")])
+            failed = self._is_new(self._store.compare_set(self._key("failed"), "", ""))
             if failed:
                 self._store.add(self._key("heard"), 1)
         except RuntimeError:  # the process that hosts the store is gone, and the run with it
             return True
         return failed
 
+    def _is_new(self, written: bytes) -> bool:
+        """Whether a time in the store is one of this run, not of one before a restart."""
+        return bool(written) and float(written) > self._born
+
     def claim(self) -> bool:
         """Whether this process is the first to report why the run ends."""
+        if not self._connected.wait(2 * POLL):
+            return True
+        key, mine = self._key("said"), f"{time.time():.6f}"
         try:
-            return not self._connected.wait(2 * POLL) or self._store.add(self._key("said"), 1) == 1
+            found = self._store.compare_set(key, "", mine)
+            if found != mine.encode() and not self._is_new(found):
+                found = self._store.compare_set(key, found.decode(), mine)
         except RuntimeError:
             return True
+        return found == mine.encode()
 
-    def tell(self, rank: str) -> None:
+    def tell(self) -> None:
         """Notify the others that this process failed, and wait until they have noticed."""
         self.forget()
         if not self._connected.is_set():
             return
         try:
-            self._store.set(self._key("failed"), rank)
-            limit, rest = time.monotonic() + 5 * POLL, int(os.environ["WORLD_SIZE"]) - 1
-            while self._store.add(self._key("heard"), 0) < rest and time.monotonic() < limit:
+            self._store.set(self._key("failed"), f"{time.time():.6f}")
+            self._store.add(self._key("heard"), 1)  # itself, so that those who all fail do not wait for each other
+            limit, everyone = time.monotonic() + 5 * POLL, int(os.environ["WORLD_SIZE"])
+            while self._store.add(self._key("heard"), 0) < everyone and time.monotonic() < limit:
                 time.sleep(POLL / 10)
         except RuntimeError:
             logger.debug("The key-value store of the run is gone.")

@@ -65,7 +65,6 @@ class Safeguards:
         """
         trainer = self.trainer
         checkpoint = self._checkpoint(resume)
-        self._agree_on(checkpoint)
         trainer.on_run_start(checkpoint)
         try:
             return run(checkpoint, *args, **kwargs)
@@ -81,7 +80,30 @@ class Safeguards:
         finally:
             trainer.on_run_end()
 
-    def _checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+    def _checkpoint(self, resume: str | bool | None) -> str | None:
+        """
+        The checkpoint to resume from, the same step on all processes.
+
+        Without a shared folder, nodes can find different checkpoints, or none; then all processes raise.
+        """
+        accelerator, checkpoint, failure = self.trainer.accelerator, None, None
+        try:
+            checkpoint = self._checkpoint_here(resume)
+        except ValueError as error:
+            failure = error
+        found = re.search(r"(\d+)\D*$", checkpoint) if checkpoint else None
+        step = -2 if failure else int(found[1]) if found else -1
+        steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+        if failure is not None:
+            raise failure
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"The processes would resume from different checkpoints (steps {steps}; -1: none, -2: not usable). Let "
+                "`output_dir` be a folder that all nodes share, or copy the checkpoint to each node."
+            )
+        return checkpoint
+
+    def _checkpoint_here(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """The checkpoint to resume from. One that lists its files must be complete."""
         if resume_from_checkpoint is True:
             output_dir = self.trainer.args.output_dir
@@ -96,17 +118,6 @@ class Safeguards:
             )
         return checkpoint
 
-    def _agree_on(self, checkpoint: str | None) -> None:
-        """Check that all processes resume from the same step; without a shared folder nodes can find different ones."""
-        accelerator = self.trainer.accelerator
-        found = re.search(r"(\d+)\D*$", checkpoint) if checkpoint else None
-        steps = accelerator.gather(torch.tensor([int(found[1]) if found else -1], device=accelerator.device)).tolist()
-        if len(set(steps)) > 1:
-            raise ValueError(
-                f"The processes would resume from different checkpoints (steps {steps}, -1 for none). Let `output_dir` "
-                "be a folder that all nodes share, or copy the checkpoint to each node."
-            )
-
     def _after_saving(self, error: Exception) -> Exception:
         """The error to raise, with the path of a checkpoint, which is written now if all processes can take part."""
         trainer = self.trainer
@@ -117,7 +128,7 @@ class Safeguards:
             return error
         change = "" if isinstance(error, StoppedBySignal) else " once this is fixed"
         advice = (
-            f"Training stopped after step {step}. Everything so far is in {trainer.save_now()}: "
+            f"Training stopped after step {step}. Everything so far is in {self._save()}: "
             f"restart with `resume_from_checkpoint=True` (`auto` on the command line){change}."
         )
         kinds = (TeacherUnavailable, TeacherAnswerError, RunawayError, StoppedBySignal)
@@ -126,6 +137,14 @@ class Safeguards:
             return kind(f"{error} {advice}")
         error.add_note(advice)  # an error of the user's own teacher keeps its type
         return error
+
+    def _save(self) -> str:
+        """Write a checkpoint. A failure to do so is one process's alone, whatever it is raised in the middle of."""
+        try:
+            return self.trainer.save_now()
+        except Exception as error:
+            vars(error)["on_all_processes"] = False
+            raise
 
     def stop_when_finished(self) -> None:
         """Called before each training step, since transformers makes one more step when a finished run is resumed."""

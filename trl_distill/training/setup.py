@@ -66,7 +66,8 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
     if found.merged:
         _stop_at(trainer, sorted({*found.merged, *trainer.eos_token_ids}))
     estimator, off_policy_estimator = _estimators(trainer, found)
-    if trainer.is_deepspeed_enabled and not trainer.zero3:
+    placed = getattr(facts.student, "is_quantized", False) or getattr(facts.student, "hf_device_map", None)
+    if trainer.is_deepspeed_enabled and not trainer.zero3 and not placed:
         trainer.model.to(trainer.accelerator.device)  # DeepSpeed would later; the checks call it now
     check_head(facts.student, "student", trainer.accelerator)
     pool = _load(trainer, specs, estimator)

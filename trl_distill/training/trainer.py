@@ -281,9 +281,8 @@ class OPDTrainer(GRPOHooks):
         self._terms = {}
         if self.loss is None:
             return self.policy_loss(model, inputs)
-        batch, beta, rewarded = MicroBatch.from_inputs(inputs), self.beta_at(self.state.global_step), self.has_rewards
-        if rewarded and self.state.global_step < self.args.reward_start_step:
-            rewarded, batch = False, batch.without_advantages()
+        batch, beta = MicroBatch.from_inputs(inputs), self.beta_at(self.state.global_step)
+        rewarded = self.has_rewards and self.state.global_step >= self.args.reward_start_step
         self.record("distill/beta", beta)
         if batch.is_off_policy:
             parts = self.loss.off_policy(model, batch, beta)
