@@ -217,7 +217,7 @@ def spec_of(given: Any, args: OPDConfig) -> TeacherSpec:
     if isinstance(given, str) and given.startswith(("http://", "https://")):
         shown = without_login(given)
         raise ValueError(
-            f"The teacher {given!r} is a server. Name the model that it serves: `ServedTeacher({given!r}, model=...)`, "
+            f"The teacher {shown!r} is a server. Name the model that it serves: `ServedTeacher({shown!r}, model=...)`, "
             "or `--teacher_server_urls` with `--teacher_model_name_or_path`."
         )
     if isinstance(given, str):
