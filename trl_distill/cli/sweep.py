@@ -1,7 +1,7 @@
 """Run a sweep's YAML here, without an account: one run after another, a table, and the Pareto picture.
 
-    python scripts/sweep.py --sweep scripts/sweeps/beta.yaml --output_dir sweeps/beta
-    python scripts/sweep.py --sweep scripts/sweeps/learning_rate.yaml --output_dir sweeps/lr --runs 12 -- --use_peft
+    trl-distill sweep --sweep scripts/sweeps/beta.yaml --output_dir sweeps/beta
+    trl-distill sweep --sweep scripts/sweeps/learning_rate.yaml --output_dir sweeps/lr --runs 12 -- --use_peft
 
 Run it from the repository's root. Arguments after `--` go to the program and win over the YAML. If interrupted, rerun
 the command to resume: finished runs stay, a half-finished one goes on from its last checkpoint, failed ones are tried
@@ -25,9 +25,11 @@ from ..sweeps.results import SWEEP
 if TYPE_CHECKING:
     from ..sweeps.runner import Sweep
 
+from .arguments import CommandParser
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(command="sweep", text=__doc__)
     parser.add_argument("--sweep", type=Path, help="the YAML, as `wandb sweep` takes it")
     parser.add_argument("--output_dir", type=Path, required=True, help="where runs and results go")
     parser.add_argument("--runs", type=int, help="how many; all of a grid unless given")
