@@ -40,7 +40,7 @@ def test_pass_at_k_by_enumeration(samples, correct, k):
 
 @pytest.mark.parametrize("k", [0, 5])
 def test_pass_at_k_needs_as_many_answers(k):
-    with pytest.raises(ValueError, match="cannot be told from 4 answers"):
+    with pytest.raises(ValueError, match="cannot be estimated from 4 answers"):
         pass_at_k(4, 1, k)
 
 

@@ -17,8 +17,8 @@ def completions(cut: int, checked: int, limit: int) -> Finding:
     return Finding(
         "completions",
         "warning",
-        f"{cut} of {checked} checked completions are longer than {limit} tokens and are cut, so their end, stop token "
-        "included, is not learnt.",
+        f"{cut} of {checked} completions that were checked are longer than {limit} tokens and are cut, so their "
+        "end, stop token included, is not learnt.",
         "Raise `max_completion_length`, or filter the dataset.",
     )
 

@@ -1,1 +1,1 @@
-"""What is logged, drawn and evaluated."""
+"""Metrics, figures, reports and evaluation."""

@@ -1,7 +1,7 @@
-"""Pictures: reward against KL over a sweep, one metric over a sweep, and how one run went.
+"""The figure of a training run, or of several: their metrics over the optimizer steps.
 
-Each function returns a figure of matplotlib (extra `demo`), which is imported when the first one is drawn. Reading logs
-is left to `scripts/sweep.py` and to the callback that sends the last picture to wandb.
+It needs matplotlib (extra `demo`), which is imported on first use. `trl-distill plot` and the callback for wandb use
+it; figures of sweeps are in `sweeps/figures.py`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-BLUE, ORANGE = "#0072b2", "#d55e00"  # told apart with any colour vision, and by their markers
+BLUE, ORANGE = "#0072b2", "#d55e00"  # distinguishable with any colour vision
 
 
-# What a run's picture shows: the label of each panel, and its keys; the first is drawn solid, the second dashed
+# The panels of the figure: label, and keys of the log, of which the first is drawn solid and the second dashed
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("KL to the teacher, nats per token", ("distill/reverse_kl", "distill/forward_kl")),
-    ("divergence that is minimised", ()),  # one of its own name
+    ("divergence that is minimised", ()),  # keys depend on the run
     ("reward", ("reward",)),
     ("objective: reward − beta · KL", ("objective",)),
     ("entropy, nats", ("entropy", "distill/teacher_entropy")),
@@ -39,15 +39,18 @@ def training_figure(
     logs: Mapping[str, Sequence[dict[str, Any]]], levels: dict[str, float] | None = None, title: str = ""
 ) -> Any:
     """
-    How one run went, or several: KL both ways, reward, objective, entropy, agreement and lengths, as far as logged.
+    Both KLs, reward, objective, entropy, agreement and lengths over the steps of one run or several, as far as logged.
 
     Args:
-        logs (`dict`): by the run's name its log, `trainer.state.log_history`.
-        levels (`dict[str, float]`, *optional*): by the log's key a level that is known, such as the teacher's reward.
-        title (`str`): above the picture.
+        logs (`dict`): logs (`trainer.state.log_history`) by the name of the run.
+        levels (`dict[str, float]`, *optional*): horizontal lines by key of the log, such as the teacher's reward.
+        title (`str`): title of the figure.
+
+    Returns:
+        `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: nothing of that was logged.
+        ValueError: the logs have neither a divergence nor a reward.
         ImportError: matplotlib is not installed.
     """
     panels = []
@@ -102,12 +105,12 @@ def _key(colour: str, style: Any, label: str) -> Any:
 
 
 def _run_colours(logs: Mapping[str, Any]) -> list[str]:
-    colours = (BLUE, ORANGE, "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito's
+    colours = (BLUE, ORANGE, "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # the palette of Okabe and Ito
     return [colours[i % len(colours)] for i in range(len(logs))]
 
 
 def _other_divergences(logs: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
-    """The keys of divergences that have no panel of their own; several teachers' own ones are left out."""
+    """The keys of divergences without their own panel; those of single teachers among several are left out."""
     from ..objective.divergences import DIVERGENCES
 
     keys = (f"distill/{name}" for name in DIVERGENCES if not name.endswith("_kl") or name.startswith("skewed"))
@@ -115,11 +118,11 @@ def _other_divergences(logs: Mapping[str, Sequence[dict[str, Any]]]) -> list[str
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of its own, without pyplot, which would change the backend of the notebook that trains."""
+    """A figure without pyplot, which would change a notebook's backend. Raises `ImportError` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("Pictures need matplotlib: pip install 'trl_distill[demo]'.") from None
+        raise ImportError("Figures need matplotlib: pip install 'trl_distill[demo]'.") from None
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 

@@ -1,8 +1,8 @@
-"""How good a model's own answers are, how far from a teacher's, and how varied: numbers with their intervals.
+"""Evaluates a model's own answers: scores, KL to a teacher, length and diversity, each with an interval.
 
-An [`Answer`] is what is known of one completion; [`summarise`] turns those of a model into estimates. Intervals are
-bootstrapped over prompts, since answers to one prompt are alike. How answers are written is in `samples.py`; tables and
-files are left to `scripts/evaluate.py`.
+An [`Answer`] describes one completion; [`summarise`] turns the answers of a model into estimates. Intervals are
+bootstrapped over prompts, since answers to one prompt are similar. Answers are sampled by `data/sampling.py`; tables
+and files are made by `evaluation_table.py`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from ..data.sampling import (
 from ..heads.fused import DivergenceSpec, fused_divergence
 
 
-DRAWS = 2000  # of the bootstrap
+DRAWS = 2000  # bootstrap samples
 
 
-DISTINCT = (1, 2, 4)  # lengths of the n-grams that are counted
+DISTINCT = (1, 2, 4)  # lengths of the n-grams of distinct-n
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Answer:
     One completion.
 
     Attributes:
-        prompt (`int`): the place of its prompt in the dataset.
-        ids (`tuple[int, ...]`): its tokens, with the stop token.
-        score (`float`, *optional*): the verifier's; `None` where it gave none.
-        truncated (`bool`): whether it was cut before it ended by itself.
+        prompt (`int`): index of its prompt in the dataset.
+        ids (`tuple[int, ...]`): its token ids, stop token included.
+        score (`float`, *optional*): the verifiers' score; `None` if they gave none.
+        truncated (`bool`): whether it was cut before a stop token.
         kl (`float`, *optional*): KL(model ‖ teacher) summed over its tokens, nats; `None` without a teacher.
     """
 
@@ -58,7 +58,7 @@ class Estimate(NamedTuple):
     """
     A mean over prompts, and its bootstrapped 95 % interval.
 
-    Where all prompts agree, or there is one, the interval has no width: it says nothing then.
+    If all prompts have the same value, or there is only one, the interval has width 0 and means nothing.
     """
 
     value: float
@@ -68,29 +68,37 @@ class Estimate(NamedTuple):
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """
-    Probability that at least one of `k` answers is right, from `samples` answers of which `correct` are: unbiased.
+    Unbiased estimate of the probability that at least one of `k` answers is right.
 
     1 − C(samples − correct, k) / C(samples, k), Chen et al. 2021, https://arxiv.org/abs/2107.03374.
+
+    Args:
+        samples (`int`): number of answers.
+        correct (`int`): how many of them are right.
+        k (`int`): from 1 to `samples`.
+
+    Raises:
+        ValueError: `k` is out of range.
     """
     if not 1 <= k <= samples:
-        raise ValueError(f"pass@{k} cannot be told from {samples} answers; `k` must lie between 1 and that.")
+        raise ValueError(f"pass@{k} cannot be estimated from {samples} answers; `k` must lie between 1 and that.")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def distinct(sequences: Iterable[Sequence[int]], n: int) -> float:
-    """Distinct-n: the share of different n-grams among all n-grams of some sequences; `nan` where there are none."""
+    """Distinct-n: the share of different n-grams among all n-grams of the sequences; `nan` if there are none."""
     grams = [tuple(ids[i : i + n]) for ids in sequences for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
 def estimate(totals: Sequence[float], counts: Sequence[float] | None = None, seed: int = 0) -> Estimate:
     """
-    Σ totals / Σ counts over prompts, with a bootstrapped 95 % interval; prompts without a number are left out.
+    Σ totals / Σ counts over prompts, with a bootstrapped 95 % interval; prompts with NaN or infinity are left out.
 
     Args:
-        totals (`Sequence[float]`): a sum for each prompt, or its mean.
-        counts (`Sequence[float]`, *optional*): what it is a sum over; one each unless given.
-        seed (`int`): of what the bootstrap draws.
+        totals (`Sequence[float]`): a sum, or a mean, for each prompt.
+        counts (`Sequence[float]`, *optional*): number of terms of each sum. Defaults to 1.
+        seed (`int`): random seed of the bootstrap.
     """
     both = np.array([totals, counts if counts is not None else [1.0] * len(totals)], dtype=float)  # (2, P)
     both = both[:, np.isfinite(both).all(axis=0)]
@@ -105,16 +113,16 @@ def estimate(totals: Sequence[float], counts: Sequence[float] | None = None, see
 
 def summarise(answers: Sequence[Answer], ks: Sequence[int] = (), correct_from: float = 1.0) -> dict[str, Estimate]:
     """
-    Estimates of one model.
+    Estimates from the answers of one model.
 
     Args:
-        answers (`Sequence[Answer]`): as many to each prompt.
-        ks (`Sequence[int]`): for which pass@k is told; powers of two unless given.
-        correct_from (`float`): the score from which on an answer counts as right.
+        answers (`Sequence[Answer]`): the same number for each prompt.
+        ks (`Sequence[int]`): values of k for pass@k. Defaults to powers of two.
+        correct_from (`float`): lowest score of a right answer.
 
     Returns:
-        `dict` by name: "avg@k", the mean score, "pass@k" and "pass@k − avg@k" where there are scores; "kl", nats per
-        token, where there is a teacher; "length" in tokens; "truncated"; "distinct-n" among the answers to a prompt.
+        `dict` by name: "avg@k", the mean score, "pass@k" and "pass@k − avg@k" if there are scores; "kl", nats per
+        token, if there is a teacher; "length" in tokens; the share "truncated"; "distinct-n" of the answers to a prompt.
     """
     groups: dict[int, list[Answer]] = {}
     for answer in answers:
@@ -160,20 +168,23 @@ def answer_all(
     template_kwargs: dict[str, Any] | None = None,
 ) -> Iterator[list[Answer]]:
     """
-    Let a model answer, batch by batch.
+    Sample and score answers of a model, batch by batch.
 
     Args:
-        model: a transformers model; with a teacher one whose forward gives hidden states, as the teacher's does
-            ([`~trl_distill.forwards.add_teacher_forward`]).
-        rows (`Sequence[dict]`): with a "prompt", and what the verifiers ask for.
-        tokenizer: the model's.
-        how ([`~trl_distill.samples.Sampling`]): length, temperature, answers per prompt, seed.
-        verifiers: reward functions; a score is the sum of what they give.
-        teacher (*optional*): for the KL.
+        model: a transformers model. For the KL, model and teacher must be extended by
+            [`~trl_distill.models.hidden_states.add_teacher_forward`].
+        rows (`Sequence[dict]`): rows with a "prompt" and the columns that the verifiers need.
+        tokenizer: the model's tokenizer.
+        how ([`~trl_distill.data.sampling.Sampling`]): length, temperature, answers per prompt, seed.
+        verifiers: reward functions; an answer's score is the sum of theirs.
+        teacher (*optional*): the teacher, for the KL.
         merged (`Sequence[int]`): stop ids that count as one in the KL.
-        batch_size (`int`): answers at a time.
-        prefixes (*optional*): for each row the ids that its answer begins with; they count as written by the model.
+        batch_size (`int`): number of answers at a time.
+        prefixes (*optional*): for each row, ids with which its answers begin; they count as the model's own.
         template_kwargs (`dict`, *optional*): for the chat template, such as `{"enable_thinking": False}`.
+
+    Yields:
+        `list[Answer]`: the answers of a batch.
     """
     size = max(1, batch_size // how.generations)
     device = next(model.parameters()).device
@@ -217,7 +228,7 @@ def _sequence_kl(
     merged: Sequence[int],
     device: torch.device,
 ) -> Sequence[float | None]:
-    """KL(model ‖ teacher) of each completion, nats; no numbers without a teacher."""
+    """KL(model ‖ teacher) of each completion, nats, summed over its tokens; `None` without a teacher."""
     if teacher is None:
         return [None] * len(written)
     rollouts = rollouts_of([one.prompt for one in written], [one.completion for one in written], pad, device)
@@ -229,7 +240,7 @@ def _sequence_kl(
 
 
 def difference(answers: Sequence[Answer], others: Sequence[Answer]) -> Estimate:
-    """By how much the mean score is higher than that of other answers to the same prompts: the interval is paired."""
+    """Mean score minus that of other answers to the same prompts, with a paired interval."""
     means: list[dict[int, list[float]]] = [{}, {}]
     for found, which in zip(means, (answers, others), strict=True):
         for answer in which:

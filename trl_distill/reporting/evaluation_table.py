@@ -12,11 +12,11 @@ from rich.table import Table
 from .evaluation import Answer, Estimate, difference, summarise
 
 
-SHARES = ("avg@", "pass@", "truncated")  # told in percent, where the verifier says right or wrong
+SHARES = ("avg@", "pass@", "truncated")  # shown in percent if scores are right or wrong
 
 
 def shown(name: str, estimate: Estimate, graded: bool) -> str:
-    """'93.4% (91.2–95.1)'; a graded score is told as it is."""
+    """An estimate as text, such as "93.4% (91.2–95.1)"; graded scores are not in percent."""
     if name.startswith(SHARES) and not (graded and name.startswith("avg@")):
         return f"{estimate.value:.1%} ({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
     digits = 1 if name == "length" else 3
@@ -24,7 +24,7 @@ def shown(name: str, estimate: Estimate, graded: bool) -> str:
 
 
 def table_rows(results: dict[str, dict[str, Estimate]], graded: bool) -> list[list[str]]:
-    """A row for each number, a column for each model; the heading first. Graded scores are no shares."""
+    """The heading, then a row for each estimate with a column for each model; graded scores are not in percent."""
     names = list(dict.fromkeys(name for estimates in results.values() for name in estimates))
     names = [name for name in names if not (graded and name.startswith("pass@") and " − " in name)]
     rows = [["", *results]]
@@ -36,12 +36,12 @@ def table_rows(results: dict[str, dict[str, Estimate]], graded: bool) -> list[li
 
 
 def as_json(one: Estimate) -> dict[str, float | None]:
-    """For JSON, which has no word for what is no number."""
+    """An estimate for JSON, with `None` for NaN and infinity."""
     return {key: value if math.isfinite(value) else None for key, value in one._asdict().items()}
 
 
 class Results:
-    """What is known so far; saved after each model, so that nothing is lost where a later one fails."""
+    """Results so far, saved after each model, so that nothing is lost if a later one fails."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
@@ -54,7 +54,7 @@ class Results:
 
     @property
     def graded(self) -> bool:
-        """Whether scores are more than right and wrong."""
+        """Whether there are scores other than 0 and 1."""
         return any(one.score not in (None, 0.0, 1.0) for found in self.answers.values() for one in found)
 
     def estimates(self) -> dict[str, dict[str, Estimate]]:
@@ -69,7 +69,7 @@ class Results:
         return found
 
     def save(self) -> Path:
-        """Numbers as JSON, and the table as Markdown beside it; returns the table's path."""
+        """Write the estimates as JSON and the table as Markdown; returns the path of the table."""
         models = {}
         for name, estimates in self.estimates().items():
             scores: dict[int, list[float | None]] = {}
@@ -91,7 +91,7 @@ class Results:
         return path
 
     def table(self, prompts: int) -> Table:
-        """For a terminal."""
+        """The results as a table for the terminal."""
         title = f"{prompts} prompts, {self.options.num_generations} answers each; 95 % intervals over prompts"
         made = Table(title=title)
         head, *body = table_rows(self.estimates(), self.graded)

@@ -1,4 +1,4 @@
-"""What is logged: means over the judged tokens, or the rows, of all processes, without a gradient."""
+"""Metrics: means over judged tokens or rows of all processes, without gradient."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..signals import TeacherScore
 
 def means(accelerator: Accelerator, quantities: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
     """
-    Mean of each quantity over what its mask marks, on all processes together: one reduction, one sync.
+    Masked mean of each quantity over all processes, with one reduction and one synchronisation.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
         quantities (`dict`): by name, values and a mask of the same shape: `(B, C)` for tokens, `(B,)` for rows. Values
-            outside the mask may be anything, NaN included.
+            outside of the mask are ignored, even NaN.
 
     Returns:
-        `dict[str, float]`: the means; without those for which nothing counts on any process.
+        `dict[str, float]`: the means, without quantities whose masks are empty on all processes.
     """
     sums = [
         part
@@ -43,26 +43,26 @@ def reward_and_teacher(
     beta: float,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """
-    What teacher and reward each ask for on one micro-batch.
+    How reward and teacher compare on one micro-batch.
 
     Args:
-        output ([`~trl_distill.models.student.DistilledOutput`]): of the student.
-        scores (`list` of [`~trl_distill.signals.TeacherScore`]): what it was measured against.
-        per_token (`torch.Tensor` of shape `(B, C)`): KL in nats.
-        batch ([`~trl_distill.rollouts.MicroBatch`]): with rewards and advantages where there are any.
+        output ([`~trl_distill.models.student.DistilledOutput`]): of the student's forward pass.
+        scores (`list` of [`~trl_distill.signals.TeacherScore`]): the teachers' scores.
+        per_token (`torch.Tensor` of shape `(B, C)`): the divergence, nats.
+        batch ([`~trl_distill.rollouts.MicroBatch`]): the micro-batch, with rewards and advantages if there are any.
         beta (`float`): weight of the divergence, reward per nat.
 
     Returns:
-        Quantities of shape `(B, C)`: "entropy", the student's, and "distill/disagreement", 1 where the reward would
-        raise the sampled token's probability and the teacher lower it, or the other way round. And of shape `(B,)`:
-        "distill/sequence_kl", nats per completion, and "objective", reward minus beta times that; NaN without a reward,
-        and where no token is judged.
+        Two `dict`s of quantities. Of shape `(B, C)`: "entropy", the student's, nats; and "distill/disagreement", 1
+        where the reward would raise the sampled token's probability and the teacher lower it, or vice versa. Of shape
+        `(B,)`: "distill/sequence_kl", nats per completion, and "objective", the reward minus beta times that; NaN
+        without a reward or judged tokens.
     """
     device, mask = per_token.device, batch.mask
     completion = slice(-mask.shape[1], None)
     measured = [found.map(lambda values: values.to(device)) for found in output.measured or []]
     of_tokens: dict[str, torch.Tensor] = {}
-    if output.log_probs is None:  # the same from every teacher's judgement, and 0 where it has none
+    if output.log_probs is None:  # the same with every teacher, and 0 at tokens that it does not score
         entropies = [found.entropy for found in measured if found.entropy is not None]
         of_tokens["entropy"] = torch.stack(entropies).amax(0) if entropies else torch.zeros_like(per_token)
     elif output.entropy is not None:
@@ -88,19 +88,19 @@ def divergence_profile(
     output: DistilledOutput, per_token: torch.Tensor, mask: torch.Tensor, name: str
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """
-    Where in a micro-batch the divergence is, and how student and teacher differ.
+    Where in the completions the divergence is, and how student and teacher differ.
 
     Args:
-        output ([`~trl_distill.models.student.DistilledOutput`]): of the student.
+        output ([`~trl_distill.models.student.DistilledOutput`]): of the student's forward pass.
         per_token (`torch.Tensor` of shape `(B, C)`): the divergence, nats.
-        mask (`torch.Tensor` of shape `(B, C)`, bool): judged tokens.
-        name (`str`): of the divergence in the log.
+        mask (`torch.Tensor` of shape `(B, C)`, bool): the judged tokens.
+        name (`str`): name of the divergence in the log.
 
     Returns:
-        Quantities with their masks, the same ones on every process: `<name>/quarter1` to `4`, the divergence in the
-        quarters of each completion; "distill/concentration", the share of tokens that carry 80 % of it;
-        "distill/teacher_log_prob", of the tokens that the student wrote, where it was measured; and what
-        [`~trl_distill.heads.comparison.comparison`] tells of a few tokens.
+        Quantities with their masks, with the same names on every process: `<name>/quarter1` to `4`, the divergence in
+        each quarter of the completions; "distill/concentration", the share of tokens with 80 % of it;
+        "distill/teacher_log_prob" of the sampled tokens, if measured; and the values of
+        [`~trl_distill.heads.comparison.comparison`] at a sample of the tokens.
     """
     per_token, place, length = per_token.detach(), mask.cumsum(1) - 1, mask.sum(1, keepdim=True)
     quarter = (4 * place).div(length.clamp(min=1), rounding_mode="floor")
@@ -121,14 +121,14 @@ def divergence_profile(
 @torch.no_grad()
 def by_reward(per_token: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor) -> dict[str, Any]:
     """
-    The divergence of completions that the reward is for, and of those that it is against.
+    The divergence of completions with positive and with negative advantage.
 
     Args:
         per_token, mask: as in [`divergence_profile`].
         advantages (`torch.Tensor` of shape `(B,)` or `(B, C)`).
 
     Returns:
-        Quantities with their masks: "rewarded" and "punished".
+        Quantities with their masks: "rewarded" (positive advantage) and "punished" (negative).
     """
     sign = advantages.view(len(mask), -1).expand_as(per_token)
     return {"rewarded": (per_token, mask & (sign > 0)), "punished": (per_token, mask & (sign < 0))}

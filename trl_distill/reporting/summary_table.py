@@ -1,7 +1,7 @@
-"""The last words of a run: a table of where it began and where it ended.
+"""A table at the end of a run that compares its first and last metrics.
 
-A callback that [`OPDTrainer`] adds where progress is shown (`disable_tqdm` unset), in the main process. Pictures are in
-`plots.py`, what the numbers mean in docs/metrics.md.
+A callback that [`OPDTrainer`] adds if progress is shown (`disable_tqdm` is not set), for the main process. The metrics
+are explained in docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from transformers import TrainerCallback
 logger = logging.getLogger(__name__)
 
 
-SHARE = 10  # the first and the last so many-th part of the log are compared
+SHARE = 10  # the first and the last tenth of the log are compared
 
 
-ROWS = {  # label by key of the log
+ROWS = {  # labels, by key of the log
     "reward": "reward",
     "objective": "objective",
     "distill/reverse_kl": "KL(student ‖ teacher), nats per token",
-    "distill/forward_kl": "KL(teacher ‖ student), nats per token (of a few)",
-    "distill/top1_agreement": "same likeliest token (of a few)",
+    "distill/forward_kl": "KL(teacher ‖ student), nats per token (sample)",
+    "distill/top1_agreement": "same most likely token (sample)",
     "entropy": "entropy, nats",
-    "distill/teacher_entropy": "teacher's entropy, nats (of a few)",
+    "distill/teacher_entropy": "teacher's entropy, nats (sample)",
     "completions/mean_length": "completion length, tokens",
     "completions/clipped_ratio": "cut completions",
     "distill/repetition": "repetition",
@@ -37,7 +37,7 @@ ROWS = {  # label by key of the log
 
 
 def closing_table(log_history: Sequence[dict[str, Any]]) -> Table | None:
-    """What was logged at the beginning and at the end, means over a tenth of the log each; `None` without a log."""
+    """Metrics at the beginning and at the end, each averaged over a tenth of the log; `None` without a log."""
     found = {key: [row[key] for row in log_history if row.get(key) is not None] for key in ROWS}
     found = {key: values for key, values in found.items() if values}
     if not found:
@@ -61,5 +61,7 @@ class SummaryTable(TrainerCallback):
             return
         try:
             Console().print(table)
-        except UnicodeEncodeError as error:  # what training ends with must not end it
-            logger.warning(f"The closing table cannot be shown in this encoding ({error}). Set PYTHONIOENCODING=utf-8.")
+        except UnicodeEncodeError as error:  # a table that cannot be printed must not fail the run
+            logger.warning(
+                f"The closing table cannot be printed in this encoding ({error}). Set PYTHONIOENCODING=utf-8."
+            )

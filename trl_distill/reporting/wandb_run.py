@@ -1,7 +1,7 @@
-"""What wandb's run lacks beside what transformers and TRL put there: who teaches, which rewards, and a picture.
+"""Additions to a wandb run: the names of student, teachers and rewards, and a figure of the training.
 
-A callback that [`OPDTrainer`] adds where `report_to` names wandb. Settings, metrics and the table of completions
-(`log_completions=True`) are left to theirs.
+[`OPDTrainer`] adds this callback if `report_to` includes wandb. Settings, metrics and the table of completions
+(`log_completions=True`) are logged by transformers and TRL.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def as_image(figure: Any) -> Any:
-    """A figure as a picture of Pillow's; wandb takes figures of pyplot alone."""
+    """A figure as a Pillow image, since wandb accepts figures of pyplot only."""
     from PIL import Image
 
     memory = io.BytesIO()
@@ -30,11 +30,11 @@ def as_image(figure: Any) -> Any:
 
 class WandbExtras(TrainerCallback):
     """
-    Adds to the active wandb run: "student", "teachers" and "reward_funcs" in the configuration, and at the end
-    "plots/training", how it went over the steps.
+    Adds "student", "teachers" and "reward_funcs" to the configuration of the active wandb run, and at the end the
+    figure "plots/training".
 
     Args:
-        facts (`dict`): what is added to the configuration.
+        facts (`dict`): entries for the configuration.
     """
 
     def __init__(self, facts: dict[str, Any]):
@@ -43,7 +43,7 @@ class WandbExtras(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         import wandb
 
-        if wandb.run is not None:  # in the main process; transformers' own callback has begun it
+        if wandb.run is not None:  # on the main process, where transformers' callback has started the run
             wandb.config.update(self.facts, allow_val_change=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -54,13 +54,13 @@ class WandbExtras(TrainerCallback):
         try:
             picture = as_image(training_figure({"": state.log_history}))
         except (ImportError, ValueError) as error:
-            logger.warning(f"No picture of the training is sent to wandb. {error}")
+            logger.warning(f"The figure of the training is not sent to wandb. {error}")
             return
         wandb.log({"plots/training": wandb.Image(picture), "train/global_step": state.global_step})
 
 
 def log_to_wandb(path: Path, name: str, beside: dict[str, Any]) -> None:
-    """Log a report to the active wandb run as it is; nothing where there is no run."""
+    """Log an HTML file to the active wandb run, if there is one."""
     import wandb
 
     if wandb.run is not None:

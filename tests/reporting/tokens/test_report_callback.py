@@ -125,7 +125,7 @@ def test_a_report_that_fails_is_a_warning(trained, caplog):
         trainer = trained(TokenReport(every=1, rows=2, reward_funcs=[broken]))
     assert trainer.state.global_step == 3
     assert (
-        "There is no token report of step 2: The reward function 'broken' failed: RuntimeError: no judge today"
+        "report of step 2 could not be made: The reward function 'broken' failed: RuntimeError: no judge today"
         in caplog.text
     )
 
@@ -133,7 +133,7 @@ def test_a_report_that_fails_is_a_warning(trained, caplog):
 @pytest.mark.parametrize(
     ("report", "changes", "message"),
     [
-        ({}, {"teacher": ServedTeacher("http://x", "s", top_k=64), "kl_estimator": "topk"}, "behind a server"),
+        ({}, {"teacher": ServedTeacher("http://x", "s", top_k=64), "kl_estimator": "topk"}, "a served teacher"),
         ({}, {"teacher": {"a": make_model(seed=2), "b": make_model(seed=3)}}, "several teachers"),
         ({"teacher": "c"}, {}, "no such teacher"),
         ({"prompts": []}, {}, "at least one row"),

@@ -1,7 +1,7 @@
-"""`TokenReport`: the token-level report during training, every so many steps and at the end.
+"""`TokenReport`: the token-level report during training, every N steps and at the end.
 
-It looks at the student that is trained, in eval mode and with random numbers of its own, so that training goes on as if
-nobody had looked. Collecting is in `collect.py`, the page in `page.py`.
+It samples from the student in eval mode and restores all modes and random generators, so that training is not changed.
+Data are collected in `collect.py`; the page is made in `page.py`.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ logger = logging.getLogger(__name__)
 
 class TokenReport(TrainerCallback):
     """
-    Writes `output_dir/reports/step-000100.html` and so on, and logs it to wandb as "reports/tokens" where that is on.
+    Writes `output_dir/reports/step-000100.html` and so on, and logs it to wandb, if used, as "reports/tokens".
 
     ```python
     >>> trainer = OPDTrainer(..., callbacks=[TokenReport(every=100)])
     ```
 
-    The student writes at its training temperature, always with the same seed. Only the main process works; others wait
-    for it at the next step. A report that cannot be made is a warning, never the end of a training run.
+    Completions are sampled at the training temperature, always with the same seed. Only the main process works; others
+    wait for it at the next step. If a report fails, training continues with a warning.
 
     Args:
         every (`int`, *optional*, defaults to 100):
-            Steps between two reports. There is one after the last step in any case.
+            Optimizer steps between two reports. There is always one after the last step.
         prompts (`Dataset`, or `list` of `dict`, `str` or messages, *optional*):
-            Rows with a "prompt", perhaps a "teacher_prompt", and what rewards ask for. Defaults to the trainer's
-            evaluation dataset, else its training dataset.
+            Rows with a "prompt", optionally a "teacher_prompt", and columns for rewards. Defaults to the trainer's
+            evaluation dataset, or else its training dataset.
         rows (`int`, *optional*, defaults to 16):
-            How many of them are used, from the first.
+            Number of rows that are used, from the first.
         num_generations (`int`, *optional*, defaults to 1):
             Completions per prompt.
         reward_funcs (`list` of functions, *optional*):
-            Called as TRL calls them. The trainer's own are not called unless they stand here too: one that counts its
-            calls, or is paid by call, would notice.
+            Reward functions, called as TRL calls them. The trainer's are called only if they are given here too, since
+            calls may be counted or cost money.
         teacher (`str`, *optional*):
-            Of several teachers, the name of the one that judges.
+            Name of the teacher to use, if there are several.
         batch_size (`int`, *optional*, defaults to 8):
-            Completions that are written and judged at a time.
+            Completions that are sampled and scored at a time.
         seed (`int`, *optional*, defaults to 0):
-            Of sampling.
+            Random seed of sampling.
 
     Raises:
-        ValueError: when the trainer is made, where it has no teacher in this process, or weights are sharded.
+        ValueError: when the trainer is made, if it has no teacher in this process or weights are sharded.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class TokenReport(TrainerCallback):
         self.reward_funcs, self.teacher, self.batch_size, self.seed = list(reward_funcs), teacher, batch_size, seed
         self._trainer: Any = None
         self._rows: list[dict[str, Any]] = []
-        self._last = -1  # step of the last report
+        self._last = -1  # step of the latest report
 
     def bind(self, trainer: Any) -> None:
-        """Take the trainer that is looked at; called by it, when it is made and before it trains."""
+        """Attach to the trainer, which calls this at construction and before training. May raise `ValueError`."""
         if is_sharded(trainer.accelerator):
             raise ValueError(
                 "`TokenReport` samples from the student on the main process alone, which ZeRO-3 and FSDP do not allow: "
-                "every forward takes all processes. Leave it out, and run `trl-distill report` on checkpoints."
+                "every forward pass takes all processes. Leave it out, and run `trl-distill report` on checkpoints."
             )
         if trainer.pool is None:
             raise ValueError(
@@ -99,7 +99,7 @@ class TokenReport(TrainerCallback):
         names = trainer.pool.names
         if self.teacher is None and trainer.pool.several:
             raise ValueError(
-                f"There are several teachers ({', '.join(names)}). Say which of them judges: "
+                f"There are several teachers ({', '.join(names)}). Name the one to use: "
                 f"`TokenReport(teacher={names[0]!r})`."
             )
         name = names[0] if self.teacher is None else self.teacher
@@ -107,7 +107,7 @@ class TokenReport(TrainerCallback):
             raise ValueError(f"`TokenReport(teacher={name!r})`: there is no such teacher, only {', '.join(names)}.")
         if getattr(trainer.pool.teachers[name], "gives", HiddenStates) is not HiddenStates:
             raise ValueError(
-                "`TokenReport` needs the teacher's whole distribution, but one behind a server gives a few "
+                "`TokenReport` needs the teacher's whole distribution, but a served teacher gives only a few "
                 "log-probabilities. Leave it out, and run `trl-distill report` where the teacher can be loaded."
             )
         self._rows = self._first_rows(trainer)
@@ -120,13 +120,13 @@ class TokenReport(TrainerCallback):
             source = evaluated if isinstance(evaluated, Dataset) else trainer.train_dataset
             if not isinstance(source, Dataset):
                 raise ValueError(
-                    f"`TokenReport` would take its prompts from a {type(source).__name__}, which may be read only "
-                    "once. Give it some of its own: `TokenReport(prompts=[...])`."
+                    f"`TokenReport` would take its prompts from a {type(source).__name__}, which may be readable only "
+                    "once. Give it separate prompts: `TokenReport(prompts=[...])`."
                 )
         first = [source[i] for i in range(min(self.rows, len(source)))]
         rows = [row if isinstance(row, dict) else {"prompt": row} for row in first]
         if not rows or any(not row.get("prompt") for row in rows):
-            raise ValueError("`TokenReport` needs at least one row, and a prompt in each of them.")
+            raise ValueError("`TokenReport` needs at least one row, and a prompt in each row. Give `prompts`.")
         return rows
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -150,13 +150,13 @@ class TokenReport(TrainerCallback):
             if "wandb" in args.report_to:
                 log_to_wandb(path, "reports/tokens", {"train/global_step": step})
         except Exception as error:
-            logger.warning(f"There is no token report of step {step}: {error}", exc_info=True)
+            logger.warning(f"The token report of step {step} could not be made: {error}", exc_info=True)
 
     def _table(self, step: int) -> TokenTable:
         trainer, args, tokenizer = self._trainer, self._trainer.args, self._trainer.tokenizer
         temperature = args.kl_temperature or args.temperature
         merged = getattr(trainer.estimator, "stops", ())
-        # where vLLM writes, TRL has no settings for `generate`, and none that keeps to the teacher's vocabulary
+        # with vLLM, TRL has no settings for `generate`, and no ids are suppressed
         suppressed = () if trainer.use_vllm else trainer.generation_config.suppress_tokens or ()
         how = Sampling(
             limit=trainer.max_completion_length,
@@ -198,7 +198,7 @@ class TokenReport(TrainerCallback):
 
 
 def _name(owner: Any) -> str:
-    """What a model, or whoever holds one, came from; its class where that is unknown."""
+    """The name or folder of a model (or of an object's `model`), or else its class."""
     from ...models.properties import name_of
 
     model = getattr(owner, "model", owner)

@@ -1,7 +1,7 @@
-"""Models and prompts in, [`Completion`]s out: what student and teacher think of each token, with rewards.
+"""Collects the data of a report: how student and teacher score each token of a completion, and rewards.
 
-Works with anything that answers `Rollouts` with `HiddenStates`, in training and outside of it. Heads are applied to a
-few positions at a time. Completions are written in `samples.py`; means and HTML are left to others.
+Works with any function from `Rollouts` to `HiddenStates`, in training and outside of it. Heads are applied to a few
+positions at a time. Completions are sampled by `data/sampling.py`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .table import TOP, Completion, Opinion, View
 from .texts import label, token_texts
 
 
-LOGITS_TILE = 2**24  # elements of whole logits at a time and model: 64 MiB in fp32
+LOGITS_TILE = 2**24  # elements of a model's logits at a time: 64 MiB in fp32
 
 
-def compared(
+def compare(
     student: HiddenStates,
     teacher: HiddenStates,
     tokens: torch.Tensor,
@@ -33,16 +33,16 @@ def compared(
     temperature: float = 1.0,
 ) -> tuple[View, Opinion]:
     """
-    What a student and its teacher think of N tokens, one after another.
+    Compare a student and its teacher at N tokens.
 
     Args:
         student, teacher ([`HiddenStates`]): at the positions that predict the tokens.
-        tokens (`torch.Tensor` of shape `(N,)`): what was sampled there.
+        tokens (`torch.Tensor` of shape `(N,)`): the ids that were sampled.
         merged (`list[int]`): stop tokens that count as one in the KL, as in training.
         temperature (`float`): softmax temperature of both.
 
     Returns:
-        The student's view and the teacher's opinion, over the ids that both have.
+        The student's [`View`] and the teacher's [`Opinion`], over the ids that both have.
     """
     shared = min(student.head.vocab_size, teacher.head.vocab_size)
     found: dict[str, list[Any]] = {name: [] for name in ("kl", "forward_kl", "log_q", "log_p", "top_q", "top_p")}
@@ -55,7 +55,7 @@ def compared(
             value = summands(divergence, log_q, log_p).sum(-1)
             if merged:
                 value = as_one_class(value, log_q[:, list(merged)], log_p[:, list(merged)], divergence)
-            found[name] += value.clamp(min=0).tolist()  # rounding may leave less than nothing
+            found[name] += value.clamp(min=0).tolist()  # rounding can make it negative
         for name, log in (("q", log_q), ("p", log_p)):
             found[f"log_{name}"] += log.gather(1, tokens[part, None].to(log.device))[:, 0].tolist()
             values, ids = log.topk(min(TOP, shared))
@@ -85,17 +85,17 @@ def scored(
     ids_of: Callable[[Any], list[int]] | None = None,
 ) -> list[Completion]:
     """
-    Completions with what one student or several, and the teacher, think of their tokens. One batch; no rewards yet.
+    Score one batch of completions with one or several students and the teacher; rewards are left empty.
 
-    A row's own `teacher_prompt` is what the teacher reads in the place of `prompt`.
+    If a row has a `teacher_prompt`, the teacher gets it in place of `prompt`.
 
     Args:
-        written (`list` of [`Written`]): the batch.
-        students, teacher: forwards of models in eval mode.
-        tokenizer: of all of them.
-        device: where batches are made.
-        merged, temperature: as in [`compared`].
-        ids_of (`Callable`, *optional*): how a teacher's prompt is rendered; as `prompt_ids` does unless given.
+        written (`list` of [`~trl_distill.data.sampling.SampledCompletion`]): the batch.
+        students, teacher (`Callable`): from rollouts to hidden states, of models in eval mode.
+        tokenizer: the tokenizer of all models.
+        device: device of the batches.
+        merged, temperature: as in [`compare`].
+        ids_of (`Callable`, *optional*): turns a teacher's prompt into ids. Defaults to `prompt_ids`.
     """
     pad, ids_of = tokenizer.pad_token_id, ids_of or functools.partial(prompt_ids, tokenizer)
     assert isinstance(pad, int)
@@ -105,7 +105,7 @@ def scored(
     signal = teacher(rollouts_of(theirs, completions, pad, device))
     rollouts = rollouts_of([row.prompt for row in written], completions, pad, device)
     tokens = torch.tensor([token for completion in completions for token in completion], device=device)
-    of_all = [compared(student(rollouts), signal, tokens, merged, temperature) for student in students]
+    of_all = [compare(student(rollouts), signal, tokens, merged, temperature) for student in students]
     found, end = [], 0
     for row in written:
         start, end = end, end + len(row.completion)
@@ -129,7 +129,7 @@ def _cut(opinion: Any, start: int, end: int) -> Any:
 
 
 def readable(prompt: Any) -> str:
-    """A prompt as a person reads it: text as it is, messages with who says them."""
+    """A prompt as readable text: text unchanged, messages with their roles."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
@@ -141,7 +141,7 @@ def with_rewards(
     functions: Sequence[RewardFunction],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Completion]:
-    """Completions with their [`~trl_distill.samples.scores`]."""
+    """Completions with their rewards, see [`~trl_distill.data.rewards.scores`]."""
     by_name = scores(written, functions, tokenizer)
     return [
         replace(completion, rewards={name: scores[i] for name, scores in by_name.items()})
@@ -150,7 +150,7 @@ def with_rewards(
 
 
 def labels_of(completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The text of every id that a report mentions."""
+    """The text of every id that occurs in a report."""
     ids = {token for completion in completions for token in completion.ids}
     for completion in completions:
         for opinion in (completion.teacher, *completion.views):

@@ -1,7 +1,7 @@
-"""A [`TokenTable`] as one HTML file that needs nothing else: data as JSON, a style sheet, a script that draws.
+"""A [`TokenTable`] as one self-contained HTML file: data as JSON, a style sheet, and a script.
 
-Whatever models wrote reaches the page as JSON alone and is shown as text. A content security policy lets nothing run or
-load but the two parts named here, by their hashes. What the page does is in the three `.js` files.
+Text from models is in the JSON only and is shown as text, never as markup. A content security policy allows only the
+style sheet and script made here, by their hashes. The script is in the three `.js` files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from .table import Opinion, TokenTable, View, curve, summary
 
 
-SCRIPTS = ("data.js", "cards.js", "sidebar.js")  # in this order, in one scope
+SCRIPTS = ("data.js", "cards.js", "sidebar.js")  # concatenated in this order, in one scope
 
 
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
@@ -30,10 +30,10 @@ def page(table: TokenTable) -> str:
     The report as HTML.
 
     Raises:
-        ValueError: there is no completion to show.
+        ValueError: there are no completions.
     """
     if not table.completions:
-        raise ValueError("There is no completion to report on. Give at least one prompt.")
+        raise ValueError("There are no completions to report on. Give at least one prompt.")
     css = _part("report.css")
     js = '(() => {\n"use strict";\n' + "\n".join(_part(name) for name in SCRIPTS) + "})();\n"
     return string.Template(_part("report.html")).substitute(
@@ -55,14 +55,14 @@ def _hash(text: str) -> str:
 
 
 def embedded(data: Any) -> str:
-    """JSON that may stand inside of a `<script>`: nothing in it can end the element or begin another."""
+    """JSON for use inside of a `<script>` element, with characters escaped that could end it."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    text = text.encode("utf-8", "replace").decode()  # lone surrogates have no place in a file
+    text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be written to a file
     return text.translate(_ESCAPES)
 
 
 def data_of(table: TokenTable) -> dict[str, Any]:
-    """What the script reads; numbers are rounded, and those that are no numbers become `null`."""
+    """The data for the script; numbers are rounded, and NaN and infinity become `null`."""
     students = range(len(table.students))
     return {
         "title": table.title,
@@ -100,7 +100,7 @@ def _opinion(opinion: Opinion) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats with four significant digits or decimals, whichever is more."""
+    """Floats with four significant digits or four decimals, whichever is more; NaN and infinity as `None`."""
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-"""What a token-level report holds, as plain data: completions, what each model thinks of their tokens, and their means.
+"""The data of a token-level report: completions, each model's probabilities of their tokens, and means.
 
-No tensor, no model and no HTML: where the numbers come from is `collect.py`'s business, how they are shown `page.py`'s.
+Plain data without tensors, models or HTML. `collect.py` makes it, and `page.py` shows it.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 
-TOP = 5  # alternatives that are kept of each distribution
+TOP = 5  # number of most likely ids that are kept of each distribution
 
 
 @dataclass(frozen=True)
 class Opinion:
     """
-    What one model thinks of each token of a completion; all tuples have the completion's length.
+    One model's probabilities at each token of a completion; all tuples have the completion's length.
 
     Attributes:
-        log_probs (`tuple[float, ...]`): of the token that was sampled, nats.
-        top (`tuple` of `tuple` of `(int, float)`): its likeliest ids with their probabilities, the likeliest first.
+        log_probs (`tuple[float, ...]`): log-probability of the sampled token, nats.
+        top (`tuple` of `tuple` of `(int, float)`): the most likely ids and their probabilities, in descending order.
     """
 
     log_probs: tuple[float, ...]
@@ -31,7 +31,7 @@ class Opinion:
 @dataclass(frozen=True)
 class View(Opinion):
     """
-    A student's opinion, and how far it is from the teacher's.
+    A student's probabilities, and their divergence from the teacher's.
 
     Attributes:
         kl (`tuple[float, ...]`): KL(student ‖ teacher) at each position over the whole vocabulary, nats.
@@ -45,16 +45,16 @@ class View(Opinion):
 @dataclass(frozen=True)
 class Completion:
     """
-    One completion, judged.
+    One scored completion.
 
     Attributes:
-        prompt (`str`): as a person reads it.
-        ids (`tuple[int, ...]`): its tokens, with the stop token.
-        texts (`tuple[str, ...]`): their shares in its text; empty for a token that only begins a character.
-        truncated (`bool`): whether it was cut before it ended by itself.
-        rewards (`dict[str, float | None]`): by function; `None` where one gave no score.
-        teacher ([`Opinion`]): the teacher's.
-        views (`tuple` of [`View`]): of each student, in the order of the report's names.
+        prompt (`str`): the prompt as readable text.
+        ids (`tuple[int, ...]`): its token ids, stop token included.
+        texts (`tuple[str, ...]`): the part of its text that each token adds; empty if a token only begins a character.
+        truncated (`bool`): whether it was cut before a stop token.
+        rewards (`dict[str, float | None]`): by reward function; `None` if it gave no score.
+        teacher ([`Opinion`]): the teacher's probabilities.
+        views (`tuple` of [`View`]): one for each student, in the order of `TokenTable.students`.
     """
 
     prompt: str
@@ -67,14 +67,14 @@ class Completion:
 
     @property
     def reward(self) -> float | None:
-        """The sum over the functions that gave a score; `None` where none did."""
+        """The sum of the functions that gave a score; `None` if none did."""
         found = [reward for reward in self.rewards.values() if reward is not None]
         return sum(found) if found else None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Means over the completions of a report, for one student; `None` where there is nothing to take the mean of."""
+    """Means over the completions of a report, for one student; `None` if there are no values."""
 
     completions: int
     tokens: int
@@ -89,16 +89,16 @@ class Summary:
 @dataclass(frozen=True)
 class TokenTable:
     """
-    A whole report.
+    The data of a whole report.
 
     Attributes:
-        title (`str`): what it is about.
-        teacher (`str`): who judged.
-        students (`tuple[str, ...]`): one, or the two that are compared; the first wrote the completions.
-        completions (`tuple` of [`Completion`]).
+        title (`str`): title of the page.
+        teacher (`str`): name of the teacher.
+        students (`tuple[str, ...]`): names of one student, or of two to compare; the first wrote the completions.
+        completions (`tuple` of [`Completion`]): the scored completions.
         labels (`dict[int, str]`): text of every id that occurs.
-        own (`tuple` of [`Summary`]): where two are compared, each on completions of its own.
-        settings (`dict[str, str]`): how it was made, for the foot of the page.
+        own (`tuple` of [`Summary`]): if two students are compared, each one on its own completions.
+        settings (`dict[str, str]`): sampling settings, for the foot of the page.
     """
 
     title: str
@@ -111,13 +111,13 @@ class TokenTable:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Of those that are numbers; `None` where none is."""
+    """Mean of the finite values; `None` if there are none."""
     found = [value for value in values if value is not None and math.isfinite(value)]
     return statistics.fmean(found) if found else None
 
 
 def summary(completions: Sequence[Completion], student: int = 0) -> Summary:
-    """Means over all tokens, and over all completions, as student number `student` sees them."""
+    """Means over all tokens, or all completions, for the student with index `student`."""
     views = [completion.views[student] for completion in completions]
     pairs = [
         (ours[0][0], theirs[0][0])
@@ -148,12 +148,12 @@ class Point:
 
 def curve(completions: Sequence[Completion], student: int = 0, points: int = 100) -> list[Point]:
     """
-    Mean KL(student ‖ teacher) by position in the completion, over those that get so far.
+    Mean KL(student ‖ teacher) by position in the completion, over the completions that are long enough.
 
     Args:
-        completions: judged.
-        student (`int`): whose.
-        points (`int`): at most so many; of longer completions neighbouring positions are taken together.
+        completions (`list` of [`Completion`]): the scored completions.
+        student (`int`): index of the student.
+        points (`int`): maximum number of points; for longer completions neighbouring positions are averaged.
     """
     longest = max((len(completion.ids) for completion in completions), default=0)
     width = max(1, math.ceil(longest / points))

@@ -1,7 +1,7 @@
-"""Tokens as text: what each of them adds to a completion, and what to call an id that stands alone.
+"""Tokens as text: what each token adds to a completion, and a label for a single id.
 
-Byte-level tokens may hold a part of a character, and some tokenizers write spaces between words only when they decode
-several at once. What of it is shown how is left to the page.
+Byte-level tokens may be parts of a character, and some tokenizers write spaces between words only when they decode
+several tokens at once.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 
-UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no character yet
+UNFINISHED = "\ufffd"  # what a decoder writes for an incomplete character
 
 
-_CONTEXT = 4  # tokens before the current one that are decoded along with it
+_CONTEXT = 4  # number of preceding tokens that are decoded together with the current one
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -24,13 +24,13 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
     """
-    The share of each token in the text of a completion; joined they are that text.
+    The part of a completion's text that each token adds; joined, they are that text.
 
-    A character of several tokens belongs to the last of them, and the others have an empty share.
+    A character of several tokens belongs to the last of them; the others add an empty string.
     """
     shares: list[str] = []
-    start = 0  # where the decoded context begins
-    known = 0  # tokens whose text is known
+    start = 0  # start of the decoded context
+    known = 0  # number of tokens whose text is known
     for end in range(1, len(ids) + 1):
         before, now = _decode(tokenizer, ids[start:known]), _decode(tokenizer, ids[start:end])
         last = end == len(ids)
@@ -43,10 +43,10 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
 
 
 def label(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """What to call an id that stands alone; the tokenizer's own name for it where it is no whole character."""
+    """The label of a single id: its text, or the tokenizer's name for it if it is not a whole character."""
     piece = tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(tokenizer) else None
     if not isinstance(piece, str):
-        return f"<id {token}>"  # a row of the embedding that is padding
+        return f"<id {token}>"  # a padding row of the embedding
     text = _decode(tokenizer, [token])
     if not text or UNFINISHED in text:
         return piece
