@@ -22,9 +22,7 @@ from .objective.divergences import DIVERGENCES
 GENERATIONS_WITH_REWARDS = 8  # GRPO's own default
 
 
-GENERATIONS_WITHOUT = (
-    1  # without rewards nothing is compared within a group, so more prompts help more than more samples of each
-)
+GENERATIONS_WITHOUT = 1  # no rewards to compare: more prompts help more than more completions of each
 
 
 def _explained(config: type) -> type:

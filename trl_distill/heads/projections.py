@@ -84,9 +84,7 @@ def log_probs_of(
     """
     weight, bias = head.parameters()
     with gathered_head(weight, bias):
-        if (
-            vocab_size < head.vocab_size
-        ):  # otherwise pass the parameter itself, which the kernel gathers again in its backward
+        if vocab_size < head.vocab_size:  # else the parameter itself, which the kernel gathers again in its backward
             weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
         found = ChunkedLogProbFunction.apply(
             *(hidden.to(weight.device), weight, bias, ids.to(weight.device), temperature, VOCAB_TILE),
@@ -103,9 +101,7 @@ def top_ids(hidden: torch.Tensor, head: LMHead, k: int) -> torch.Tensor:
     with gathered_head(weight, bias):
         for rows in hidden.to(weight.device).split(TOKEN_TILE):
             best, ids = rows.new_full((rows.shape[0], k), -torch.inf), rows.new_zeros((rows.shape[0], k)).long()
-            for start in range(
-                0, weight.shape[0], VOCAB_TILE
-            ):  # scale, soft cap and temperature do not change the order
+            for start in range(0, weight.shape[0], VOCAB_TILE):  # scale, soft cap and temperature keep the order
                 tile = slice(start, start + VOCAB_TILE)
                 logits = nn.functional.linear(rows, weight[tile].to(rows.dtype), None if bias is None else bias[tile])
                 values, places = logits.topk(min(k, logits.shape[1]))

@@ -21,9 +21,7 @@ logger = logging.getLogger(__name__)
 
 def check_folder(name_or_path: str, whose: str, argument: str) -> None:
     """Raise `ValueError` for a path that does not exist; asking the hub for it can take half a minute."""
-    is_path = (
-        name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    )  # names on the hub have one slash: owner/name
+    is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1  # on the hub: owner/name
     if is_path and not os.path.exists(name_or_path):
         raise ValueError(f"The {whose}'s folder {name_or_path!r} does not exist. Check {argument}.")
 
@@ -91,10 +89,5 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase 
         return None
     try:
         return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # transformers raises any of these for a folder without a tokenizer
+    except (OSError, ValueError, KeyError, TypeError):  # raised by transformers for a folder without a tokenizer
         return None

@@ -122,7 +122,7 @@ def summarise(answers: Sequence[Answer], ks: Sequence[int] = (), correct_from: f
 
     Returns:
         `dict` by name: "avg@k", the mean score, "pass@k" and "pass@k − avg@k" if there are scores; "kl", nats per
-        token, if there is a teacher; "length" in tokens; the share "truncated"; "distinct-n" of the answers to a prompt.
+        token, if there is a teacher; "length" in tokens; the share "truncated"; "distinct-n" per prompt.
     """
     groups: dict[int, list[Answer]] = {}
     for answer in answers:

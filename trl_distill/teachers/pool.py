@@ -231,9 +231,7 @@ def weights_of(value: Any, names: list[str], where: str) -> list[float]:
     given = {value: 1.0} if isinstance(value, str) else value
     if not isinstance(given, dict):
         raise ValueError(f"{where} has the `teacher` {value!r}. Name one of {known}, or give weights by name.")
-    given = {
-        name: weight for name, weight in given.items() if weight is not None
-    }  # Arrow fills missing fields of structs with `None`
+    given = {name: weight for name, weight in given.items() if weight is not None}  # Arrow's for a missing field
     unknown = [name for name in given if name not in names]
     if unknown:
         raise ValueError(f"{where} names the teacher {unknown[0]!r}, which does not exist. Name one of {known}.")

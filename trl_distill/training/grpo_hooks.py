@@ -186,9 +186,7 @@ class GRPOHooks(GRPOTrainer):
             group = self.num_generations if self.mode == "train" else self.num_generations_eval
             everyone = leave_one_out(self.accelerator.gather(output["advantages"]), ~unscored, group)
             output["advantages"] = everyone[rows]
-            logged = self._logs[
-                "advantages"
-            ]  # TRL has just extended this deque; the completions table should show the advantages that are trained on
+            logged = self._logs["advantages"]  # a deque that TRL has just extended, for the table of completions
             for _ in range(min(len(everyone), len(logged))):
                 logged.pop()
             logged.extend(everyone.tolist())

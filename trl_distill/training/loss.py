@@ -183,9 +183,7 @@ class DistillationLoss:
         mask = batch.mask
         log_q = output.log_probs[:, -mask.shape[1] :].to(self.trainer.accelerator.device)
         change = log_q - (log_q.detach() if batch.old_log_q is None else batch.old_log_q)
-        ratio = torch.where(
-            mask, change, 0.0
-        ).exp()  # masked before exp, so that tokens which are not judged cannot overflow
+        ratio = torch.where(mask, change, 0.0).exp()  # masked before exp: only judged tokens count, others may overflow
         weight = ratio.detach()
         if batch.sampler_ratio is not None:
             correction = batch.sampler_ratio
