@@ -136,11 +136,11 @@ def examine(facts: RunFacts, specs: dict[str, TeacherSpec], report: Report) -> E
         report.add(model_checks.context_length(longest, args.max_completion_length or 0, positions, "student"))
     stops, merged = real_stops(set(facts.stops), facts.tokenizer), set()
     for spec in specs.values():
-        theirs = _examine_teacher(facts, spec, found, max(map(len, prompts + hints), default=None))
-        if theirs:
-            report.add(tokenizer_checks.stop_tokens(facts.tokenizer, stops, theirs, args.merge_stop_tokens))
-        if theirs and theirs != stops:
-            merged |= stops | theirs
+        teacher_stops = _examine_teacher(facts, spec, found, max(map(len, prompts + hints), default=None))
+        if teacher_stops:
+            report.add(tokenizer_checks.stop_tokens(facts.tokenizer, stops, teacher_stops, args.merge_stop_tokens))
+        if teacher_stops and teacher_stops != stops:
+            merged |= stops | teacher_stops
     if args.lmbda < 1:
         _examine_completions(facts, report)
     report.add(
@@ -161,10 +161,10 @@ def _examine_teacher(facts: RunFacts, spec: TeacherSpec, found: Examined, longes
     """Compare one teacher with the student; returns the ids that end a turn for it."""
     if not spec.can_be_examined:
         return set()
-    args, report, config, theirs = facts.args, found.report, spec.config(), spec.tokenizer()
+    args, report, config, tokenizer = facts.args, found.report, spec.config(), spec.tokenizer()
     report.add(
-        tokenizer_checks.same_tokenizer(facts.tokenizer, theirs, args.assume_same_tokenizer, spec.served),
-        tokenizer_checks.chat_templates(facts.tokenizer, theirs, facts.conversational),
+        tokenizer_checks.same_tokenizer(facts.tokenizer, tokenizer, args.assume_same_tokenizer, spec.served),
+        tokenizer_checks.chat_templates(facts.tokenizer, tokenizer, facts.conversational),
     )
     if config is not None:
         text = config.get_text_config()
@@ -176,7 +176,7 @@ def _examine_teacher(facts: RunFacts, spec: TeacherSpec, found: Examined, longes
             completion = args.max_completion_length or 0
             report.add(model_checks.context_length(longest, completion, context_of(text), "teacher"))
         found.vocab_size = min(text.vocab_size, found.vocab_size or text.vocab_size)
-    return stop_ids(config, spec.generation_config(), theirs)
+    return stop_ids(config, spec.generation_config(), tokenizer)
 
 
 def _examine_completions(facts: RunFacts, report: Report) -> None:

@@ -65,7 +65,7 @@ class LMHead:
             yield FixedHead(self._model, weight, bias) if sharded else self
 
     def in_fp32(self) -> LMHead:
-        """This head with weights in fp32: a copy where they are in 16 bits, for as long as it is used."""
+        """This head with weights in fp32; 16-bit weights are copied."""
         weight, bias = self.parameters()
         if weight.dtype == torch.float32:
             return self

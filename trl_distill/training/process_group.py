@@ -51,7 +51,7 @@ def end_process_group() -> None:
     collected first, those still referenced drop the group, and only then is the group destroyed.
     """
     gc.collect()
-    # by type: `isinstance` would ask each object for its class, and a dead weak reference raises
+    # by type: `isinstance` reads `__class__` of each object, which raises for a dead weak reference
     for wrapper in [found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel)]:
         for name in ("reducer", "logger", "process_group"):  # a trainer in a global variable may still refer to it
             setattr(wrapper, name, None)
@@ -128,7 +128,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _first(causes: list[BaseException], name: str) -> bool:
-    """What the latest error that says anything about it says: a full disk while stopping is one process's alone."""
+    """The attribute of the latest error that has it: a full disk while stopping concerns one process alone."""
     return next((getattr(cause, name) for cause in causes if hasattr(cause, name)), False)
 
 
@@ -168,7 +168,7 @@ class _OtherProcesses:
     def __init__(self) -> None:
         run = (os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", ""))
         self._prefix = f"trl_distill/{'/'.join(run)}"
-        # the launcher may start workers again beside the same store: what is older than this process is of no concern
+        # the launcher may restart workers with the same store: entries older than this process are ignored
         self._born = psutil.Process().create_time()
         self._store: Any = None
         self._connected, self._leaving = threading.Event(), threading.Event()
