@@ -11,6 +11,7 @@ from .objective.divergences import DIVERGENCES
 logger = logging.getLogger(__name__)
 
 KL_ESTIMATORS = ("full", "topk", "sampled")
+TOPK_DIVERGENCES = ("reverse_kl", "forward_kl")  # those of which the k likeliest ids are an estimate
 SCHEDULES = ("constant", "linear", "cosine", "step")
 
 
@@ -115,7 +116,7 @@ def _check_divergence(config: Any) -> None:
         if not 0 <= config.divergence_alpha <= 1 or (skewed and config.divergence_alpha == 1):
             bounds = "[0, 1), since at 1 both sides are the same" if skewed else "[0, 1]"
             raise ValueError(f"`divergence_alpha` is {config.divergence_alpha}; it must lie in {bounds}.")
-    if config.kl_estimator == "topk" and DIVERGENCES[config.divergence] is not None:
+    if config.kl_estimator == "topk" and config.divergence not in TOPK_DIVERGENCES:
         raise ValueError(
             f"kl_estimator='topk' cannot estimate divergence={config.divergence!r}. Use kl_estimator='full', or "
             "divergence 'reverse_kl' or 'forward_kl'."

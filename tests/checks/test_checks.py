@@ -281,7 +281,7 @@ def test_a_teacher_that_scores_something_else(make):
         def score(self, rollouts):
             return {"hidden": None}
 
-    with pytest.raises(TypeError, match=r"returned a dict; it must return `trl_distill\.HiddenStates`"):
+    with pytest.raises(TypeError, match=r"returned a dict; it must return `trl_distill\.HiddenStates`, or say"):
         make(teacher_model=Judge())
 
 

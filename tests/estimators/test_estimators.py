@@ -15,6 +15,7 @@ from trl_distill.estimators.full import KERNEL_BETA
 from trl_distill.heads import fused, tiles
 from trl_distill.heads.lm_head import LMHead
 from trl_distill.objective import divergences, terms
+from trl_distill.objective.divergences import DIVERGENCES
 from trl_distill.signals import HiddenStates, TokenLogProbs
 from trl_distill.teachers.base import as_teacher
 
@@ -59,6 +60,17 @@ FORMS = [
     *[(name, alpha) for name in ("skewed_forward_kl", "skewed_reverse_kl") for alpha in (0.0, 0.1, 0.6)],
     *[("reverse_kl", 0.0), ("forward_kl", 0.0)],
 ]
+
+
+def test_every_divergence_is_held_to_its_definition():
+    assert {name for name, _ in FORMS} == set(DIVERGENCES)
+
+
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES.keys() - {"reverse_kl", "forward_kl"}))
+def test_topk_refuses_what_it_cannot_estimate(divergence):
+    """Also a divergence that somebody adds: it must not be trained as the reverse KL under another name."""
+    with pytest.raises(ValueError, match="no estimate of divergence"):
+        make_estimator("topk", divergence, 1.0, 4)
 
 
 HOW = ["in one pass", "in two passes", "by TRL's kernel"]

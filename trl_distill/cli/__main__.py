@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"trl-distill {__version__}")
         return 0
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        close = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], n=1)
         meant = f" Did you mean `{close[0]}`?" if close else ""
         print(f"trl-distill: there is no command {name!r}.{meant}\n\n{usage()}", file=sys.stderr)
         return 2

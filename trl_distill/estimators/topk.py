@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..config_checks import TOPK_DIVERGENCES
 from ..heads.projections import top_ids
 from ..objective import terms
 from ..signals import TokenLogProbs
@@ -40,6 +41,8 @@ class TopK(FromLogProbs):
     measures = TopKMeasures
 
     def __init__(self, k: int, divergence: str, temperature: float, stops: list[int]):
+        if divergence not in TOPK_DIVERGENCES:
+            raise ValueError(f"`topk` has no estimate of divergence={divergence!r}. Use kl_estimator='full'.")
         self.k, self.divergence, self.temperature, self.stops = k, divergence, temperature, stops
 
     def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> TokenMeasures:

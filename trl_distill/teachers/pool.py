@@ -194,7 +194,8 @@ def checked(teacher: Teacher, signal: Any, tokens: int) -> Signal:
     if not isinstance(signal, teacher.gives):
         raise TypeError(
             f"The teacher's `score` returned a {type(signal).__name__}; it must return "
-            f"`trl_distill.{teacher.gives.__name__}` (see docs/teachers.md)."
+            f"`trl_distill.{teacher.gives.__name__}`, or say with the class attribute `gives` what it returns (see "
+            "docs/teachers.md)."
         )
     found = len(next(iter(vars(signal).values())))
     if tokens != found:
