@@ -187,3 +187,14 @@ def test_the_bad_row_of_a_stream_is_named_when_it_is_read():
     assert [next(reader), next(reader)] == [{"prompt": "a"}, {"prompt": "b"}]
     with pytest.raises(RowError, match="Row 2 of it has the prompt ''"):
         next(reader)
+
+
+def test_plain_grpo_takes_what_trl_takes():
+    """Without a teacher rows are TRL's to judge: images in a prompt are no error there."""
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]
+    dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": parts}]]})
+    assert with_prompts(dataset, check=False) is dataset
+    with pytest.raises(ValueError, match="image"):
+        with_prompts(dataset)
+    conversations = Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}]]})
+    assert with_prompts(conversations, check=False).column_names == ["prompt", "completion"]

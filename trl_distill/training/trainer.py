@@ -151,8 +151,9 @@ class OPDTrainer(GRPOHooks):
             args.beta > 0 and args.scale_rewards == "none" and args.multi_objective_aggregation == "sum_then_normalize"
         )
         if environment_factory is None:
-            train_dataset = with_prompts(train_dataset, "the training dataset")
-            eval_dataset = with_prompts(eval_dataset, "the evaluation dataset")
+            ours = args.beta > 0  # plain GRPO takes what TRL takes, images too
+            train_dataset = with_prompts(train_dataset, "the training dataset", check=ours)
+            eval_dataset = with_prompts(eval_dataset, "the evaluation dataset", check=ours)
         if environment_factory is None and reward_funcs:
             check_rewards(reward_funcs, train_dataset)
         specs = _teachers_of(teacher_model, args, self.has_rewards)
