@@ -34,7 +34,8 @@ beta = float(given["beta"])
 if given.get("fail_at") == given["beta"]:
     sys.exit("it went wrong at beta " + given["beta"])
 for step in range(int(given.get("steps", 3))):
-    (out / "step").write_text(str(step))
+    (out / "step.new").write_text(str(step))
+    os.replace(out / "step.new", out / "step")  # whole, whenever the run is killed
     while pathlib.Path("hold-" + out.parent.name).exists():
         time.sleep(0.05)
     print({"reward": "%.3g" % (1 - beta)}, flush=True)
@@ -503,12 +504,12 @@ STOPPING = {
 
 
 def test_a_poor_run_is_ended_early_and_is_a_result(sweep, capsys):
-    """The second of three is worse from the start: it ends at its third value, long before its 500 steps are done."""
+    """The second of three is worse from the start: it ends at its third value, long before its 2000 steps are done."""
     sweep(**STOPPING)
     slow = PROGRAM.replace("    print({", "    time.sleep(0.02 if beta > 0.5 else 0)\n    print({")
     Path("program.py").write_text(slow)
-    assert call("--last", "2", "--", "--steps=500") == 0
-    assert int(Path("out/001/out/step").read_text()) < 499
+    assert call("--last", "2", "--", "--steps=2000") == 0
+    assert int(Path("out/001/out/step").read_text()) < 1999
     assert not Path("out/001/out/trainer_state.json").exists()
     result = json.loads(Path("out/001/result.json").read_text())
     assert result["stopped"].startswith("after 3 logged values its best reward was 0.1")
@@ -519,7 +520,7 @@ def test_a_poor_run_is_ended_early_and_is_a_result(sweep, capsys):
     rows = results()
     assert [bool(row["stopped"]) for row in rows] == [False, True, False]
     assert "| 001 | 0.9 | 0.1 |  | ended early |" in Path("out/table.md").read_text()
-    assert call("--last", "2", "--", "--steps=500") == 0
+    assert call("--last", "2", "--", "--steps=2000") == 0
     assert len(starts()) == 3  # nothing is run again
 
 
