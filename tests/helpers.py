@@ -25,7 +25,7 @@ WORDS = ["<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyz", "."]
 VOCAB = len(WORDS)  # 29
 PAD, EOS = 0, 1
 
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -71,7 +71,7 @@ def make_model(family: str = "tied", seed: int = 0, **changes: Any):
     """A causal LM of about 5,000 parameters in fp32."""
     config_class, special = FAMILIES[family]
     set_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_class(**{**_SIZES, **special, **changes}))
+    model = AutoModelForCausalLM.from_config(config_class(**{**SIZES, **special, **changes}))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)  # initialised to zero otherwise

@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import EOS, PAD, VOCAB, make_model
+from helpers import EOS, SIZES, VOCAB, make_model
 from transformers import AutoModelForCausalLM, GPT2Config, Lfm2Config, Qwen3NextConfig, set_seed
 
 from trl_distill.models import hidden_states, packing
 from trl_distill.models.hidden_states import last_hidden
-
-
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "pad_token_id": PAD,
-    "eos_token_id": EOS,
-    "bos_token_id": None,
-    "initializer_range": 0.3,
-}
 
 
 def hybrid(name: str):
