@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from chat_server import ChatServer
-from helpers import _SIZES, make_tokenizer
+from helpers import SIZES, make_tokenizer
 from transformers import Qwen3Config, Qwen3ForSequenceClassification, set_seed
 
 from trl_distill.synthetic.address import Address
@@ -78,7 +78,7 @@ def test_a_changed_function_has_another_identity(reward):
 
 def make_reward_model(folder, labels=1):
     set_seed(0)
-    config = Qwen3Config(**{**_SIZES, "num_labels": labels})
+    config = Qwen3Config(**{**SIZES, "num_labels": labels})
     Qwen3ForSequenceClassification(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
