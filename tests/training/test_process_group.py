@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 import weakref
 
 import pytest
@@ -178,3 +180,20 @@ def test_one_process_is_left_as_it_is(monkeypatch):
     with pytest.raises(KeyError) as raised:
         main()
     assert raised.value is error
+
+
+def test_one_of_two_speaks_however_late_the_store_opens(monkeypatch):
+    """A connection that pauses ever longer between its tries would miss a run of a few seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr(process_group, "PATIENCE", 600.0)
+    both = [process_group._OtherProcesses() for _ in range(2)]
+    time.sleep(8)  # seconds in which nothing answers at the port
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    assert sorted(process.claim() for process in both) == [False, True]
+    for process in both:
+        process.forget()
+    del store

@@ -13,6 +13,7 @@ import functools
 import gc
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -162,6 +163,18 @@ def _leave(end: _End, others: _OtherProcesses) -> None:
     sys.exit(end.status)
 
 
+def _wait_for_port(address: str, port: int) -> None:
+    limit = time.monotonic() + CONNECT
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=POLL).close()
+            return
+        except OSError:
+            if time.monotonic() > limit:
+                raise ValueError(f"{address}:{port} does not answer") from None
+            time.sleep(POLL / 10)
+
+
 class _OtherProcesses:
     """A connection to the other processes of this run besides the process group: the launcher's key-value store."""
 
@@ -191,6 +204,7 @@ class _OtherProcesses:
     def _connect(self) -> bool:
         address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
         try:
+            _wait_for_port(str(address), int(port or 0))  # the store's own client pauses for up to 30 s between tries
             self._store = dist.TCPStore(
                 str(address),
                 int(port or 0),
@@ -222,7 +236,7 @@ class _OtherProcesses:
 
     def claim(self) -> bool:
         """Whether this process is the first to report why the run ends."""
-        if not self._connected.wait(2 * POLL):
+        if not self._connected.wait(5 * POLL):
             return True
         key, mine = self._key("said"), f"{time.time():.6f}"
         try:
