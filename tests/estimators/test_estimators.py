@@ -13,7 +13,7 @@ from trl_distill.checks.teachers import check_signals
 from trl_distill.estimators import make_estimator
 from trl_distill.estimators.full import KERNEL_BETA
 from trl_distill.heads import fused, tiles
-from trl_distill.heads.lm_head import LMHead
+from trl_distill.heads.lm_head import FixedHead, LMHead
 from trl_distill.objective import divergences, terms
 from trl_distill.objective.divergences import DIVERGENCES
 from trl_distill.signals import HiddenStates, TokenLogProbs
@@ -240,3 +240,38 @@ def test_teacher_and_estimator_must_meet():
     with pytest.raises(ValueError, match=r"scores at temperature 1 only, but the divergence is computed at 0\.7"):
         check_signals("topk", make_estimator("topk", "reverse_kl", 0.7, 4), teachers, 0.7)
     check_signals("topk", make_estimator("topk", "reverse_kl", 1.0, 4), teachers, 1.0)
+
+
+@pytest.mark.parametrize("apart", [0.03, 0.001], ids=["KL of .009", "KL of 1.5e-5"])
+@pytest.mark.parametrize("stops", [[], STOPS], ids=["stops apart", "stops merged"])
+@pytest.mark.parametrize(("name", "k"), [("sampled", 0), ("topk", 4), ("full", 0)])
+def test_what_16_bits_multiply_is_not_rounded_again(monkeypatch, name, k, stops, apart):
+    """
+    Two models that nearly agree: rounded to 16 bits before they are subtracted, logits leave nothing of the KL.
+
+    Where GPUs would take TRL's kernel, merged stops included; its torch form rounds, so the kernel itself is left out.
+    """
+    if stops or name != "full":
+        monkeypatch.setattr("trl_distill.estimators.full.uses_kernel", lambda *_: True)
+    draw, model = torch.Generator().manual_seed(5), make_model("untied", seed=1)
+    hidden = (2 * torch.randn(6, 16, generator=draw)).bfloat16()
+    weights = [torch.randn(VOCAB, 16, generator=draw).bfloat16()]
+    weights.append((weights[0].float() + apart * torch.randn(VOCAB, 16, generator=draw)).bfloat16())
+    head, teachers = (FixedHead(model, weight, None) for weight in weights)
+    exact = hidden.double().requires_grad_()
+    log_q, log_p = ((exact @ weight.double().T).log_softmax(-1) for weight in weights)
+    q, p = (summed_up(x) if stops else x.exp() for x in (log_q, log_p.detach()))
+    kl = (q * (q.log() - p.log())).sum(-1)
+    expected = torch.autograd.grad(kl.sum(), exact)[0]
+    estimator = make_estimator(name, "reverse_kl", 1.0, k, stops=stops)
+    value, gradient = torch.zeros(6), torch.zeros(6, 16)
+    for y in range(VOCAB):
+        states, sampled = hidden.clone().requires_grad_(), torch.full((6,), y)
+        own = log_q[:, y].detach().float()
+        measured = estimator.measure(states, head, HiddenStates(hidden, teachers), sampled, own)
+        policy = measured.policy_log_q if name != "full" else own
+        found = own.exp() * estimator.term(measured, policy, (policy - policy.detach()).exp(), None)
+        value += found.detach()
+        gradient += torch.autograd.grad(found.sum(), states)[0].float()
+    torch.testing.assert_close(value.double(), kl.detach(), rtol=1e-2, atol=5e-6)
+    assert relative_error(gradient, expected) < 1e-2

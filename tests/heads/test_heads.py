@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_distill import OPDTrainer
-from trl_distill.heads import fused, lm_head, projections, tiles
+from trl_distill.heads import few_ids, fused, lm_head, tiles
 from trl_distill.models.hidden_states import add_teacher_forward
 from trl_distill.objective.divergences import reverse_kl
 from trl_distill.rollouts import Rollouts
@@ -174,31 +174,32 @@ def test_a_deep_copy_computes_with_its_own_weights(tmp_path, tokenizer, prompts,
 
 
 @pytest.mark.parametrize("family", ["tied", "bias", "softcap", "scale"])
-@pytest.mark.parametrize("tiles", [(1024, 32768, 2**24), (3, 7, 40)], ids=["whole", "small tiles"])
-def test_logits_of_a_few_ids_and_the_likeliest(monkeypatch, family, tiles):
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "small tiles"])
+def test_log_probs_of_a_few_ids_and_the_likeliest(monkeypatch, family, small):
     """Values and gradients against the model's own logits; the likeliest ids against `torch.topk`."""
-    for name, value in zip(("TOKEN_TILE", "VOCAB_TILE", "ROW_TILE"), tiles, strict=True):
-        monkeypatch.setattr(projections, name, value)
-    model = make_model(family, seed=3)
-    head, ids = lm_head.LMHead(model), torch.randint(0, VOCAB, (11, 4), generator=torch.Generator().manual_seed(0))
+    if small:
+        monkeypatch.setattr(few_ids, "TOKEN_TILE", 3)
+        monkeypatch.setattr(few_ids, "VOCAB_TILE", 7)
+        monkeypatch.setattr(tiles, "ON_CPU", tiles.TileSizes(tile=5 * VOCAB, part=2 * VOCAB, ids=7))
+    model, size = make_model(family, seed=3), VOCAB - 3
+    head, ids = lm_head.LMHead(model), torch.randint(0, size, (11, 4), generator=torch.Generator().manual_seed(0))
+    ids[:, 3] = ids[:, 0]  # a sampled token may be among the others
     hidden = torch.randn(11, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    found = projections.logits_of(hidden, head, ids, temperature=0.7)
-    expected = head.logits(hidden).gather(1, ids) / 0.7
-    torch.testing.assert_close(found, expected)
+    found, entropy = few_ids.log_probs_of(hidden, head, ids, size, temperature=0.7)
+    naive = (head.logits(hidden)[:, :size] / 0.7).log_softmax(-1)
+    torch.testing.assert_close(found, naive.gather(1, ids))
+    torch.testing.assert_close(entropy, -(naive.exp() * naive).sum(-1).detach())
+    assert not entropy.requires_grad
     weights = torch.randn(11, 4, generator=torch.Generator().manual_seed(2))
     grads = []
-    for values in (found, expected):
+    for values in (found, naive.gather(1, ids)):
         model.zero_grad()
         hidden.grad = None
         (values * weights).sum().backward()
         grads.append(torch.cat([hidden.grad.flatten().double(), gradients(model)]))
     assert relative_error(*grads) < 1e-5
     with torch.no_grad():
-        assert torch.equal(projections.top_ids(hidden, head, 5), head.logits(hidden).topk(5).indices)
-    log_p = projections.log_probs_of(hidden.detach(), head, ids[:, 0], VOCAB - 3, temperature=0.7)
-    naive = (head.logits(hidden)[:, : VOCAB - 3] / 0.7).log_softmax(-1)
-    inside = ids[:, 0] < VOCAB - 3
-    torch.testing.assert_close(log_p[inside], naive.detach()[inside, ids[inside, 0]])
+        assert torch.equal(few_ids.top_ids(hidden, head, 5), head.logits(hidden).topk(5).indices)
 
 
 def test_sharded_teacher_head_is_gathered(tmp_path, tokenizer, prompts, student, teacher):
@@ -271,7 +272,7 @@ def test_heads_are_gathered_once_not_for_each_tile(
         for tensor in new:
             whole.remove(tensor.data_ptr())
 
-    for module in (lm_head, projections, fused):
+    for module in (lm_head, few_ids, fused):
         monkeypatch.setattr(module, "gathered_head", gathering)
     monkeypatch.setattr(tiles, "ON_CPU", replace(tiles.ON_CPU, tile=2 * VOCAB))
     trainer = make_trainer(tmp_path, tokenizer, prompts, student, teacher, divergence=divergence)
@@ -308,8 +309,8 @@ def test_no_tensor_of_the_size_of_the_logits(tmp_path, tokenizer, prompts, monke
     monkeypatch.setattr(divergence_kernel, "VOCAB_CHUNK_SIZE", 64)
     monkeypatch.setattr(logprob_kernel, "TOKEN_CHUNK_SIZE", 8)
     monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
-    for name, value in (("TOKEN_TILE", 8), ("VOCAB_TILE", 64), ("ROW_TILE", 1024)):
-        monkeypatch.setattr(projections, name, value)
+    for name, value in (("TOKEN_TILE", 8), ("VOCAB_TILE", 64)):
+        monkeypatch.setattr(few_ids, name, value)
     monkeypatch.setattr(tiles, "ON_CPU", replace(tiles.ON_CPU, tile=8 * 2000))
     student, teacher = (make_model(seed=seed, vocab_size=2000) for seed in (1, 2))
     inputs = batch(rows=8, prompt=4, completion=24)

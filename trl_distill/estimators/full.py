@@ -7,9 +7,7 @@ import torch
 from .._trl import has_triton
 from ..heads.comparison import compared_positions
 from ..heads.fused import DivergenceSpec, fused_divergence
-from ..heads.lm_head import LMHead
-from ..heads.projections import kernel_divergence, log_probs_of, logits_of
-from ..objective import divergences
+from ..heads.kernel import kernel_divergence
 from ..signals import HiddenStates
 from .base import TokenMeasures
 from .log_probs import teacher_log_p
@@ -42,8 +40,11 @@ class Full:
         self.divergence, self.alpha, self.temperature, self.stops = divergence, alpha, temperature, stops
         self.log_p_temperature = log_p_temperature
 
+    def _uses_kernel(self, device: torch.device) -> bool:
+        return uses_kernel(device, self.divergence) and not self.stops  # it cannot count several ids as one
+
     def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> TokenMeasures:
-        if uses_kernel(hidden.device, self.divergence):
+        if self._uses_kernel(hidden.device):
             return self._by_kernel(hidden, head, signal, sampled, log_q)
         form = DivergenceSpec(self.divergence, self.alpha, self.temperature, tuple(self.stops))
         positions = compared_positions(sampled) if self.profiles else None
@@ -68,27 +69,10 @@ class Full:
         kernel_beta = KERNEL_BETA[self.divergence]
         beta = self.alpha if kernel_beta is None else kernel_beta
         divergence, entropy = kernel_divergence(hidden, head, signal, beta, self.temperature)
-        shared = min(head.vocab_size, signal.head.vocab_size)
-        if self.stops:
-            of_student = _log_probs_of_few(hidden, head, self.stops, shared, self.temperature)
-            with torch.no_grad():
-                of_teacher = _log_probs_of_few(signal.hidden, signal.head, self.stops, shared, self.temperature)
-            of_teacher = of_teacher.to(of_student.device)
-            divergence = divergences.as_one_class(divergence, of_student, of_teacher, self.divergence, self.alpha)
         return TokenMeasures(divergence=divergence, entropy=entropy, log_p=self._log_p(head, signal, sampled, log_q))
 
     def shares_logits(self, device) -> bool:
-        return self.log_p_temperature == self.temperature and not uses_kernel(device, self.divergence)
+        return self.log_p_temperature == self.temperature and not self._uses_kernel(device)
 
     def term(self, measured, log_q, ratio, weight) -> torch.Tensor:
         return measured.divergence
-
-
-def _log_probs_of_few(
-    hidden: torch.Tensor, head: LMHead, ids: list[int], vocab_size: int, temperature: float
-) -> torch.Tensor:
-    """Log-probabilities of the same few ids at each position, `(N, |ids|)`, with one projection for the normaliser."""
-    columns = torch.tensor(ids, device=hidden.device).expand(len(hidden), -1)
-    logits = logits_of(hidden, head, columns, temperature)
-    first = log_probs_of(hidden, head, columns[:, 0], vocab_size, temperature)
-    return logits - (logits[:, 0] - first)[:, None]

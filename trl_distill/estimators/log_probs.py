@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from ..heads.lm_head import LMHead
-from ..heads.projections import log_probs_of, logits_of
+from ..heads.few_ids import log_probs_of
 from ..signals import HiddenStates, Signal, TokenLogProbs
 from .base import TokenMeasures
 
 
 class FromLogProbs:
-    """Base of estimators that use the student's log-probabilities."""
+    """
+    Base of estimators that use log-probabilities of a few ids.
+
+    They come from a projection of the estimator's own, with fp32 sums, even where TRL's forward pass has already given
+    some: its logits are rounded to 16 bits, and a KL is a small difference of such numbers.
+    """
 
     needs_log_probs, profiles = True, True
     takes: tuple[type, ...] = (HiddenStates, TokenLogProbs)
     measures: type[TokenMeasures] = TokenMeasures
 
     def shares_logits(self, device: torch.device) -> bool:
-        return False
+        return True  # the temperature is always that of sampling
 
 
 def is_in(ids: torch.Tensor, few: list[int]) -> torch.Tensor:
@@ -32,39 +34,29 @@ def teacher_log_p(signal: Signal, sampled: torch.Tensor, vocab_size: int, temper
     """The teacher's log-probability of each sampled token, `(N,)`."""
     if isinstance(signal, TokenLogProbs):
         return signal.log_p
-    return log_probs_of(signal.hidden, signal.head, sampled, vocab_size, temperature)
+    return log_probs_of(signal.hidden, signal.head, sampled[:, None], vocab_size, temperature)[0][:, 0]
 
 
-def log_probs_of_few_ids(
-    hidden: torch.Tensor,
-    head: LMHead,
-    signal: Signal,
-    chosen: list[Any],
-    sampled: torch.Tensor,
-    log_q: torch.Tensor,
-    log_p: torch.Tensor,
-    temperature: float,
+@torch.no_grad()
+def teacher_log_probs(
+    signal: Signal, ids: torch.Tensor, vocab_size: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Log-probabilities of a few ids under student and teacher, `(N, K)` each.
-
-    log p(v) = z_v − log Z with log Z = z_y − log p(y), so the normaliser follows from the sampled token y.
+    The teacher's log-probabilities of the sampled tokens, `(N,)`, and of other ids, `(N, K)`.
 
     Args:
-        hidden (`torch.Tensor` of shape `(N, H)`): the student's.
-        head ([`~trl_distill.heads.lm_head.LMHead`]): the student's.
-        signal ([`HiddenStates`] or [`TokenLogProbs`]): the teacher's.
-        chosen (`list`): ids `(N, k)`, or lists of ids that are the same for all tokens; concatenated to K.
-        sampled (`torch.Tensor` of shape `(N,)`): the sampled ids.
-        log_q, log_p (`torch.Tensor` of shape `(N,)`): their log-probabilities under student and teacher.
-        temperature (`float`): softmax temperature of both.
+        signal ([`HiddenStates`] or [`TokenLogProbs`]): the teacher's; the latter has its own first K ids.
+        ids (`torch.Tensor` of shape `(N, 1 + K)`): the sampled ids, then the others.
+        vocab_size (`int`): the student's; a larger teacher is renormalised over it.
+        temperature (`float`): softmax temperature.
     """
-    rows = [x if isinstance(x, torch.Tensor) else torch.tensor(x).expand(len(sampled), -1) for x in chosen]
-    ids = torch.cat([*(x.to(sampled.device) for x in rows), sampled[:, None]], dim=1)
-    of_student = logits_of(hidden, head, ids, temperature)
-    of_student = of_student[:, :-1] - (of_student[:, -1] - log_q)[:, None]
     if isinstance(signal, TokenLogProbs):
-        return of_student, signal.top_log_p[:, : of_student.shape[1]]
-    with torch.no_grad():
-        of_teacher = logits_of(signal.hidden, signal.head, ids, temperature)
-        return of_student, of_teacher[:, :-1] - (of_teacher[:, -1] - log_p)[:, None]
+        return signal.log_p, signal.top_log_p[:, : ids.shape[1] - 1]
+    log_p, _ = log_probs_of(signal.hidden, signal.head, ids, vocab_size, temperature)
+    return log_p[:, 0], log_p[:, 1:]
+
+
+def with_sampled(sampled: torch.Tensor, *others: torch.Tensor | list[int]) -> torch.Tensor:
+    """Ids `(N, 1 + K)`: the sampled ones first, then tensors `(N, k)` and lists that are the same for all tokens."""
+    rows = [x if isinstance(x, torch.Tensor) else torch.tensor(x).expand(len(sampled), -1) for x in others if len(x)]
+    return torch.cat([sampled[:, None], *(x.to(sampled.device) for x in rows)], dim=1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ..heads.few_ids import log_probs_of
 from ..objective import terms
 from .base import TokenMeasures
-from .log_probs import FromLogProbs, is_in, log_probs_of_few_ids, teacher_log_p
+from .log_probs import FromLogProbs, is_in, teacher_log_probs, with_sampled
 
 
 class Sampled(FromLogProbs):
@@ -16,18 +17,15 @@ class Sampled(FromLogProbs):
         self.temperature, self.stops = temperature, stops
 
     def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> TokenMeasures:
-        log_p = teacher_log_p(signal, sampled, head.vocab_size, self.temperature)
-        if not self.stops:
-            return TokenMeasures(log_p=log_p)
-        of_student, of_teacher = log_probs_of_few_ids(
-            hidden, head, signal, [self.stops], sampled, log_q, log_p, self.temperature
-        )
-        stopped = is_in(sampled, self.stops)
-        return TokenMeasures(
-            log_p=torch.where(stopped, of_teacher.logsumexp(-1), log_p),
-            log_q=torch.where(stopped, of_student.logsumexp(-1), log_q).detach(),
-        )
+        ids = with_sampled(sampled, self.stops)
+        own, entropy = log_probs_of(hidden, head, ids, head.vocab_size, self.temperature)
+        log_p, of_teacher = teacher_log_probs(signal, ids, head.vocab_size, self.temperature)
+        log_q = own[:, 0].detach()
+        if self.stops:
+            stopped, of_student = is_in(sampled, self.stops), own[:, 1:].detach()
+            log_p = torch.where(stopped, of_teacher.logsumexp(-1), log_p)
+            log_q = torch.where(stopped, of_student.logsumexp(-1), log_q)
+        return TokenMeasures(log_p=log_p, log_q=log_q, policy_log_q=own[:, 0], entropy=entropy)
 
     def term(self, measured, log_q, ratio, weight) -> torch.Tensor:
-        own = log_q if measured.log_q is None else measured.log_q
-        return terms.sampled_reverse_kl(own, measured.log_p, ratio, weight)
+        return terms.sampled_reverse_kl(measured.log_q, measured.log_p, ratio, weight)

@@ -3,7 +3,7 @@
 The weight of a token's divergence in the loss is nearly always known before the forward pass. Then its gradient is
 computed while the logits are there, and nothing is projected again: four products with a head instead of six. If
 another gradient arrives, the backward pass computes the difference. Formulas of divergences are in
-`objective/divergences.py`, other projections in `projections.py`, tiles and their memory in `tiles.py`.
+`objective/divergences.py`, other projections in `few_ids.py` and `kernel.py`, tiles and their memory in `tiles.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from .._trl import gathered_head
 from ..objective import divergences
 from .comparison import COMPARED, comparison
+from .gradients import Gradients
 from .lm_head import LMHead, check_same_device
 from .tiles import Projection, TileMemory, parts, tiles
 
@@ -132,7 +133,7 @@ class _Fused(torch.autograd.Function):
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         ctx.settings = settings
         forms_gradient = slope is not None and any(ctx.needs_input_grad[:3])
-        grads = _Gradients.wanted_by(ctx.needs_input_grad) if forms_gradient else None
+        grads = Gradients.wanted_by(ctx.needs_input_grad) if forms_gradient else None
         compared = 0 if settings.positions is None else len(range(len(hidden))[settings.positions])
         shapes = [(len(hidden),)] * 4 + [(len(COMPARED), compared)]
         found = TokenStatistics(*(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes))
@@ -149,7 +150,7 @@ class _Fused(torch.autograd.Function):
         grads, ctx.formed = ctx.formed, None
         given = [None if g is None else g.float() for g in (grad, grad_log_q)]
         if grads is None:
-            grads, rest = _Gradients.wanted_by(ctx.needs_input_grad), given
+            grads, rest = Gradients.wanted_by(ctx.needs_input_grad), given
         else:
             factor, rest = _as_expected(given, [slope, slope_log_q])
             grads.scale(factor)
@@ -188,61 +189,11 @@ def _as_expected(
     return factor, rest
 
 
-class _Gradients:
-    """Gradients of hidden states, weight and bias, summed in fp32 over tiles; `None` for those that need none."""
-
-    def __init__(self, hidden: bool, weight: bool, bias: bool):
-        self.wants = hidden, weight, bias
-        self.hidden: torch.Tensor | None = None
-        self.weight: torch.Tensor | None = None
-        self.bias: torch.Tensor | None = None
-
-    @classmethod
-    def wanted_by(cls, needs_input_grad: tuple[bool, ...]) -> _Gradients:
-        return cls(*needs_input_grad[:3])
-
-    def begin(self, hidden: torch.Tensor, weight: torch.Tensor) -> None:
-        """Allocate, once ZeRO-3 has gathered the weight and its shape is known."""
-        if self.wants[0] and self.hidden is None:
-            self.hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        if self.wants[2] and self.bias is None:
-            self.bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=hidden.device)
-
-    def add(self, rows: slice, found: torch.Tensor, states: torch.Tensor, weight: torch.Tensor) -> None:
-        """Add a tile: derivatives by the projected logits `(n, V)`, fp32; hidden states and weight in their dtype."""
-        rounded = found.to(states.dtype)
-        if self.hidden is not None:
-            _add_product(self.hidden[rows], rounded, weight)
-        if self.wants[1]:
-            self.weight = _add_product(self.weight, rounded.T, states)
-        if self.bias is not None:
-            self.bias += found.sum(0)
-
-    def scale(self, factor: float) -> None:
-        for tensor in (self.hidden, self.weight, self.bias) if factor != 1.0 else ():
-            if tensor is not None:
-                tensor.mul_(factor)
-
-    def as_given(self, *inputs: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """The gradients in the dtypes of the inputs."""
-        sums = (self.hidden, self.weight, self.bias)
-        return [None if s is None or i is None else s.to(i.dtype) for s, i in zip(sums, inputs, strict=True)]
-
-
-def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`total += a @ b` in fp32, whatever the dtype of the factors; a new tensor if `total` is `None`."""
-    if a.dtype == torch.float32 or not a.is_cuda:
-        return torch.mm(a.float(), b.float()) if total is None else total.addmm_(a.float(), b.float())
-    if total is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-
-
 def _run(
     ctx: Any,
     tensors: Any,
     found: TokenStatistics | None,
-    grads: _Gradients | None,
+    grads: Gradients | None,
     slope: torch.Tensor | None,
     slope_log_q: torch.Tensor | None,
 ) -> None:

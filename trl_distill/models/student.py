@@ -22,7 +22,7 @@ from ..estimators.base import Estimator
 from ..heads.comparison import comparison_from_states
 from ..heads.fused import ExpectedSlopes
 from ..heads.lm_head import LMHead
-from ..heads.projections import log_probs_of
+from ..heads.few_ids import log_probs_of
 from ..rollouts import Rollouts
 from ..signals import HiddenStates, TeacherScore
 from .hidden_states import judged_states, last_hidden, last_hidden_state, scatter, unbound_forward
@@ -142,8 +142,9 @@ def _log_probs(
     mask = rollouts.mask.to(hidden.device)
     sampled = rollouts.input_ids[:, -mask.shape[1] :].to(hidden.device)[mask]
     states = judged_states(hidden, rollouts.mask)
-    found = log_probs_of(states.float() if in_fp32 else states, head, sampled, head.vocab_size, temperature, True)
-    return _as_trls(hidden, rollouts.mask, *found)
+    states = states.float() if in_fp32 else states
+    log_probs, entropy = log_probs_of(states, head, sampled[:, None], head.vocab_size, temperature)
+    return _as_trls(hidden, rollouts.mask, log_probs[:, 0], entropy)
 
 
 def _measure(
@@ -173,7 +174,7 @@ def _measure(
             if found.comparison is None and plan.estimator.profiles and isinstance(signal, HiddenStates):
                 how = (plan.estimator.temperature, sampled[mask], plan.estimator.stops)
                 found = replace(found, comparison=comparison_from_states(states.detach(), head, signal, *how))
-        if found.policy_log_q is not None and found.entropy is not None:
+        if plan.log_probs == "shared" and found.policy_log_q is not None and found.entropy is not None:
             fields = _as_trls(hidden, score.mask, found.policy_log_q, found.entropy)
         spread = replace(found, policy_log_q=None).map(functools.partial(_spread, mask=mask))
         measured.append(spread.tensors())
