@@ -128,6 +128,23 @@ def test_slopes_may_be_rounded(given):
         assert relative_error(found, right) < 1e-4
 
 
+@pytest.mark.parametrize("slope", [1.0, 4e-6, 1e-12, 0.0])
+def test_fp16_loses_no_slope(given, slope):
+    """The weight of a token is one over their number, and the loss scale comes only after the gradient is formed."""
+    hidden, head, teacher_hidden, teacher_head, ids = given
+    d, q = slope * torch.linspace(0.1, 1, N), -slope * torch.linspace(-1, 1, N)
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
+            foreseen = ExpectedSlopes(d, q)
+            out = fused_divergence(hidden, head, teacher_hidden, teacher_head, DivergenceSpec(), ids, foreseen)
+        loss = 2.0**16 * (d * out.divergence + q * out.log_q).sum()
+        found.append(torch.autograd.grad(loss, [hidden, head.parameters()[0]]))
+    for ours, exact in zip(*found, strict=True):
+        assert ours.isfinite().all()
+        assert relative_error(ours, exact) < 5e-3 or slope == 0
+
+
 def test_a_second_backward_pass_is_right_too(given):
     hidden, head, teacher_hidden, teacher_head, ids = given
     d = torch.linspace(0.1, 1, N)

@@ -9,10 +9,12 @@ import torch
 from ..objective.divergences import as_one_class, summands
 from ..signals import HiddenStates
 from .lm_head import LMHead
+from .tiles import Projection
 
 
-# The models are compared at every 61st token, at most 128 tokens per micro-step, and on their 16 most likely ids
-COMPARE_EVERY, COMPARE_MOST, TOP = 61, 128, 16
+# The models are compared at 64 tokens of a micro-step or more, at every 61st of many, at most 128 of very many, and on
+# their 16 most likely ids
+COMPARE_LEAST, COMPARE_EVERY, COMPARE_MOST, TOP = 64, 61, 128, 16
 
 COMPARED = ("reverse_kl", "forward_kl", "teacher_entropy", "top1_agreement", "top_overlap")
 
@@ -21,8 +23,8 @@ def compared_positions(sampled: torch.Tensor) -> slice:
     """
     The judged tokens at which the models are compared: a regular sample whose start depends on the token ids.
 
-    The step is odd, since with an even one completions of equal length would be sampled at the same positions; with a
-    fixed start, small batches would be sampled at their first tokens only. At least one token is chosen if N > 0.
+    At least 64, where there are so many. The step is odd, since with an even one completions of equal length would be
+    sampled at the same positions; with a fixed start, always those at the beginning.
 
     Args:
         sampled (`torch.Tensor` of shape `(N,)`): ids of the judged tokens.
@@ -30,8 +32,11 @@ def compared_positions(sampled: torch.Tensor) -> slice:
     Returns:
         `slice` of the N tokens.
     """
-    step = max(COMPARE_EVERY, -(-len(sampled) // COMPARE_MOST)) | 1
-    start = int(sampled.sum()) % min(step, len(sampled)) if len(sampled) else 0
+    count = len(sampled)
+    step = max(1, (count // COMPARE_LEAST - 1) | 1)  # the largest odd one that leaves 64
+    if step > COMPARE_EVERY:
+        step = max(COMPARE_EVERY, -(-count // COMPARE_MOST)) | 1
+    start = int(sampled.sum()) % min(step, count) if count else 0
     return slice(start, None, step)
 
 
@@ -92,9 +97,17 @@ def comparison_from_states(
     chosen = compared_positions(sampled)
     shared = min(head.vocab_size, signal.head.vocab_size)
     log_q, log_p = (
-        (which.logits(states[chosen].to(which.parameters()[0].device)).float()[:, :shared] / temperature).log_softmax(
-            -1
-        )
+        fp32_logits(which, states[chosen])[:, :shared].div(temperature).log_softmax(-1)
         for which, states in ((head, hidden), (signal.head, signal.hidden))
     )
     return comparison(log_q, log_p.to(log_q.device), stops)
+
+
+def fp32_logits(head: LMHead, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits `(n, V)` of a few positions: products in autocast's dtype or that of `hidden`, with fp32 sums."""
+    weight, bias = head.parameters()
+    device = weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        project = Projection(head, weight, bias, dtype, "student")
+        return project.finish(project(hidden.to(weight.device, dtype)), temperature=1.0).clone()

@@ -21,6 +21,7 @@ from .lm_head import LMHead, check_same_device
 from .tiles import Projection, TileMemory, parts, tiles
 
 
+LARGEST_SLOPE = 256.0  # a token's derivatives by logits then stay below 65504, the largest fp16, up to 255 nats
 GRADIENT_TOLERANCE = 1e-5  # relative difference up to which a gradient counts as the expected one
 
 
@@ -108,12 +109,22 @@ def fused_divergence(
     if shared < head.vocab_size:
         weight, bias = weight[:shared], None if bias is None else bias[:shared]
     ids = torch.zeros(len(hidden), dtype=torch.long) if sampled is None else sampled.clamp(max=shared - 1)
-    expected = [None if slope is None else slope.float() for slope in slopes or (None, None)]
+    expected = _scaled(slopes)
     settings = _Settings(spec, head, teacher_head, positions)
     found = _Fused.apply(
         hidden.to(device), weight, bias, teacher_hidden.to(device), ids.to(device), *expected, settings
     )
     return TokenStatistics(*found)
+
+
+def _scaled(slopes: ExpectedSlopes | None) -> list[torch.Tensor | None]:
+    """Slopes by a common factor, with `LARGEST_SLOPE` as the largest: others may underflow where products are fp16."""
+    given = [None if slope is None else slope.float() for slope in slopes or (None, None)]
+    largest = [slope.abs().amax() for slope in given if slope is not None and slope.numel()]
+    if not largest:
+        return given
+    factor = LARGEST_SLOPE / torch.stack(largest).amax().clamp(min=torch.finfo(torch.float32).tiny * LARGEST_SLOPE)
+    return [None if slope is None else slope * factor for slope in given]
 
 
 @dataclass(frozen=True)
@@ -302,4 +313,4 @@ class LogitsTile:
             if not wanted:
                 return divergence, None
             (derivative,) = torch.autograd.grad(divergence.sum(), log_q)
-        return divergence.detach(), derivative
+        return divergence.detach(), derivative.contiguous()  # autograd may expand it from fewer numbers

@@ -99,8 +99,8 @@ def divergence_profile(
     Returns:
         Quantities with their masks, with the same names on every process: `<name>/quarter1` to `4`, the divergence in
         each quarter of the completions; "distill/concentration", the share of tokens with 80 % of it;
-        "distill/teacher_log_prob" of the sampled tokens, if measured; and the values of
-        [`~trl_distill.heads.comparison.comparison`] at a sample of the tokens.
+        "distill/teacher_log_prob" of the sampled tokens, if measured; the values of
+        [`~trl_distill.heads.comparison.comparison`] at a sample of the tokens, and "distill/compared_tokens", its size.
     """
     per_token, place, length = per_token.detach(), mask.cumsum(1) - 1, mask.sum(1, keepdim=True)
     quarter = (4 * place).div(length.clamp(min=1), rounding_mode="floor")
@@ -115,6 +115,8 @@ def divergence_profile(
     parts = [one.comparison.to(per_token.device) for one in output.measured or [] if one.comparison is not None]
     few = torch.cat(parts, dim=1) if parts else per_token.new_zeros(len(COMPARED), 0)
     found |= {f"distill/{what}": (row, torch.ones_like(row)) for what, row in zip(COMPARED, few, strict=True)}
+    compared = few.new_tensor([few.shape[1]])
+    found["distill/compared_tokens"] = compared, compared > 0
     return found
 
 
