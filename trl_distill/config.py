@@ -17,6 +17,7 @@ from trl import GRPOConfig
 from ._trl import DICT_FIELDS, post_init_without_group_check
 from .config_checks import KL_ESTIMATORS, SCHEDULES, check_group, check_resolved, check_values
 from .objective.divergences import DIVERGENCES
+from .redaction import from_environment, redacted
 
 
 GENERATIONS_WITH_REWARDS = 8  # GRPO's own default
@@ -61,12 +62,14 @@ class OPDConfig(GRPOConfig):
             Revision of the teacher on the hub.
         teacher_model_init_kwargs (`dict` or `str`, *optional*):
             Keyword arguments for the teacher's `from_pretrained`. Its dtype is the checkpoint's unless `dtype` is given
-            here.
+            here. `"$NAME"` is an environment variable, as for a `token`.
         teacher_models (`dict` or `str`, *optional*):
             Several teachers, for the command line: `{"math": "path", "code": "path"}`. The dataset's `teacher` column
             says which of them scores a row. In Python, pass them as `teacher_model`.
         teacher_server_urls (`list[str]`, *optional*):
             URLs of vLLM servers that serve the model `teacher_model_name_or_path`. The teacher is then not loaded here.
+        teacher_api_key_env (`str`, *optional*, defaults to `"VLLM_API_KEY"`):
+            Environment variable with the key of `teacher_server_urls`; it need not be set if they have none.
         teacher_offload (`bool`, *optional*, defaults to `False`):
             Keep the teacher in CPU memory, and copy it to the accelerator once per generation batch.
         teacher_ema (`float`, *optional*):
@@ -127,6 +130,11 @@ class OPDConfig(GRPOConfig):
             `None` is resolved by the trainer: `"none"` if `beta > 0`, since dividing by the group's standard deviation
             changes the optimum; else GRPO's default.
 
+    Secrets (a `token` in keyword arguments, a login in a URL, keys) are in no written form of a configuration: not in
+    `repr`, `to_dict`, `to_json_string`, nor in a pickle such as `training_args.bin`. Copies keep them. In
+    `model_init_kwargs`, `teacher_model_init_kwargs` and URLs, `"$NAME"` (inside a text `"${NAME}"`) is read from the
+    environment.
+
     Raises:
         ValueError: a value or a combination of values is invalid; the message says what to write instead.
     """
@@ -143,6 +151,7 @@ class OPDConfig(GRPOConfig):
     teacher_model_init_kwargs: dict[str, Any] | str | None = None
     teacher_models: dict[str, Any] | str | None = None
     teacher_server_urls: list[str] | None = None
+    teacher_api_key_env: str = "VLLM_API_KEY"
     teacher_offload: bool = False
     teacher_ema: float | None = None
     teacher_batch_size: int | None = None
@@ -170,6 +179,35 @@ class OPDConfig(GRPOConfig):
             if self.generation_batch_size is not None and self.num_generations is not None:
                 check_group(self, self.num_generations)  # a more helpful message than TRL's
             raise
+
+    def without_secrets(self) -> OPDConfig:
+        """A copy with `***` in place of secrets, for everything that is shown or written."""
+        config = copy.copy(self)
+        for f in fields(self):
+            vars(config)[f.name] = redacted(vars(self)[f.name], f.name)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        return redacted(super().to_dict())
+
+    def __repr__(self) -> str:
+        return GRPOConfig.__str__(self.without_secrets())
+
+    __str__ = __repr__
+
+    def __getstate__(self) -> dict[str, Any]:  # for pickles, which are files; copies are made below
+        return vars(self.without_secrets())
+
+    def __copy__(self) -> OPDConfig:
+        config = object.__new__(type(self))
+        vars(config).update(vars(self))
+        return config
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OPDConfig:
+        config = object.__new__(type(self))
+        memo[id(self)] = config
+        vars(config).update(copy.deepcopy(vars(self), memo))
+        return config
 
     @property
     def biased_sampling(self) -> list[str]:
@@ -217,13 +255,16 @@ class OPDConfig(GRPOConfig):
 
     def resolved(self, has_rewards: bool) -> OPDConfig:
         """
-        A copy in which `num_generations` and `scale_rewards` are resolved, which depend on whether there are rewards.
+        A copy in which `num_generations` and `scale_rewards` are resolved, which depend on whether there are rewards,
+        and environment variables are read.
 
         Raises:
             ValueError: there are rewards and one completion per prompt, or the group size does not divide the
-                generation batch.
+                generation batch; or an environment variable is not set.
         """
         config = copy.copy(self)
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs", "teacher_server_urls", "vllm_server_base_url"):
+            setattr(config, name, from_environment(getattr(self, name), name))
         config.accelerator_config = copy.copy(self.accelerator_config)  # TRL writes into it
         if config.scale_rewards is None:
             config.scale_rewards = "none" if config.beta > 0 else GRPOConfig.scale_rewards

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..redaction import redacted
 from .curves import training_figure
 
 
@@ -44,7 +45,7 @@ class WandbExtras(TrainerCallback):
         import wandb
 
         if wandb.run is not None:  # on the main process, where transformers' callback has started the run
-            wandb.config.update(self.facts, allow_val_change=True)
+            wandb.config.update(redacted(self.facts), allow_val_change=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         import wandb

@@ -5,6 +5,7 @@ One class for each, with the same methods: its name, configuration, tokenizer an
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from accelerate import Accelerator
@@ -188,7 +189,8 @@ def read_specs(teacher_model: Any, args: OPDConfig) -> dict[str, TeacherSpec]:
         from_args = MovingAverage(args.teacher_ema)
     elif args.teacher_server_urls:
         top_k = args.kl_top_k if args.kl_estimator == "topk" else 0
-        from_args = ServedTeacher(args.teacher_server_urls, model=from_args, top_k=top_k)
+        key = os.environ.get(args.teacher_api_key_env)
+        from_args = ServedTeacher(args.teacher_server_urls, model=from_args, top_k=top_k, api_key=key)
     if teacher_model is not None and named is not None and teacher_model != from_args:
         raise ValueError(f"Two teachers are given, `teacher_model` and `args.{named}`. Keep one.")
     given = teacher_model if teacher_model is not None else from_args
