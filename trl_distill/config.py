@@ -16,6 +16,7 @@ from trl import GRPOConfig
 
 from ._trl import DICT_FIELDS, post_init_without_group_check
 from .config_checks import KL_ESTIMATORS, SCHEDULES, check_group, check_resolved, check_values
+from .objective.custom import load_divergence
 from .objective.divergences import DIVERGENCES
 from .redaction import from_environment, redacted
 
@@ -24,6 +25,13 @@ GENERATIONS_WITH_REWARDS = 8  # GRPO's own default
 
 
 GENERATIONS_WITHOUT = 1  # no rewards to compare: more prompts help more than more completions of each
+
+
+class _NamesOrPaths(list[str]):
+    """Choices of the command line that also take an import path, which is checked when it is imported."""
+
+    def __contains__(self, value: object) -> bool:
+        return super().__contains__(value) or (isinstance(value, str) and ("." in value or ":" in value))
 
 
 def _explained(config: type) -> type:
@@ -88,10 +96,11 @@ class OPDConfig(GRPOConfig):
 
     > Parameters that control the divergence
 
-        divergence (`str`, *optional*, defaults to `"reverse_kl"`):
+        divergence (`str` or `Callable`, *optional*, defaults to `"reverse_kl"`):
             What is minimised at each token: `"reverse_kl"`, KL(student ‖ teacher); `"forward_kl"`,
             KL(teacher ‖ student); `"jsd"`, `"skewed_forward_kl"`, `"skewed_reverse_kl"` or `"mixed"`, see
-            [`~trl_distill.objective.divergences.summands`].
+            [`~trl_distill.objective.divergences.summands`]; or one of your own, as a function or by its import path
+            `module.function`, see docs/objective.md. Its name is then that path.
         divergence_alpha (`float`, *optional*):
             Parameter of `divergence` and of `off_policy_divergence`, in [0, 1]. Defaults to 0.5 for `"jsd"` and
             `"mixed"`, and to 0.1 for the skewed ones.
@@ -110,7 +119,7 @@ class OPDConfig(GRPOConfig):
             Share of generation batches that are on-policy, evenly spaced. The others train on the dataset's
             `completion` column, without generation and rewards. Below 1, `kl_estimator="full"` and `kl_discount=0` are
             required: everything else assumes that the student wrote the tokens.
-        off_policy_divergence (`str`, *optional*, defaults to `"forward_kl"`):
+        off_policy_divergence (`str` or `Callable`, *optional*, defaults to `"forward_kl"`):
             What is minimised on the dataset's completions where `lmbda < 1`; a name as for `divergence`.
 
     > Parameters that end a run early
@@ -158,20 +167,21 @@ class OPDConfig(GRPOConfig):
     merge_stop_tokens: bool = True
     assume_different_teacher: bool = False
     assume_same_tokenizer: bool = False
-    divergence: str = field(default="reverse_kl", metadata={"choices": list(DIVERGENCES)})
+    divergence: str = field(default="reverse_kl", metadata={"choices": _NamesOrPaths(DIVERGENCES)})
     divergence_alpha: float | None = None
     kl_estimator: str = field(default="full", metadata={"choices": list(KL_ESTIMATORS)})
     kl_top_k: int = 64
     kl_discount: float = 0.0
     kl_temperature: float | None = None
     lmbda: float = 1.0
-    off_policy_divergence: str = field(default="forward_kl", metadata={"choices": list(DIVERGENCES)})
+    off_policy_divergence: str = field(default="forward_kl", metadata={"choices": _NamesOrPaths(DIVERGENCES)})
     stop_above_truncation: float | None = None
     stop_above_repetition: float | None = None
     num_generations: int | None = None
     scale_rewards: str | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        self._load_divergences()
         check_values(self)
         try:
             post_init_without_group_check(self)
@@ -209,6 +219,11 @@ class OPDConfig(GRPOConfig):
         vars(config).update(copy.deepcopy(vars(self), memo))
         return config
 
+    def _load_divergences(self) -> None:
+        """Import and try divergences that are functions of one's own."""
+        self.divergence = load_divergence(self.divergence, DIVERGENCES)
+        self.off_policy_divergence = load_divergence(self.off_policy_divergence, DIVERGENCES)
+
     @property
     def biased_sampling(self) -> list[str]:
         """Settings that change the sampling distribution, if the estimator relies on samples of the student."""
@@ -220,7 +235,7 @@ class OPDConfig(GRPOConfig):
 
     def alpha_of(self, divergence: str) -> float:
         """`divergence_alpha`, or its default; 0 for a divergence without a parameter."""
-        default = DIVERGENCES[divergence]
+        default = DIVERGENCES.get(divergence)  # `None` for a function of one's own
         if default is None:
             return 0.0
         return default if self.divergence_alpha is None else self.divergence_alpha
@@ -250,6 +265,7 @@ class OPDConfig(GRPOConfig):
             default = f.default if f.default is not MISSING else None
             setattr(config, f.name, getattr(args, f.name, default))
         config.__dict__.update(vars(args))
+        config._load_divergences()
         check_values(config)
         return config
 

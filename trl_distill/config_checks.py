@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from .objective.custom import CustomDivergence
 from .objective.divergences import DIVERGENCES
 
 
@@ -46,8 +47,9 @@ def _check_choices(config: Any) -> None:
         ("beta_schedule", SCHEDULES),
     )
     for name, allowed in choices:
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"`{name}` is {getattr(config, name)!r}; this version has {', '.join(allowed)}.")
+        if getattr(config, name) not in allowed and not isinstance(getattr(config, name), CustomDivergence):
+            own = ", or a function of your own by its import path `module.function`" if allowed is DIVERGENCES else ""
+            raise ValueError(f"`{name}` is {getattr(config, name)!r}; this version has {', '.join(allowed)}{own}.")
 
 
 def _check_ranges(config: Any) -> None:
@@ -106,7 +108,7 @@ def _check_divergence(config: Any) -> None:
     """Divergence, its parameter and the estimator must fit together."""
     used = [config.divergence, *([config.off_policy_divergence] if config.lmbda < 1 else [])]
     if config.divergence_alpha is not None:
-        used = [name for name in used if DIVERGENCES[name] is not None]
+        used = [name for name in used if DIVERGENCES.get(name) is not None]
         if not used:
             raise ValueError(
                 f"`divergence_alpha` is {config.divergence_alpha}, but divergence={config.divergence!r} has no "

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from .custom import CustomDivergence
+
 
 # The divergences, each with the default of its alpha; `None` for those without one
 DIVERGENCES = {
@@ -42,7 +44,7 @@ def summands(divergence: str, log_q: torch.Tensor, log_p: torch.Tensor, alpha: f
         mixed                α KL(p ‖ q) + (1 − α) KL(q ‖ p)
 
     Args:
-        divergence (`str`): a name above.
+        divergence (`str`): a name above, or a [`~trl_distill.objective.custom.CustomDivergence`].
         log_q, log_p (`torch.Tensor` of shape `(...)`): log-probabilities of student and teacher.
         alpha (`float`): α in [0, 1]; ignored by the two KLs.
 
@@ -52,6 +54,8 @@ def summands(divergence: str, log_q: torch.Tensor, log_p: torch.Tensor, alpha: f
     Raises:
         ValueError: the name is not known.
     """
+    if isinstance(divergence, CustomDivergence):
+        return divergence.function(log_q, log_p)
     if divergence == "reverse_kl" or (divergence == "jsd" and alpha == 1.0):
         return _kl(log_q, log_p)
     if divergence == "forward_kl" or (divergence == "jsd" and alpha == 0.0):
