@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 import shlex
 import string
@@ -136,10 +137,22 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` shows an example and all arguments.\n")
 
 
+def finite(text: str) -> float:
+    """The type of arguments that are numbers, without NaN and infinity."""
+    found = float(text)
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return found
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
 def template_kwargs(text: str) -> dict[str, Any]:
     """What `--chat_template_kwargs` says."""
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_constant=_refuse)  # Python's reads NaN
     except ValueError:
         found = None
     if not isinstance(found, dict):

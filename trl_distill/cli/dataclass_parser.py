@@ -66,14 +66,22 @@ class DataclassParser(CommandParser, TrlParser):
             self.error(f"{path} is no YAML. {error}")
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        """As TRL's, with the command line's words for fields; keys that are no arguments end with a suggestion."""
+        """
+        As TRL's, with the command line's words for fields; keys that are no arguments end with a suggestion. A single
+        value of an argument that takes several is a list of one.
+        """
         fields = {action.dest: action.dest for action in self._actions if action.option_strings}
         fields |= {new: field for field, new in self.renamed.items()}
         old = [key for key in config if key not in fields or key in self.renamed]
+        lists = {action.dest for action in self._actions if action.nargs in ("+", "*")}
         named = {self.new_name(key) if key in old else key: value for key, value in config.items()}
         if unknown := [key for key in named if key not in fields]:
             self.unknown(unknown, " (in the YAML file)")
-        return super().set_defaults_with_config(**{fields[key]: value for key, value in named.items()})
+        given = {fields[key]: value for key, value in named.items()}
+        for field in lists & given.keys():
+            if not isinstance(given[field], list | dict | None):
+                given[field] = [given[field]]
+        return super().set_defaults_with_config(**given)
 
     def options(self, words: Iterable[str]) -> argparse.Namespace:
         """All arguments, checked by their names and types, without making the dataclasses, which look at devices."""

@@ -14,25 +14,36 @@ Left out on purpose: public benchmarks, for which `lm-eval` is made (docs/recipe
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
+from .. import foreign_text
 from ..data.rewards import import_reward
-from ..data.sampling import Sampling
+from ..data.sampling import Sampling, prompt_ids
+from ..models.properties import unwrap_adapter
 from ..reporting.evaluation import Answer, answer_all
 from ..reporting.evaluation_table import Results
-from .arguments import CommandParser, template_kwargs
-from .models import check_teacher, first_rows, ids_unknown_to_teacher, load, stop_ids_of_all, tokenizer_of
+from .arguments import CommandParser, errors_without_traceback, finite, template_kwargs
+from .models import (
+    check_fit,
+    check_teacher,
+    config_of,
+    first_rows,
+    ids_unknown_to_teacher,
+    load,
+    stop_ids_of_all,
+    tokenizer_of,
+)
 
 
-console = Console()
+console = foreign_text.console()
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -47,12 +58,12 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--dataset_split", default="train", help="the prompts' split")
     add("--num_prompts", type=int, default=200, help="how many, from the first")
     add("--reward_funcs", nargs="+", default=[], help="verifiers: `module.function`, or names from trl.rewards")
-    add("--correct_from", type=float, default=1.0, help="the score from which on an answer is right")
+    add("--correct_from", type=finite, default=1.0, help="the score from which on an answer is right")
     add("--teacher_model_name_or_path", help="for the KL; to see how good it is itself, name it among the models")
     add("--num_generations", type=int, default=8, help="answers per prompt")
     add("--k", type=int, nargs="*", default=[], help="of pass@k; powers of two unless given")
     add("--max_completion_length", type=int, default=256, help="tokens")
-    add("--temperature", type=float, default=1.0, help="of sampling, and of both models in the KL")
+    add("--temperature", type=finite, default=1.0, help="of sampling, and of both models in the KL")
     add("--chat_template_kwargs", type=template_kwargs, help="as in training: '{\"enable_thinking\": false}'")
     add("--seed", type=int, default=0, help="of everything that is drawn")
     add("--batch_size", type=int, default=64, help="answers at a time")
@@ -83,6 +94,7 @@ def evaluated(name: str, model: Any, teacher: Any, rows: list, options: argparse
         options.seed,
         suppressed=ids_unknown_to_teacher(model, teacher) if teacher is not None else (),
     )
+    check_prompts(name, [unwrap_adapter(one).config for one in models], rows, options)
     verifiers = [import_reward(path) for path in options.reward_funcs]
     bar = progress.add_task(name, total=len(rows) * options.num_generations)
     found: list[Answer] = []
@@ -93,19 +105,27 @@ def evaluated(name: str, model: Any, teacher: Any, rows: list, options: argparse
     return found
 
 
+def check_prompts(name: str, configs: list[Any], rows: list, options: argparse.Namespace) -> None:
+    """Raise `ValueError` if a prompt does not fit into a model, or into the teacher, whose configuration is second."""
+    ids_of = functools.partial(prompt_ids, tokenizer_of(name), template_kwargs=options.chat_template_kwargs)
+    lengths = [(ids_of(row["prompt"], tools=row.get("tools")), options.max_completion_length) for row in rows]
+    check_fit(rows, lengths, ids_of, {"model": configs[0]}, *configs[1:])
+
+
 def main(words: list[str] | None = None) -> None:
     options = arguments(words)
     transformers_logging.disable_progress_bar()
-    try:
+    with errors_without_traceback():
         rows = first_rows(options.dataset_name, options.dataset_split, options.num_prompts)
         for path in options.reward_funcs:
             import_reward(path)  # before anything long begins
-    except ValueError as error:
-        sys.exit(f"{error}")
+        for name in options.model_name_or_path:
+            if (config := config_of(name)) is not None:
+                check_prompts(name, [config], rows, options)
     teacher_name = options.teacher_model_name_or_path
     teacher = load(teacher_name, "teacher", options.dtype, options.device) if teacher_name else None
     results = Results(options)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (foreign_text.description_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         for name in dict.fromkeys(options.model_name_or_path):
             model = load(name, "model", options.dtype, options.device)

@@ -5,23 +5,23 @@ Errors end the command with a message that says what to change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from .. import foreign_text
 from ..checks import models as model_checks
 from ..checks import tokenizers as tokenizer_checks
 from ..data.datasets import load_splits, with_prompts
-from ..data.sampling import rollouts_of, scorer_of
+from ..data.sampling import rollouts_of, scorer_of, teacher_prompt_ids
 from ..models.hidden_states import add_teacher_forward
 from ..models.loading import check_folder, load_tokenizer, load_whole
-from ..models.properties import stop_ids, unwrap_adapter
+from ..models.properties import context_of, stop_ids, unwrap_adapter
 
 
-console = Console()
+console = foreign_text.console()
 
 
 def load(name: str, whose: str, dtype: str, device: str) -> Any:
@@ -49,7 +49,80 @@ def check_teacher(tokenizer: Any, teacher: str, model: Any, student: Any) -> Non
         if finding.level == "error":
             raise SystemExit(str(finding))
         if finding.level == "warning":
-            console.print(f"[yellow]{finding}[/]")
+            console.print(str(finding), style="yellow")
+
+
+def check_second_student(tokenizer: Any, name: str, model: Any) -> None:
+    """Stop where token ids mean something else to the model that `--compare_with` names, or do not exist for it."""
+    theirs = load_tokenizer(name)
+    finding = tokenizer_checks.same_tokenizer(tokenizer, theirs)
+    if finding.level == "error":
+        raise SystemExit(
+            f"`--compare_with {name}` has another tokenizer than the first student, whose completions it judges by "
+            f"their token ids: {_first_difference(tokenizer, theirs)}. Make a report for each of the two."
+        )
+    needed = max(tokenizer.get_vocab().values()) + 1
+    size = unwrap_adapter(model).config.get_text_config().vocab_size
+    if needed > size:
+        raise SystemExit(
+            f"`--compare_with {name}` knows ids up to {size - 1}, but the first student's tokenizer produces ids up to "
+            f"{needed - 1}. Compare students with the same tokenizer."
+        )
+
+
+def _first_difference(tokenizer: Any, other: Any) -> str:
+    ours, theirs = ({index: token for token, index in one.get_vocab().items()} for one in (tokenizer, other))
+    differing = next(i for i in sorted(ours.keys() | theirs.keys()) if ours.get(i) != theirs.get(i))
+    return f"id {differing} is {ours.get(differing)!r} to the first and {theirs.get(differing)!r} to the second"
+
+
+def check_fit(
+    rows: Sequence[dict[str, Any]],
+    lengths: Sequence[tuple[list[int], int]],
+    ids_of: Callable[..., list[int]],
+    configs: dict[str, Any],
+    teacher: Any = None,
+) -> None:
+    """
+    Check that every prompt fits into the models, before the first completion is sampled.
+
+    Args:
+        rows (`list[dict]`): the rows.
+        lengths (`list[tuple[list[int], int]]`): of each row, ids of its prompt, and tokens of its longest completion.
+        ids_of (`Callable`): ids of a prompt, see [`~trl_distill.data.sampling.prompt_ids`].
+        configs (`dict`): configurations of students, by their names in messages.
+        teacher (*optional*): the teacher's configuration; it reads the rows' `teacher_prompt`.
+
+    Raises:
+        ValueError: a prompt has no tokens, or is too long together with its completion.
+    """
+    ours = [(len(prompt), completion) for prompt, completion in lengths]
+    for whose, config in configs.items():
+        _check_lengths(ours, config, whose)
+    if teacher is not None:
+        theirs = [
+            (len(teacher_prompt_ids(row, prompt, ids_of)), completion)
+            for row, (prompt, completion) in zip(rows, lengths, strict=True)
+        ]
+        _check_lengths(theirs, teacher, "teacher")
+
+
+def _check_lengths(lengths: Sequence[tuple[int, int]], config: Any, whose: str) -> None:
+    for place, (prompt, _) in enumerate(lengths):
+        if prompt == 0:
+            raise ValueError(f"The prompt of row {place} of the dataset has no tokens. Drop such rows.")
+    place, longest = max(enumerate(lengths), key=lambda pair: sum(pair[1]), default=(0, (0, 0)))
+    finding = model_checks.context_length(*longest, context_of(config.get_text_config()), whose)
+    if finding.level == "error":
+        raise ValueError(f"{finding} It is row {place} of the dataset, counted from 0.")
+
+
+def config_of(name: str) -> Any:
+    """A saved model's configuration without its weights; `None` for an adapter's folder."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
 
 
 def first_rows(prompts: str, split: str, most: int) -> list[dict[str, Any]]:

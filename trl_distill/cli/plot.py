@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from ..reporting.curves import training_figure
-from .arguments import CommandParser
+from .arguments import CommandParser, finite
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(command="plot", text=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders, or trainer_state.json files")
     parser.add_argument("--labels", nargs="+", help="what to call the runs; their folders' names unless given")
-    parser.add_argument("--teacher_reward", type=float, help="the teacher's level of the reward")
+    parser.add_argument("--teacher_reward", type=finite, help="the teacher's level of the reward")
     parser.add_argument("--evaluation", type=Path, help="what `trl-distill evaluate` wrote, with the run's one reward")
     parser.add_argument("--teacher_model_name_or_path", help="the teacher's name in there")
     parser.add_argument("--title", default="")
@@ -67,8 +67,9 @@ def teacher_levels(options: argparse.Namespace) -> dict[str, float]:
     models, teacher = json.loads(options.evaluation.read_text()).get("models", {}), options.teacher_model_name_or_path
     if teacher not in models:
         raise ValueError(f"{options.evaluation} has no model {teacher!r}, only {', '.join(models)}.")
-    scores = [one["value"] for name, one in models[teacher]["estimates"].items() if name.startswith("avg@")]
-    return {"reward": scores[0]} if scores else {}
+    values = [one["value"] for name, one in models[teacher]["estimates"].items() if name.startswith("avg@")]
+    known = [value for value in values if value is not None]
+    return {"reward": known[0]} if known else {}
 
 
 def main(words: list[str] | None = None) -> None:

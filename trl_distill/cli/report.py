@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from transformers.utils import logging as transformers_logging
 
+from .. import foreign_text
 from ..data.rewards import import_reward
 from ..data.sampling import (
     SampledCompletion,
@@ -35,15 +35,25 @@ from ..data.sampling import (
     sample_completions,
     scorer_of,
 )
+from ..models.properties import unwrap_adapter
 from ..reporting.tokens import Summary, TokenTable, page
 from ..reporting.tokens.collect import labels_of, scored, with_rewards
 from ..reporting.tokens.table import Completion, summary
 from ..reporting.wandb_run import log_to_wandb
-from .arguments import CommandParser, template_kwargs
-from .models import check_teacher, first_rows, ids_unknown_to_teacher, load, stop_ids_of_all, tokenizer_of
+from .arguments import CommandParser, errors_without_traceback, finite, template_kwargs
+from .models import (
+    check_fit,
+    check_second_student,
+    check_teacher,
+    first_rows,
+    ids_unknown_to_teacher,
+    load,
+    stop_ids_of_all,
+    tokenizer_of,
+)
 
 
-console = Console()
+console = foreign_text.console()
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -62,7 +72,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--completions", choices=["sample", "dataset"], default="sample", help='or those of a "completion" column')
     add("--num_generations", type=int, default=1, help="completions per prompt")
     add("--max_completion_length", type=int, default=256, help="tokens")
-    add("--temperature", type=float, default=1.0, help="of sampling, and of both models in the KL")
+    add("--temperature", type=finite, default=1.0, help="of sampling, and of both models in the KL")
     add("--reward_funcs", nargs="*", default=[], help="import paths (`module.function`) or names from trl.rewards")
     add("--chat_template_kwargs", type=template_kwargs, help="as in training: '{\"enable_thinking\": false}'")
     add("--seed", type=int, default=0, help="of everything that is drawn")
@@ -103,6 +113,19 @@ class Collector:
                 )
             progress.update(bar, advance=len(rows))
 
+    def check_fit(self, students: Sequence[Any], teacher: Any, how: Sampling) -> None:
+        """Raise `ValueError` if a prompt with its completion does not fit into one of the models."""
+        lengths = []
+        for row in self.rows:
+            if self.options.completions == "dataset":
+                found = dataset_completion(row, self.tokenizer, how, self.options.chat_template_kwargs)
+                lengths.append((found.prompt, len(found.completion)))
+            else:
+                lengths.append((self.ids_of(row["prompt"], tools=row.get("tools")), how.limit))
+        whose = dict(zip(("student", "second student"), students, strict=False))
+        configs = {name: unwrap_adapter(model).config for name, model in whose.items()}
+        check_fit(self.rows, lengths, self.ids_of, configs, unwrap_adapter(teacher).config)
+
     def collect(
         self, writer: Any, judges: list[Any], teacher: Any, how: Sampling, merged: list[int], label: str
     ) -> list[Completion]:
@@ -128,11 +151,9 @@ class Collector:
 def main(words: list[str] | None = None) -> None:
     options = arguments(words)
     transformers_logging.disable_progress_bar()
-    try:
+    with errors_without_traceback():
         rewards = [import_reward(path) for path in options.reward_funcs]
         rows = first_rows(options.dataset_name, options.dataset_split, options.num_prompts)
-    except ValueError as error:
-        sys.exit(f"{error}")
     console.print("Loading models ...")
     names = [options.model_name_or_path, *([options.compare_with] if options.compare_with else [])]
     students = [load(name, "student", options.dtype, options.device) for name in names]
@@ -140,6 +161,8 @@ def main(words: list[str] | None = None) -> None:
     teacher = load(teacher_name, "teacher", options.dtype, options.device)
     tokenizer = tokenizer_of(options.model_name_or_path)
     check_teacher(tokenizer, teacher_name, teacher, students[0])
+    if options.compare_with:
+        check_second_student(tokenizer, options.compare_with, students[1])
 
     stops, merged = stop_ids_of_all([*students, teacher], tokenizer)
     how = Sampling(
@@ -151,11 +174,13 @@ def main(words: list[str] | None = None) -> None:
         suppressed=tuple(sorted({one for student in students for one in ids_unknown_to_teacher(student, teacher)})),
     )
     collector = Collector(options, rows, tokenizer, rewards)
-    completions = collector.collect(students[0], students, teacher, how, merged, "judging")
     own: list[Summary] = []
-    if options.compare_with and options.completions == "sample":
-        others = collector.collect(students[1], students[1:], teacher, how, merged, "the second student's own")
-        own = [summary(completions), summary(others)]
+    with errors_without_traceback():
+        collector.check_fit(students, teacher, how)
+        completions = collector.collect(students[0], students, teacher, how, merged, "judging")
+        if options.compare_with and options.completions == "sample":
+            others = collector.collect(students[1], students[1:], teacher, how, merged, "the second student's own")
+            own = [summary(completions), summary(others)]
     table = TokenTable(
         title=f"{' and '.join(Path(name).name for name in names)}: tokens by KL to {Path(teacher_name).name}",
         teacher=teacher_name,

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import importlib
 import inspect
+import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from .._trl import REWARD_ARGUMENTS
-from .sampling import SampledCompletion
+from .sampling import SampledCompletion, answer_texts
 
 
 def import_reward(path: str) -> Callable:
-    """The function with this import path; the current directory is searched too. Raises `ValueError` if it fails."""
+    """
+    The reward function with this import path; the current directory is searched too.
+
+    Args:
+        path (`str`): "module.function", or the name of a function in `trl.rewards`. An object that can be called is a
+            function, too, and of a class an instance is made, without arguments.
+
+    Raises:
+        ValueError: there is none, or it cannot be called.
+    """
     module_name, _, name = path.replace(":", ".").rpartition(".")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module_name or "trl.rewards"), name)
+        found = getattr(importlib.import_module(module_name or "trl.rewards"), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"The reward function {path!r} could not be imported ({error}). Write `module.function`, importable "
@@ -29,6 +43,17 @@ def import_reward(path: str) -> Callable:
         ) from None
     finally:
         sys.path.pop(0)
+    if inspect.isclass(found):
+        try:
+            found = found()
+        except TypeError as error:
+            raise ValueError(
+                f"The reward function {path!r} is a class that cannot be made without arguments ({error}). Make an "
+                "instance in that module, and name the instance."
+            ) from None
+    if not callable(found):
+        raise ValueError(f"The reward function {path!r} is {found!r:.100}, which cannot be called. Name a function.")
+    return found
 
 
 def check_rewards(functions: list[Any], dataset: Any) -> None:
@@ -56,15 +81,114 @@ def check_rewards(functions: list[Any], dataset: Any) -> None:
         try:
             signature.bind(**dict.fromkeys([*REWARD_ARGUMENTS, *columns]))
         except TypeError as error:
-            name = getattr(function, "__name__", type(function).__name__)
             raise ValueError(
-                f"The reward function {name!r} cannot be called: {error}. It gets {', '.join(REWARD_ARGUMENTS)} "
-                f"and the dataset's other columns ({', '.join(columns) or 'there are none'}), all by name. Accept "
+                f"The reward function {name_of_reward(function)!r} cannot be called: {error}. It gets "
+                f"{', '.join(REWARD_ARGUMENTS)} and the dataset's other columns "
+                f"({', '.join(columns) or 'there are none'}), all by name. Accept "
                 "those that it needs, and `**kwargs` for the rest."
             ) from None
 
 
-RewardFunction = Callable[..., list[float | None]]
+RewardFunction = Callable[..., Any]
+"""What TRL takes: a function, sync or async, or an object that is called like one. It returns a score for each row."""
+
+
+LARGEST = float(np.finfo(np.float32).max)  # training keeps rewards in fp32
+
+
+def name_of_reward(function: Any) -> str:
+    """A reward function's name as in TRL: the function's own, also of a partial one, or an object's class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def as_score(value: Any) -> float | None:
+    """
+    One score as a number; `None`, as in training, for what is not a finite number in fp32.
+
+    Args:
+        value: a number, a boolean, or an array or tensor with one element. Text is not a number.
+    """
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        if isinstance(value, str | bytes | bytearray):  # `float` would read it
+            return None
+        number = float(value)
+    except Exception:  # a user's object may raise anything
+        return None
+    return number if abs(number) <= LARGEST else None  # false for NaN
+
+
+def call_reward(
+    function: RewardFunction, completions: int, given: dict[str, Any], name: str | None = None
+) -> list[float | None]:
+    """
+    Call a reward function as TRL does; async functions are waited for.
+
+    Args:
+        function: the reward function.
+        completions (`int`): number of completions.
+        given (`dict`): arguments by name: "prompts", "completions", "completion_ids" and the dataset's columns. What
+            training would pass besides (`trainer_state`, `log_extra`, `log_metric`) is added. A function without
+            `**kwargs` gets only the arguments that it names.
+        name (`str`, *optional*): its name in messages.
+
+    Returns:
+        `list[float | None]`: a finite number for each completion, or `None` for no score, see [`as_score`].
+
+    Raises:
+        ValueError: the function fails, or does not return one value for each completion.
+    """
+    name = name or name_of_reward(function)
+    try:
+        found = function(**_accepted(function, given))
+        if inspect.isawaitable(found):
+            found = asyncio.run_coroutine_threadsafe(_awaited(found), _event_loop(os.getpid())).result()
+        values = None if isinstance(found, str | bytes | Mapping) or found is None else [*found]
+    except Exception as error:  # a user's own code
+        columns = [key for key in given if key not in REWARD_ARGUMENTS]
+        given_to = f"the columns {', '.join(columns)}" if columns else "no columns"
+        first = next(iter(given.get("completions", ())), None)
+        raise ValueError(
+            f"The reward function {name!r} failed: {type(error).__name__}: {error}. It was given {given_to}, and "
+            f"completions such as {first!r:.100}."
+        ) from error
+    if values is None or len(values) != completions:
+        raise ValueError(
+            f"The reward function {name!r} returned {found!r:.100} for {completions} completions. Return a list with "
+            "a number, or `None`, for each of them."
+        )
+    return [as_score(value) for value in values]
+
+
+def _accepted(function: RewardFunction, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a function takes."""
+    given = {**given, "trainer_state": TrainerState(), "log_extra": _unlogged, "log_metric": _unlogged}
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some builtins have none
+        return given
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return given
+    names = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
+    return {name: value for name, value in given.items() if name in names}
+
+
+def _unlogged(*_: Any, **__: Any) -> None:
+    """In the place of TRL's functions that log for a reward function: there is no log."""
+
+
+async def _awaited(found: Any) -> Any:
+    return await found
+
+
+@functools.cache
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """A process's event loop for all calls, as in training: open connections of a function belong to one loop."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async reward functions", daemon=True).start()
+    return loop
 
 
 def scores(
@@ -76,40 +200,31 @@ def scores(
     Args:
         written (`list` of [`~trl_distill.data.sampling.SampledCompletion`]): the completions.
         functions (`list`): reward functions.
-        tokenizer: decodes the completions.
+        tokenizer: decodes the completions, see [`~trl_distill.data.sampling.answer_texts`].
 
     Returns:
-        `dict` by the function's name: a score for each completion, or `None`.
+        `dict` by the function's name, numbered if several have the same: a score for each completion, or `None`.
 
     Raises:
-        ValueError: a function fails, or does not return a score or `None` for each completion.
+        ValueError: a function fails, or does not return one value for each completion.
     """
     rows = [row.row for row in written]
-    names = rows[0] if rows else ()
-    columns = {name: [row.get(name) for row in rows] for name in names if name not in ("prompt", "completion")}
-    texts = [tokenizer.decode(row.completion, skip_special_tokens=True) for row in written]
-    answers = [
-        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-        for row, text in zip(rows, texts, strict=True)
-    ]
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion"))
+    stops = {token for row in written if not row.truncated for token in row.completion[-1:]}
+    texts = answer_texts(tokenizer, [row.completion for row in written], stops)
+    given = {
+        **{name: [row.get(name) for row in rows] for name in names},
+        "prompts": [row["prompt"] for row in rows],
+        "completions": [
+            text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+            for row, text in zip(rows, texts, strict=True)
+        ],
+        "completion_ids": [row.completion for row in written],
+    }
     by_name: dict[str, list[float | None]] = {}
     for function in functions if written else ():
-        name = getattr(function, "__name__", type(function).__name__)
-        given_ids = [row.completion for row in written]
-        try:
-            found = function(
-                prompts=[row["prompt"] for row in rows], completions=answers, completion_ids=given_ids, **columns
-            )
-        except Exception as error:  # a user's own code
-            given_to = f"the columns {', '.join(columns)}" if columns else "no columns"
-            raise ValueError(
-                f"The reward function {name!r} failed: {type(error).__name__}: {error}. It was given {given_to}, and "
-                f"completions such as {answers[0]!r:.100}."
-            ) from error
-        if not isinstance(found, Sequence) or len(found) != len(written):
-            raise ValueError(
-                f"The reward function {name!r} returned {found!r:.100} for {len(written)} completions. Return "
-                "a list with a number, or `None`, for each of them."
-            )
-        by_name[name] = [None if score is None else float(score) for score in found]
+        name = name_of_reward(function)
+        numbered = itertools.chain([name], (f"{name} {i}" for i in itertools.count(2)))
+        free = next(one for one in numbered if one not in by_name)
+        by_name[free] = call_reward(function, len(written), given, name)
     return by_name

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +126,39 @@ def prompt_ids(
         prompt, tools=tools_of(tools), add_generation_prompt=True, return_dict=True, **(template_kwargs or {})
     )
     return encoded["input_ids"]
+
+
+def teacher_prompt_ids(row: dict[str, Any], prompt: list[int], ids_of: Callable[..., list[int]]) -> list[int]:
+    """
+    Token ids of the prompt that the teacher reads.
+
+    Args:
+        row (`dict`): a row of a dataset.
+        prompt (`list[int]`): ids of its prompt, which the teacher reads unless the row has a "teacher_prompt".
+        ids_of (`Callable`): ids of a prompt and of the row's `tools=`, as [`prompt_ids`] gives them.
+    """
+    own = row.get("teacher_prompt")
+    return ids_of(own, tools=row.get("tools")) if own else prompt
+
+
+def answer_texts(
+    tokenizer: PreTrainedTokenizerBase, completions: Sequence[Sequence[int]], stops: Collection[int]
+) -> list[str]:
+    """
+    The text of completions, as reward functions and datasets get it: without stop and padding tokens.
+
+    All other special tokens stay, such as those of thoughts and tool calls. A stop token that is not special is text.
+
+    Args:
+        tokenizer: of the model that wrote them.
+        completions (`list[list[int]]`): their ids.
+        stops (`Collection[int]`): ids that end a completion.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(token for token, text in added if text.special)}
+    dropped = {*stops, tokenizer.pad_token_id} & special
+    kept = [[token for token in ids if token not in dropped] for ids in completions]
+    return [str(tokenizer.decode(ids, skip_special_tokens=False)) for ids in kept]
 
 
 def sample_ids(model: Any, prompts: Sequence[list[int]], pad: int, how: Sampling) -> list[list[tuple[list[int], bool]]]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..foreign_text import in_figure, in_legend
+
 
 BLUE, ORANGE = "#0072b2", "#d55e00"  # distinguishable with any colour vision
 
@@ -74,7 +76,7 @@ def training_figure(
     if len(logs) > 1:
         handles = [_key(colour, "-", run) for run, colour in zip(logs, _run_colours(logs), strict=True)]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(logs)), frameon=False)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(in_figure(title), fontsize=11)
     return figure
 
 
@@ -101,7 +103,7 @@ def _key(colour: str, style: Any, label: str) -> Any:
     """An entry of a legend."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=colour, linestyle=style, linewidth=1.8, label=label)
+    return Line2D([], [], color=colour, linestyle=style, linewidth=1.8, label=in_legend(label))
 
 
 def _run_colours(logs: Mapping[str, Any]) -> list[str]:

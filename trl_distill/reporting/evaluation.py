@@ -7,6 +7,7 @@ and files are made by `evaluation_table.py`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from ..data.sampling import (
     rollouts_of,
     sample_completions,
     scorer_of,
+    teacher_prompt_ids,
 )
 from ..heads.fused import DivergenceSpec, fused_divergence
 
@@ -177,7 +179,7 @@ def answer_all(
         tokenizer: the model's tokenizer.
         how ([`~trl_distill.data.sampling.Sampling`]): length, temperature, answers per prompt, seed.
         verifiers: reward functions; an answer's score is the sum of theirs.
-        teacher (*optional*): the teacher, for the KL.
+        teacher (*optional*): the teacher, for the KL. It reads the row's "teacher_prompt", if there is one.
         merged (`Sequence[int]`): stop ids that count as one in the KL.
         batch_size (`int`): number of answers at a time.
         prefixes (*optional*): for each row, ids with which its answers begin; they count as the model's own.
@@ -188,9 +190,10 @@ def answer_all(
     """
     size = max(1, batch_size // how.generations)
     device = next(model.parameters()).device
+    ids_of = functools.partial(prompt_ids, tokenizer, template_kwargs=template_kwargs)
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        prompts = [prompt_ids(tokenizer, row["prompt"], template_kwargs, row.get("tools")) for row in part]
+        prompts = [ids_of(row["prompt"], tools=row.get("tools")) for row in part]
         begun: Sequence[Sequence[int]] = prefixes[start : start + size] if prefixes is not None else [[]] * len(part)
         given = [[*prompt, *prefix] for prompt, prefix in zip(prompts, begun, strict=True)]
         written = sample_completions(model, part, given, tokenizer.pad_token_id, replace(how, seed=how.seed + start))
@@ -199,7 +202,8 @@ def answer_all(
             replace(one, prompt=prompts[place], completion=[*begun[place], *one.completion])
             for place, one in zip(places, written, strict=True)
         ]
-        kl = _sequence_kl(model, teacher, whole, tokenizer.pad_token_id, how.temperature, merged, device)
+        read = [teacher_prompt_ids(one.row, one.prompt, ids_of) for one in whole]
+        kl = _sequence_kl(model, teacher, whole, read, tokenizer.pad_token_id, how.temperature, merged, device)
         by_name = scores(whole, verifiers, tokenizer)
         yield [
             Answer(
@@ -223,17 +227,19 @@ def _sequence_kl(
     model: Any,
     teacher: Any,
     written: Sequence[SampledCompletion],
+    read: Sequence[list[int]],
     pad: int,
     temperature: float,
     merged: Sequence[int],
     device: torch.device,
 ) -> Sequence[float | None]:
-    """KL(model ‖ teacher) of each completion, nats, summed over its tokens; `None` without a teacher."""
+    """KL of each completion to the teacher, which reads the prompts `read`, nats, summed over tokens; or `None`."""
     if teacher is None:
         return [None] * len(written)
-    rollouts = rollouts_of([one.prompt for one in written], [one.completion for one in written], pad, device)
+    completions = [one.completion for one in written]
+    rollouts = rollouts_of([one.prompt for one in written], completions, pad, device)
     with preserving_state(model, teacher):
-        ours, theirs = scorer_of(model)(rollouts), scorer_of(teacher)(rollouts)
+        ours, theirs = scorer_of(model)(rollouts), scorer_of(teacher)(rollouts_of(read, completions, pad, device))
         form = DivergenceSpec(temperature=temperature, stops=tuple(merged))
         found = fused_divergence(ours.hidden, ours.head, theirs.hidden, theirs.head, form).divergence
     return [part.sum().item() for part in found.split([len(one.completion) for one in written])]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from ..foreign_text import as_written, in_markdown_table
 from .evaluation import Answer, Estimate, difference, summarise
 
 
@@ -16,7 +17,9 @@ SHARES = ("avg@", "pass@", "truncated")  # shown in percent if scores are right 
 
 
 def shown(name: str, estimate: Estimate, graded: bool) -> str:
-    """An estimate as text, such as "93.4% (91.2–95.1)"; graded scores are not in percent."""
+    """An estimate as text, such as "93.4% (91.2–95.1)", or "–"; graded scores are not in percent."""
+    if not math.isfinite(estimate.value):
+        return "–"
     if name.startswith(SHARES) and not (graded and name.startswith("avg@")):
         return f"{estimate.value:.1%} ({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
     digits = 1 if name == "length" else 3
@@ -87,7 +90,8 @@ class Results:
         head, *rows = table_rows(self.estimates(), self.graded)
         rule = ["---", *["---:"] * (len(head) - 1)]
         path = output.with_suffix(".md")
-        path.write_text("\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows]) + "\n")
+        lines = ("| " + " | ".join(map(in_markdown_table, row)) + " |" for row in [head, rule, *rows])
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path
 
     def table(self, prompts: int) -> Table:
@@ -96,7 +100,7 @@ class Results:
         made = Table(title=title)
         head, *body = table_rows(self.estimates(), self.graded)
         for label in head:
-            made.add_column(label, justify="right" if label else "left", overflow="fold")
+            made.add_column(as_written(label), justify="right" if label else "left", overflow="fold")
         for row in body:
-            made.add_row(*row)
+            made.add_row(*map(as_written, row))
         return made

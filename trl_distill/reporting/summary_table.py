@@ -11,9 +11,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
+
+from .. import foreign_text
 
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class SummaryTable(TrainerCallback):
         if not state.is_world_process_zero or table is None:
             return
         try:
-            Console().print(table)
+            foreign_text.console().print(table)
         except UnicodeEncodeError as error:  # a table that cannot be printed must not fail the run
             logger.warning(
                 f"The closing table cannot be printed in this encoding ({error}). Set PYTHONIOENCODING=utf-8."

@@ -14,6 +14,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from ..data.sampling import answer_texts
 from ..errors import CheckpointError, NonFiniteLossError
 from ..objective.weights import leave_one_out
 from .checkpoints import last_complete, mark_complete, unmark, what_is_missing
@@ -93,6 +94,7 @@ class GRPOHooks(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: list, completions: list, completion_ids_list: list):
         if self.has_rewards:
+            completions = self._as_written(completions, completion_ids_list)
             found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             endless = found.isinf().any(0).tolist()  # rewards of all processes, so that all of them stop
             if any(endless):
@@ -105,6 +107,15 @@ class GRPOHooks(GRPOTrainer):
             return found
         rows = len(prompts) * self.accelerator.num_processes  # TRL expects the rewards of all processes
         return torch.zeros(rows, len(self.reward_funcs), device=self.accelerator.device)
+
+    def _as_written(self, completions: list, completion_ids: list) -> list:
+        """Completions with the special tokens that TRL leaves out, except where it parses them for tools."""
+        parses = any(getattr(self.tokenizer, name, None) for name in ("response_template", "response_schema"))
+        if self.tools or self.has_environments or (parses and not isinstance(completions[0], str)):
+            return completions
+        texts = answer_texts(self.tokenizer, completion_ids, self.eos_token_ids)
+        pairs = zip(completions, texts, strict=True)
+        return [text if isinstance(found, str) else [{**found[0], "content": text}] for found, text in pairs]
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's rollouts, with leave-one-out advantages and each row's reward."""

@@ -193,7 +193,8 @@ class TokenReport(TrainerCallback):
             },
         )
 
-    def _ids_of(self, prompt: Any) -> list[int]:
+    def _ids_of(self, prompt: Any, tools: Any = None) -> list[int]:
+        """As in training, where tools are the trainer's, not a row's."""
         return self._trainer.token_ids_of([prompt])[0]
 
 

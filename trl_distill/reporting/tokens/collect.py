@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...data.rewards import RewardFunction, scores
-from ...data.sampling import SampledCompletion, Signals, prompt_ids, rollouts_of
+from ...data.sampling import SampledCompletion, Signals, prompt_ids, rollouts_of, teacher_prompt_ids
 from ...objective.divergences import as_one_class, summands
 from ...signals import HiddenStates
 from .table import TOP, Completion, Opinion, View
@@ -82,7 +82,7 @@ def scored(
     device: Any,
     merged: Sequence[int] = (),
     temperature: float = 1.0,
-    ids_of: Callable[[Any], list[int]] | None = None,
+    ids_of: Callable[..., list[int]] | None = None,
 ) -> list[Completion]:
     """
     Score one batch of completions with one or several students and the teacher; rewards are left empty.
@@ -95,13 +95,13 @@ def scored(
         tokenizer: the tokenizer of all models.
         device: device of the batches.
         merged, temperature: as in [`compare`].
-        ids_of (`Callable`, *optional*): turns a teacher's prompt into ids. Defaults to `prompt_ids`.
+        ids_of (`Callable`, *optional*): turns a teacher's prompt and the row's `tools=` into ids. Defaults to
+            `prompt_ids`.
     """
     pad, ids_of = tokenizer.pad_token_id, ids_of or functools.partial(prompt_ids, tokenizer)
     assert isinstance(pad, int)
     completions = [row.completion for row in written]
-    own = [row.row.get("teacher_prompt") for row in written]
-    theirs = [ids_of(prompt) if prompt else row.prompt for prompt, row in zip(own, written, strict=True)]
+    theirs = [teacher_prompt_ids(row.row, row.prompt, ids_of) for row in written]
     signal = teacher(rollouts_of(theirs, completions, pad, device))
     rollouts = rollouts_of([row.prompt for row in written], completions, pad, device)
     tokens = torch.tensor([token for completion in completions for token in completion], device=device)
@@ -132,7 +132,7 @@ def readable(prompt: Any) -> str:
     """A prompt as readable text: text unchanged, messages with their roles."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in prompt)
 
 
 def with_rewards(
