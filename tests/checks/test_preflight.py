@@ -5,8 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import WORDS, config, make_model, make_tokenizer
+from peft import LoraConfig
 from transformers import GenerationConfig
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from trl_distill import OPDTrainer
 from trl_distill.checks import models as model_checks
@@ -121,6 +124,72 @@ def test_checks(finding, level, words):
     assert found.level == level
     assert words in str(found)
     assert bool(found.advice) == (level != "ok") or "Continuing" in found.found
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            -torch.inf,
+            r"student's logits are −inf for 2 of 29 ids \(the first: 5, 7\).*probability of exactly 0.*clamp_",
+        ),
+        (torch.nan, r"student's logits are NaN for 2 of 29 ids.*weights are broken"),
+        (torch.inf, r"student's logits are \+inf for 2 of 29 ids.*overflow"),
+    ],
+)
+def test_logits_that_are_not_finite_are_refused_for_what_they_are(value, message):
+    logits = torch.randn(1, 4, 29)
+    model_checks.check_logits(logits, logits.clone(), "student")
+    broken = logits.clone()
+    broken[..., [5, 7]] = value
+    with pytest.raises(ValueError, match=message):
+        model_checks.check_logits(broken, broken.clone(), "student")
+    with pytest.raises(ValueError, match="computed from its last hidden state and LM head, are"):
+        model_checks.check_logits(logits, broken, "student")
+    with pytest.raises(ValueError, match="do not follow from"):
+        model_checks.check_logits(logits, 0.5 * logits, "student")
+
+
+def test_a_bias_of_minus_infinity_on_padding_ids(tmp_path, tokenizer, prompts, teacher):
+    student = make_model("bias")
+    student.lm_head.bias.data[-1] = -torch.inf
+    settings = {"teacher_model": teacher, "train_dataset": prompts, "processing_class": tokenizer}
+    with pytest.raises(ValueError, match="student's logits are −inf for 1 of 29 ids"):
+        OPDTrainer(model=student, args=config(tmp_path), **settings)
+    student.lm_head.bias.data.clamp_(min=-1e4)  # what the message says
+    OPDTrainer(model=student, args=config(tmp_path), **settings)
+
+
+class ReadOnly(GgufHfQuantizer):
+    """As transformers leaves it on a model that was loaded from GGUF."""
+
+    def __init__(self):
+        self.quantization_config = SimpleNamespace(quant_method="gguf")
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_student_that_cannot_be_saved(tmp_path, tokenizer, prompts, student, teacher, adapter):
+    student.hf_quantizer = ReadOnly()
+    with pytest.raises(ValueError, match="quantized with gguf and is not serializable"):  # transformers, at the end
+        student.save_pretrained(tmp_path / "x")
+
+    def make():
+        return OPDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=config(tmp_path),
+            train_dataset=prompts,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if adapter else None,
+        )
+
+    if adapter:
+        trainer = make()
+        trainer.save_model(str(tmp_path / "adapter"))
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+        return
+    with pytest.raises(ValueError, match="loaded from gguf, which transformers can read but not save"):
+        make()
 
 
 def test_a_report_counts_and_stops_with_all_errors():

@@ -55,6 +55,8 @@ def test_a_checkpoint_is_complete_while_its_files_are_as_they_were(folder):
     assert what_is_missing(folder) == "weights is missing"
     (folder / MARKER).write_text("{")
     assert what_is_missing(folder) == f"its {MARKER} cannot be read"
+    (folder / MARKER).write_text("[]")
+    assert what_is_missing(folder) == f"its {MARKER} cannot be read"
     unmark(folder)
     assert "which is written last" in what_is_missing(folder)
 
@@ -84,6 +86,42 @@ def test_a_half_written_checkpoint_is_passed_over_when_resuming(make, tmp_path, 
     assert "checkpoint-4 is skipped" in caplog.text
     assert "checkpoint-3 is skipped: optimizer.pt has 4 bytes" in caplog.text
     assert torch.equal(weights(resumed), expected)
+
+
+BROKEN = {
+    "state of zeros": ("trainer_state.json", lambda content: bytes(len(content))),
+    "half a state": ("trainer_state.json", lambda content: content[:50].ljust(len(content))),
+    "a state that is no state": ("trainer_state.json", lambda content: b'{"a": 1}'.ljust(len(content))),
+    "a state that is a list": ("trainer_state.json", lambda content: b"[]".ljust(len(content))),
+    "half a configuration": ("config.json", lambda content: content[:9].ljust(len(content))),
+    "an optimizer of zeros": ("optimizer.pt", lambda content: bytes(len(content))),
+    "weights of zeros": ("model.safetensors", lambda content: bytes(len(content))),
+}
+
+
+def test_a_file_of_the_right_size_that_cannot_be_read(make, tmp_path, caplog):
+    """It is named, and the checkpoint before is used. One that is asked for by name is refused, listed or not."""
+    make(max_steps=3).train()
+    last = tmp_path / "checkpoint-3"
+    for name, broken in BROKEN.values():
+        whole = (last / name).read_bytes()
+        (last / name).write_bytes(broken(whole))
+        assert f"{name} cannot be read" in what_is_missing(last), broken(whole)
+        assert last_complete(tmp_path) == str(tmp_path / "checkpoint-2")
+        (last / name).write_bytes(whole)
+    assert what_is_missing(last) is None
+    (last / "trainer_state.json").write_bytes(bytes((last / "trainer_state.json").stat().st_size))
+    for listed in (True, False):
+        if not listed:
+            unmark(last)
+        with pytest.raises(ValueError, match=r"checkpoint-3 is not complete: trainer_state\.json cannot be read"):
+            make().train(resume_from_checkpoint=str(last))
+    caplog.clear()
+    mark_complete(last)
+    resumed = make()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert "checkpoint-3 is skipped: trainer_state.json cannot be read" in caplog.text
 
 
 def test_nothing_to_resume_from(make):

@@ -1,9 +1,11 @@
-"""Checks of models: text only, logits, context length, and whether the teacher differs from the student."""
+"""Checks of models: text only, logits, saving, context length, and whether the teacher differs from the student."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .findings import Finding
 
@@ -27,8 +29,10 @@ def check_logits(expected: torch.Tensor, computed: torch.Tensor, whose: str) -> 
         whose (`str`): "student" or "teacher".
 
     Raises:
-        ValueError: they differ by more than rounding.
+        ValueError: they are not finite, or differ by more than rounding.
     """
+    _check_finite(expected, f"The {whose}'s logits are")
+    _check_finite(computed, f"The {whose}'s logits, computed from its last hidden state and LM head, are")
     expected, computed = expected.float().log_softmax(-1), computed.float().log_softmax(-1)
     difference, spread = (expected - computed).abs().mean().item(), expected.std().item()
     if not difference < 0.02 + 0.05 * spread:  # bf16 rounding is below it, a missing scale far above; NaN fails too
@@ -37,6 +41,54 @@ def check_logits(expected: torch.Tensor, computed: torch.Tensor, whose: str) -> 
             f"{difference:.3g} nats on average. Its architecture transforms them in a way that this version does not "
             "know, so the divergence would be that of another distribution. Use another model."
         )
+
+
+def _check_finite(logits: torch.Tensor, subject: str) -> None:
+    """Raise `ValueError` with the ids whose logits are NaN or infinite; `subject` begins the message."""
+    wrong = (~logits.isfinite()).reshape(-1, logits.shape[-1]).any(0)  # (V,)
+    if not wrong.any():
+        return
+    ids, first = wrong.nonzero().flatten(), ", ".join(map(str, wrong.nonzero().flatten()[:5].tolist()))
+    values = logits[~logits.isfinite()]
+    kind = next(name for name, found in _KINDS.items() if found(values).any())
+    where = f"{subject} {kind} for {len(ids)} of {len(wrong)} ids (the first: {first})"
+    if kind == "−inf":
+        raise ValueError(
+            f"{where}. The divergence from or to a probability of exactly 0 is infinite or NaN. Such values are used "
+            "to mask padding ids, often in the LM head's bias: replace them by a large negative number, such as -1e4 "
+            "(`model.lm_head.bias.data.clamp_(min=-1e4)`), and save the model."
+        )
+    raise ValueError(
+        f"{where}. Its weights are broken, or overflow in their dtype. Load it in bf16 or fp32 (`dtype`), or fetch the "
+        "checkpoint again."
+    )
+
+
+_KINDS = {"NaN": torch.isnan, "+inf": torch.isposinf, "−inf": torch.isneginf}
+
+
+def saveable(student: PreTrainedModel, adapter: bool) -> Finding:
+    """
+    Whether the trained student can be saved: weights in a format that transformers only reads cannot.
+
+    Args:
+        student ([`~transformers.PreTrainedModel`]): without its adapter.
+        adapter (`bool`): whether only an adapter is trained, which is saved alone.
+    """
+    quantizer: Any = getattr(student, "hf_quantizer", None)
+    if quantizer is None or adapter or quantizer.is_serializable():
+        return Finding("saving", "ok", "Only the adapter is saved." if adapter else "The student can be saved.")
+    method = quantizer.quantization_config.quant_method
+    name = str(getattr(method, "value", method))
+    return Finding(
+        "saving",
+        "error",
+        f"The student's weights were loaded from {name}, which transformers can read but not save: the run would end "
+        "without a model.",
+        "Convert it once and train the result: load it, give its weights to a model without `quantization_config` "
+        "(`AutoModelForCausalLM.from_config(config)`, then `load_state_dict`), and `save_pretrained` that; or take the "
+        "original checkpoint, or train an adapter (`peft_config`).",
+    )
 
 
 def context_length(longest_prompt: int, completion: int, context: int | None, whose: str) -> Finding:

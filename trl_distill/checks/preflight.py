@@ -68,6 +68,7 @@ class RunFacts:
     Attributes:
         args ([`OPDConfig`]): resolved.
         student ([`~transformers.PreTrainedModel`]): without its adapter.
+        adapter (`bool`): whether it has one.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the student's.
         stops (`list[int]`): ids that end a completion.
         dataset (`Any`): training dataset.
@@ -80,6 +81,7 @@ class RunFacts:
 
     args: OPDConfig
     student: PreTrainedModel
+    adapter: bool
     tokenizer: PreTrainedTokenizerBase
     stops: list[int]
     dataset: Any
@@ -144,6 +146,7 @@ def examine(facts: RunFacts, specs: dict[str, TeacherSpec], report: Report) -> E
     if args.lmbda < 1:
         _examine_completions(facts, report)
     report.add(
+        model_checks.saveable(facts.student, facts.adapter),
         setting_checks.sampling(args.biased_sampling),
         setting_checks.groups(args.num_generations, args.prompts_per_generation, facts.has_rewards),
     )

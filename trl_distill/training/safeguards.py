@@ -27,7 +27,7 @@ from ..errors import (
     TeacherUnavailable,
 )
 from ..reporting.metrics import means
-from .checkpoints import MARKER, last_complete, what_is_missing
+from .checkpoints import MARKER, last_complete, what_is_broken, what_is_missing
 from .runaway import Guard, repetition, written
 
 
@@ -104,18 +104,20 @@ class Safeguards:
         return checkpoint
 
     def _checkpoint_here(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        """The checkpoint to resume from. One that lists its files must be complete."""
+        """The checkpoint to resume from. One that lists its files must be complete, and any must be readable."""
         if resume_from_checkpoint is True:
             output_dir = self.trainer.args.output_dir
             resume_from_checkpoint = last_complete(output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {output_dir} to resume from.")
         checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
-        if checkpoint and os.path.isfile(os.path.join(checkpoint, MARKER)) and (missing := what_is_missing(checkpoint)):
-            raise ValueError(
-                f"The checkpoint {checkpoint} is not complete: {missing}. Name another one, or let "
-                "`resume_from_checkpoint=True` find it."
-            )
+        if checkpoint and os.path.isdir(checkpoint):
+            listed = os.path.isfile(os.path.join(checkpoint, MARKER))  # other programs write no list
+            if missing := what_is_missing(checkpoint) if listed else what_is_broken(checkpoint):
+                raise ValueError(
+                    f"The checkpoint {checkpoint} is not complete: {missing}. Name another one, or let "
+                    "`resume_from_checkpoint=True` find it."
+                )
         return checkpoint
 
     def _after_saving(self, error: Exception) -> Exception:

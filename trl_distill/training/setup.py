@@ -94,6 +94,7 @@ def facts_of(trainer: Any) -> RunFacts:
     return RunFacts(
         args=trainer.args,
         student=unwrap_adapter(trainer.model),
+        adapter=is_peft_model(trainer.model),
         tokenizer=trainer.tokenizer,
         stops=trainer.eos_token_ids,
         dataset=trainer.train_dataset,
