@@ -190,6 +190,11 @@ class OPDConfig(GRPOConfig):
                 check_group(self, self.num_generations)  # a more helpful message than TRL's
             raise
 
+    def _load_divergences(self) -> None:
+        """Import and try divergences that are functions of one's own."""
+        self.divergence = load_divergence(self.divergence, DIVERGENCES)
+        self.off_policy_divergence = load_divergence(self.off_policy_divergence, DIVERGENCES)
+
     def without_secrets(self) -> OPDConfig:
         """A copy with `***` in place of secrets, for everything that is shown or written."""
         config = copy.copy(self)
@@ -218,11 +223,6 @@ class OPDConfig(GRPOConfig):
         memo[id(self)] = config
         vars(config).update(copy.deepcopy(vars(self), memo))
         return config
-
-    def _load_divergences(self) -> None:
-        """Import and try divergences that are functions of one's own."""
-        self.divergence = load_divergence(self.divergence, DIVERGENCES)
-        self.off_policy_divergence = load_divergence(self.off_policy_divergence, DIVERGENCES)
 
     @property
     def biased_sampling(self) -> list[str]:
