@@ -188,8 +188,18 @@ def test_a_student_that_cannot_be_saved(tmp_path, tokenizer, prompts, student, t
         trainer.save_model(str(tmp_path / "adapter"))
         assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
         return
-    with pytest.raises(ValueError, match="loaded from gguf, which transformers can read but not save"):
+    with pytest.raises(ValueError, match="loaded from GGUF, which transformers can read but not save"):
         make()
+
+
+def test_a_student_by_name_from_gguf(saved, prompts):
+    with pytest.raises(ValueError, match="loaded from GGUF, which transformers can read but not save"):
+        OPDTrainer(
+            model=str(saved / "student"),
+            teacher_model=str(saved / "teacher"),
+            args=config(saved, model_init_kwargs={"gguf_file": "student.gguf"}),
+            train_dataset=prompts,
+        )
 
 
 def test_a_report_counts_and_stops_with_all_errors():

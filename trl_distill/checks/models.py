@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from .findings import Finding
 
@@ -67,19 +67,23 @@ def _check_finite(logits: torch.Tensor, subject: str) -> None:
 _KINDS = {"NaN": torch.isnan, "+inf": torch.isposinf, "−inf": torch.isneginf}
 
 
-def saveable(student: PreTrainedModel, adapter: bool) -> Finding:
+def saveable(student: Any, adapter: bool) -> Finding:
     """
     Whether the trained student can be saved: weights in a format that transformers only reads cannot.
 
     Args:
-        student ([`~transformers.PreTrainedModel`]): without its adapter.
+        student: the student without its adapter, or its name, of which nothing is known.
         adapter (`bool`): whether only an adapter is trained, which is saved alone.
     """
     quantizer: Any = getattr(student, "hf_quantizer", None)
     if quantizer is None or adapter or quantizer.is_serializable():
         return Finding("saving", "ok", "Only the adapter is saved." if adapter else "The student can be saved.")
     method = quantizer.quantization_config.quant_method
-    name = str(getattr(method, "value", method))
+    return cannot_be_saved(str(getattr(method, "value", method)).upper())
+
+
+def cannot_be_saved(name: str) -> Finding:
+    """What to say of a student whose weights are in the format `name`, which is only read."""
     return Finding(
         "saving",
         "error",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,13 +39,24 @@ LONGEST_OF = 512  # number of prompts that are tokenised to find the longest
 PROBE_LENGTH = 64  # tokens of a prompt on which student and teacher are compared
 
 
-def check_before_loading(model: Any, specs: dict[str, TeacherSpec], args: OPDConfig) -> None:
+def check_before_loading(model: Any, specs: dict[str, TeacherSpec], args: OPDConfig, adapter: bool = False) -> None:
     """
     Check what is known about student and teachers before anything is loaded.
 
+    Args:
+        model: the student, or its name.
+        specs (`dict[str, TeacherSpec]`): the teachers.
+        args ([`OPDConfig`]): resolved.
+        adapter (`bool`): whether an adapter will be added to the student.
+
     Raises:
-        ValueError: a model is not a text model, or a teacher is the student itself.
+        ValueError: a model is not a text model, a teacher is the student itself, or the student cannot be saved.
     """
+    if not adapter and (isinstance(model, str) or not is_peft_model(model)):
+        gguf = isinstance(model, str) and "gguf_file" in (args.model_init_kwargs or {})
+        finding = model_checks.cannot_be_saved("GGUF") if gguf else model_checks.saveable(model, adapter)
+        if finding.level == "error":
+            raise ValueError(str(finding))
     for spec in specs.values():
         config = spec.config()
         if config is not None:

@@ -158,7 +158,7 @@ class OPDTrainer(GRPOHooks):
             check_rewards(reward_funcs, train_dataset)
         specs = _teachers_of(teacher_model, args, self.has_rewards)
         if specs:
-            check_before_loading(model, specs, args)
+            check_before_loading(model, specs, args, adapter=peft_config is not None)
             writers = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
             check_datasets(train_dataset, eval_dataset, list(specs), args, writers)
             if not self.has_rewards:
