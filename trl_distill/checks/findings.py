@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..foreign_text import as_written
+
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +86,7 @@ class Report:
         table.add_column("finding", ratio=3, overflow="fold")
         table.add_column("what to change", ratio=2, overflow="fold")
         for finding in self.findings:
-            level = f"[{colours[finding.level]}]{finding.level}[/]"
-            table.add_row(finding.check, level, _plain(finding.found), _plain(finding.advice))
+            level = as_written(finding.level, colours[finding.level])
+            table.add_row(as_written(finding.check), level, as_written(finding.found), as_written(finding.advice))
         table.caption = f"{len(self.findings)} checks, {self.count('warning')} warnings, {self.count('error')} errors"
         return table
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import sys
 
-from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from .. import foreign_text
 from ..errors import TeacherAnswerError, TeacherUnavailable
 from ..synthetic import GenerateConfig, run_pipeline
 from .arguments import errors_without_traceback
@@ -35,7 +35,7 @@ MOST_USED = (  # what `--help` shows first
 
 
 def main(config: GenerateConfig) -> None:
-    console = Console()
+    console = foreign_text.console()
     disable_progress_bar()  # that of loading weights; there is one of our own
     try:
         counts = run_pipeline(config, console)
@@ -49,7 +49,7 @@ def main(config: GenerateConfig) -> None:
         table.add_row(stage["stage"], stage["unit"], str(stage["in"]), str(stage["kept"]), why)
     console.print(table)
     for note in counts["notes"]:
-        console.print(f"[yellow]{note}[/yellow]")
+        console.print(note, style="yellow")
     console.print(
         f"{counts['rows']} rows are in {config.output_dir}, with a card in README.md. All completions are kept in "
         f"{config.output_dir.rstrip('/')}.work, so that filters may be changed; delete it when you are done.",

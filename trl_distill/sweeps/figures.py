@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..foreign_text import in_figure, in_legend
 from ..reporting.curves import BLUE, ORANGE, new_figure, plain
 
 
@@ -56,7 +57,7 @@ def pareto_figure(points: Sequence[Point], x_label: str, y_label: str, title: st
         axis.plot(*_columns(rest), **hollow, label="another run has less KL and more reward")
     _decades(axis, [point.x for point in points])
     axis.margins(0.14)
-    axis.set(xlabel=x_label, ylabel=y_label)
+    axis.set(xlabel=in_figure(x_label), ylabel=in_figure(y_label))
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     _label(figure, axis, [(point, BLUE) for point in front] + [(point, ORANGE) for point in rest])
     return figure
@@ -72,10 +73,18 @@ def metric_figure(points: Sequence[Point], x_label: str, y_label: str, maximize:
     ordered = sorted(points, key=lambda p: p.x)
     best = (max if maximize else min)(ordered, key=lambda p: p.y)
     axis.plot(*_columns(ordered), color=BLUE, marker="o", markersize=8, linewidth=1, alpha=0.9)
-    axis.plot(best.x, best.y, color=ORANGE, marker="D", markersize=11, linestyle="none", label=f"best: {best.label}")
+    axis.plot(
+        best.x,
+        best.y,
+        color=ORANGE,
+        marker="D",
+        markersize=11,
+        linestyle="none",
+        label=in_legend(f"best: {best.label}"),
+    )
     _decades(axis, [point.x for point in points])
     axis.margins(0.08)
-    axis.set(xlabel=x_label, ylabel=y_label)
+    axis.set(xlabel=in_figure(x_label), ylabel=in_figure(y_label))
     figure.legend(loc="outside lower center", frameon=False)
     return figure
 
@@ -94,9 +103,9 @@ def ranking_figure(rows: Sequence[tuple[str, float]], label: str, maximize: bool
     axis.plot(values[-1], places[-1], color=ORANGE, marker="D", markersize=11, linestyle="none")
     for place, value in zip(places, values, strict=True):
         axis.annotate(f"{value:.3g}", (value, place), (10, 0), textcoords="offset points", va="center", fontsize=9)
-    axis.set_yticks(places, names)
+    axis.set_yticks(places, [in_figure(name) for name in names])
     axis.margins(x=0.14)
-    axis.set(xlabel=label)
+    axis.set(xlabel=in_figure(label))
     return figure
 
 
@@ -105,7 +114,7 @@ def _axis(size: int, title: str, height: float = 4.8) -> tuple[Any, Any]:
         raise ValueError("There is nothing to draw: no run has logged what the picture shows.")
     figure = new_figure(7.5, height)
     axis = figure.subplots()
-    axis.set_title(title, fontsize=11)
+    axis.set_title(in_figure(title), fontsize=11)
     plain(axis)
     return figure, axis
 
@@ -135,7 +144,7 @@ def _label(figure: Any, axis: Any, points: Sequence[tuple[Point, str]]) -> None:
     dots = [axis.transData.transform((point.x, point.y)) for point, _ in points]
     for point, colour in points:
         style = {"ha": "center", "va": "center", "color": colour, "fontsize": 10, "textcoords": "offset points"}
-        text = axis.annotate(point.label, (point.x, point.y), (0, 0), **style)
+        text = axis.annotate(in_figure(point.label), (point.x, point.y), (0, 0), **style)
         for distance, angle in itertools.product(range(14, 110, 12), (120, 90, 60, 150, 30, 270, 300, 240, 330, 210)):
             turned = math.radians(angle)
             offset = (1.7 * distance * math.cos(turned), distance * math.sin(turned))  # letters are wide

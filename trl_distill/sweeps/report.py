@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..foreign_text import as_written, in_markdown_table
 from ..objective.divergences import DIVERGENCES
 from .commands import label, logged_name
 from .figures import Point, metric_figure, pareto_figure, pareto_front, ranking_figure
@@ -81,19 +82,19 @@ def report(folder: Path, console: Console) -> list[Row]:
     state = json.loads((folder / SWEEP).read_text())
     sweep, rows = state["sweep"], collect(folder)
     if not rows:
-        console.print(f"No run in {folder} has ended yet.")
+        console.print(as_written(f"No run in {folder} has ended yet."))
         return rows
     header, cells = table_of(rows, logged_name(sweep["metric"]["name"]))
     caption = f"{sweep.get('name', folder.name)}: means of the last {state['last']} logged steps"
-    table = Table(title=caption)
+    table = Table(title=as_written(caption))
     for name in header:
-        table.add_column(name, justify="left" if name in ("run", "") else "right", overflow="fold")
+        table.add_column(as_written(name), justify="left" if name in ("run", "") else "right", overflow="fold")
     for cell in cells:
-        table.add_row(*cell)
+        table.add_row(*map(as_written, cell))
     console.print(table)
 
     lines = [header, ["---"] * len(header), *cells]
-    (folder / "table.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    (folder / "table.md").write_text("".join(f"| {' | '.join(map(in_markdown_table, line))} |\n" for line in lines))
     settings = list(dict.fromkeys(name for row in rows for name in row.settings))
     metrics = sorted({name for row in rows for name in row.metrics})
     with (folder / "results.csv").open("w", newline="") as file:
@@ -107,5 +108,5 @@ def report(folder: Path, console: Console) -> list[Row]:
             console.print(f"Run {row.run} ({label(row.settings)}) failed:\n{row.failure}", markup=False)
     picture = draw_picture(folder, rows, sweep, caption)
     drawn = picture.name if picture else f"no picture, since no run has logged {sweep['metric']['name']}"
-    console.print(f"Results are in {folder}: table.md, results.csv, {drawn}")
+    console.print(as_written(f"Results are in {folder}: table.md, results.csv, {drawn}"))
     return rows

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from .. import foreign_text
 from .commands import command_line, label, logged_name, shown
 from .early_stopping import BEGINS, EarlyStop, RunLog, early_stop
 from .results import FAILURE, LOG, PARAMETERS, RESULT, SWEEP, last_means, write
@@ -37,7 +37,7 @@ GRACE_SECONDS = 30  # for a run to end after an interruption
 LOOK_SECONDS = 0.2  # between two looks at a run
 
 
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
+console = foreign_text.console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def run_all(sweep: Sweep, total: int, lock: int) -> None:
         total (`int`): how many runs.
         lock (`int`): the file that runs inherit, from [`locked`].
     """
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), foreign_text.description_column(), TimeElapsedColumn())
     earlier: list[Drawn] = []
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total)

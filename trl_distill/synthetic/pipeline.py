@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+from .. import foreign_text
 from ..data.json_rows import InputRow
 from ..http_client import without_login
 from .config import FIXED, GenerateConfig
@@ -48,7 +49,7 @@ def run_pipeline(config: GenerateConfig, console: Console | None = None) -> dict
         TeacherUnavailable: an endpoint does not answer; what is finished is kept.
         TeacherAnswerError: an endpoint refuses everything, or answers something else.
     """
-    return Pipeline(config, console or Console()).run()
+    return Pipeline(config, console or foreign_text.console()).run()
 
 
 class Pipeline:
@@ -59,7 +60,7 @@ class Pipeline:
         self.output = Path(config.output_dir).absolute()
         self.work = WorkFolder(self.output.with_name(f"{self.output.name}.work"))
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            foreign_text.description_column(),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

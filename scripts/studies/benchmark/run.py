@@ -34,7 +34,6 @@ from typing import Any
 
 import torch
 from datasets.utils.logging import disable_progress_bar as quiet_datasets
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging as transformers_logging
 
@@ -43,12 +42,13 @@ from scripts.studies.benchmark.cells import Cell, make_rollouts, preset
 from scripts.studies.benchmark.contenders import CONTENDERS, Contender, TrainerParts, memory_of
 from scripts.studies.benchmark.reference import floor_seconds, reference_losses
 from scripts.studies.benchmark.results import CellResult, ContenderResult, Machine, Results
+from trl_distill import foreign_text
 
 
 warnings.filterwarnings("ignore", message="Unfeasible length constraints")  # the length is forced, on purpose
 
 
-console = Console()
+console = foreign_text.console()
 
 
 ROOT = Path(__file__).parents[3]
@@ -254,11 +254,11 @@ def main(options: argparse.Namespace) -> int:
                 console.print(f"{cell.name}: done")
     report.show(results, console)
     if any(found.cell.axis for found in results.cells):
-        report.draw(results, options.output_dir / "benchmark_growth.png")
+        report.draw(report.growth_of(results), options.output_dir / "benchmark_growth.png")
     if options.write_docs:
         report.write_docs(results, ROOT / "docs" / "benchmarks.md")
         if any(found.cell.axis for found in results.cells):
-            report.draw(results, ROOT / "docs" / "images" / "benchmark_growth.png")
+            report.draw(report.growth_of(results), ROOT / "docs" / "images" / "benchmark_growth.png")
     others = report.disagreeing(results)
     for line in others:
         console.print(line)

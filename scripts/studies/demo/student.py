@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
 from scripts.studies.tasks.additions import MAX_COMPLETION_LENGTH, correct, problems
-from trl_distill import OPDConfig, OPDTrainer
+from trl_distill import OPDConfig, OPDTrainer, foreign_text
 from trl_distill.objective.divergences import reverse_kl
 
 
 MODELS = Path(__file__).parents[1] / "tasks" / "models"
 
 
-console = Console()
+console = foreign_text.console()
 
 
 @dataclass(frozen=True)

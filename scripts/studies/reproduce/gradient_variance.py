@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from scripts.studies.demo.student import MODELS, console, sample
 from scripts.studies.tasks.additions import MAX_COMPLETION_LENGTH, problems
+from trl_distill.foreign_text import in_legend
 from trl_distill.objective.terms import future_kl, sampled_reverse_kl, sequence_term, term, topk_reverse_kl
 
 
@@ -153,9 +154,11 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
     names = ["γ = 0.5", "γ = 0.9", *BASELINES.values()]
     height = 0.8 / len(results)
     for place, (student, variance) in enumerate(results.items()):
-        left.plot(TOP_K, [variance[f"topk {k}"] for k in TOP_K], marker="o", color=colours[place], label=student)
+        left.plot(
+            TOP_K, [variance[f"topk {k}"] for k in TOP_K], marker="o", color=colours[place], label=in_legend(student)
+        )
         offsets = [i + (place - (len(results) - 1) / 2) * height for i in range(len(names))]
-        right.barh(offsets, [variance[name] for name in names], height, color=colours[place], label=student)
+        right.barh(offsets, [variance[name] for name in names], height, color=colours[place], label=in_legend(student))
         for offset, name in zip(offsets, names, strict=True):
             right.annotate(f" {variance[name]:.3g}", (variance[name], offset), va="center", fontsize=8)
     left.set_title("Exact head, sampled tail (γ = 0)")

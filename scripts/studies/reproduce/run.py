@@ -22,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from scripts.studies.reproduce import report as report
@@ -30,6 +29,7 @@ from scripts.studies.reproduce.claims import CLAIMS
 from scripts.studies.reproduce.models import be_quiet
 from scripts.studies.reproduce.presets import PRESETS, RunContext
 from scripts.studies.reproduce.records import RunRecord
+from trl_distill import foreign_text
 
 
 ROOT = Path(__file__).parents[3]
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[3]
 SEEDS = (0, 1, 2)
 
 
-console = Console()
+console = foreign_text.console()
 
 
 def path_of(folder: Path, claim: str, arm: str, seed: int) -> Path:
@@ -172,7 +172,7 @@ def main(options: argparse.Namespace) -> int:
     if options.write_docs:
         report.write_docs(results, {name: CLAIMS[name].sentence for name in results}, machine(), ROOT / "docs")
     for line in failed:
-        console.print(f"[red]Failed:[/] {line}", highlight=False)
+        console.print(f"Failed: {line}", style="red", highlight=False)
     where = ", and docs/results.md" if options.write_docs else ""
     console.print(f"Results are in {options.output_dir}: runs/ holds one file each, *.png the pictures{where}")
     return 1 if failed else 0
