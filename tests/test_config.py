@@ -70,6 +70,21 @@ def test_refused_once_rewards_are_known(tmp_path, changes, message):
         config(tmp_path, **changes).resolved(has_rewards=True)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_return_sequences": 2}, "set `num_generations`"),
+        ({"n": 2}, "set `num_generations`"),
+        ({"return_dict_in_generate": True}, "token ids are needed"),
+        ({"stop_strings": ["x"]}, "Use stop tokens"),
+    ],
+)
+def test_settings_of_generate_that_do_not_give_one_completion_per_row(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, generation_kwargs=given).resolved(has_rewards=False)
+    config(tmp_path, generation_kwargs={"num_return_sequences": 1, "seed": 3}).resolved(has_rewards=False)
+
+
 def test_scaled_rewards_with_a_teacher_warn(tmp_path, caplog):
     args = config(tmp_path, per_device_train_batch_size=8, scale_rewards="group")
     args.resolved(has_rewards=False)

@@ -15,7 +15,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from ._trl import DICT_FIELDS, post_init_without_group_check
-from .config_checks import KL_ESTIMATORS, SCHEDULES, check_group, check_resolved, check_values
+from .config_checks import KL_ESTIMATORS, SCHEDULES, check_group, check_resolved, check_values, shaping
 from .objective.custom import load_divergence
 from .objective.divergences import DIVERGENCES
 from .redaction import from_environment, redacted
@@ -227,11 +227,14 @@ class OPDConfig(GRPOConfig):
     @property
     def biased_sampling(self) -> list[str]:
         """Settings that change the sampling distribution, if the estimator relies on samples of the student."""
-        whole = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,)}
         if self.kl_estimator == "full" and self.kl_discount == 0:
             return []
-        found = [name for name, values in whole.items() if getattr(self, name) not in (*values, None)]
-        return [f"`{name}={getattr(self, name)}`" for name in found]
+        given: dict[str, Any] = dict(self.generation_kwargs or {})  # type: ignore[arg-type]
+        if given.get("temperature", self.temperature) == self.temperature:
+            given.pop("temperature", None)
+        names = ("top_p", "top_k", "min_p", "repetition_penalty")
+        found = shaping({name: getattr(self, name) for name in names} | given)
+        return [f"`{name}={value}`" for name, value in found.items()]
 
     def alpha_of(self, divergence: str) -> float:
         """`divergence_alpha`, or its default; 0 for a divergence without a parameter."""

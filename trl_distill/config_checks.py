@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from .objective.custom import CustomDivergence
@@ -14,6 +15,29 @@ logger = logging.getLogger(__name__)
 KL_ESTIMATORS = ("full", "topk", "sampled")
 TOPK_DIVERGENCES = ("reverse_kl", "forward_kl")  # those of which the k likeliest ids are an estimate
 SCHEDULES = ("constant", "linear", "cosine", "step")
+
+
+NEUTRAL = {  # settings of generation that have no effect at these values; None, False, 0 and "" have none anyway
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "n", "guidance_scale"), 1),
+    **dict.fromkeys(("temperature", "top_p", "typical_p", "top_h", "repetition_penalty"), 1.0),
+    **dict.fromkeys(("length_penalty", "encoder_repetition_penalty"), 1.0),
+    "top_k": -1,
+}
+TECHNICAL = re.compile(  # settings of generation that decide neither which tokens come out nor how many
+    r"_|output_|cache_|max_cache|use_cache|use_mtp|prefill|compile|disable_compile|continuous_batching|transformers_ver"
+    r"|assistant_|num_assistant|is_assistant|speculation|prompt_lookup|max_matching|target_lookbehind|low_memory"
+    r"|(pad|bos|eos|decoder_start)_token_id|max_length|max_new_tokens|max_tokens|do_sample|early_stopping|return_dict"
+    r"|seed|detokenize|skip_special|spaces_between|stop_token_ids|logprobs|prompt_logprobs|include_stop_str"
+)
+
+
+def shaping(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those settings of generation that change which tokens are sampled or how many sequences there are."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if value and not TECHNICAL.match(name) and (name not in NEUTRAL or value != NEUTRAL[name])
+    }
 
 
 def check_values(config: Any) -> None:
@@ -202,6 +226,7 @@ def check_resolved(config: Any, has_rewards: bool) -> None:
         _check_units(config)
     if not has_rewards and config.beta > 0:
         _check_ignored(config)
+    _check_generation(config)
     group = config.num_generations
     if has_rewards and group < 2:
         raise ValueError(
@@ -216,6 +241,24 @@ def check_resolved(config: Any, has_rewards: bool) -> None:
             f"The global evaluation batch holds {eval_batch} completions, which the number of generations used "
             f"for evaluation ({group_eval}) does not divide. Change `per_device_eval_batch_size` or "
             "`num_generations_eval`."
+        )
+
+
+def _check_generation(config: Any) -> None:
+    """Some settings of `generate` do not give one sequence of ids per prompt, which is what a rollout is."""
+    given = shaping(config.generation_kwargs or {})
+    for name in ("num_return_sequences", "n"):
+        if name in given:
+            raise ValueError(
+                f"`generation_kwargs` has {name}={given[name]}, but each row of a batch is one completion. Leave it "
+                "out and set `num_generations`."
+            )
+    if (config.generation_kwargs or {}).get("return_dict_in_generate"):
+        raise ValueError("`generation_kwargs` has `return_dict_in_generate`, but token ids are needed. Leave it out.")
+    if "stop_strings" in given:
+        raise ValueError(
+            "`generation_kwargs` has `stop_strings`, for which `generate` needs a tokenizer that TRL does not pass. "
+            "Use stop tokens: `model.generation_config.eos_token_id` may be a list."
         )
 
 

@@ -48,6 +48,10 @@ def grpo(tmp_path, tokenizer, prompts):
         ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         ("_get_train_sampler", ["self", "dataset"]),
         ("_generate_and_score_completions", ["self", "inputs"]),
+        (
+            "_generate_single_turn",
+            ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+        ),
         ("_tokenize_prompts", ["self", "prompts"]),
         ("_save_checkpoint", ["self", "model", "trial"]),
         ("_prepare_inputs", ["self", "generation_batch"]),

@@ -159,7 +159,7 @@ def examine(facts: RunFacts, specs: dict[str, TeacherSpec], report: Report) -> E
         _examine_completions(facts, report)
     report.add(
         model_checks.saveable(facts.student, facts.adapter),
-        setting_checks.sampling(args.biased_sampling),
+        setting_checks.sampling(args.biased_sampling, setting_checks.left_aside(facts.student.generation_config)),
         setting_checks.groups(args.num_generations, args.prompts_per_generation, facts.has_rewards),
     )
     if args.save_strategy == "steps":

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
+from transformers import GenerationConfig
+
+from ..config_checks import shaping
 from .findings import Finding
 
 
@@ -46,17 +50,39 @@ def checkpoint_boundary(save_steps: float, accumulation: int, generate_every: in
     )
 
 
-def sampling(biased: list[str]) -> Finding:
-    """Whether rollouts are plain samples of the student; `biased` lists the settings that change the distribution."""
+def left_aside(own: GenerationConfig | None) -> dict[str, Any]:
+    """The settings of a student's own `generation_config` that would shape rollouts, and are not used for them."""
+    return shaping(own.to_diff_dict()) if own is not None else {}
+
+
+def sampling(biased: list[str], aside: dict[str, Any] | None = None) -> Finding:
+    """
+    Whether rollouts are plain samples of the student.
+
+    Args:
+        biased (`list[str]`): the run's settings that change the distribution, if the estimator minds.
+        aside (`dict`, *optional*): settings of the student's own `generation_config` that are not used.
+    """
+    shown = ", ".join(f"`{name}={_short(value)}`" for name, value in (aside or {}).items())
+    note = f" The student's own generation settings are left aside, and saved with it: {shown}." if shown else ""
     if not biased:
-        return Finding("sampling", "ok", "Rollouts are samples of the student, as far as the estimator needs.")
+        found = f"Rollouts are samples of the student, as far as the estimator needs.{note}"
+        return Finding("sampling", "ok", found, notify=bool((aside or {}).keys() - SET_BY_THE_RUN))
     return Finding(
         "sampling",
         "warning",
         f"{', '.join(biased)} changes the distribution that rollouts are sampled from, which biases the part of the "
-        "teacher's term that is learnt from sampled tokens.",
+        f"teacher's term that is learnt from sampled tokens.{note}",
         "Leave it out, or use kl_estimator='full' with kl_discount=0.",
     )
+
+
+SET_BY_THE_RUN = {"temperature", "top_p", "top_k", "repetition_penalty"}  # nobody expects the student's own
+
+
+def _short(value: Any, limit: int = 40) -> str:
+    text = str(value)
+    return text if len(text) <= limit else f"{text[:limit]} ..."
 
 
 def groups(generations: int | None, prompts: int, rewarded: bool) -> Finding:

@@ -90,7 +90,7 @@ def preserving_state(*models: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _no_settings_of_its_own(model: Any) -> Iterator[None]:
+def without_own_settings(model: Any) -> Iterator[None]:
     """Context without the model's generation settings, which `generate` would use as defaults for those not given."""
     base = unwrap_adapter(model)  # PEFT writes its settings into the base model too
     own, base.generation_config = base.generation_config, GenerationConfig()
@@ -189,7 +189,7 @@ def sample_ids(model: Any, prompts: Sequence[list[int]], pad: int, how: Sampling
         pad_token_id=pad,
         suppress_tokens=list(how.suppressed) or None,
     )
-    with preserving_state(model), _no_settings_of_its_own(model):
+    with preserving_state(model), without_own_settings(model):
         set_seed(how.seed)
         output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config)  # (B · n, P + C)
     found = [until_stop(row, how.stops) for row in output[:, padded.shape[1] :].tolist()]

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from ..data.sampling import answer_texts
+from ..data.sampling import answer_texts, without_own_settings
 from ..errors import CheckpointError, NonFiniteLossError
 from ..objective.weights import leave_one_out
 from .checkpoints import last_complete, mark_complete, unmark, what_is_missing
@@ -58,11 +59,13 @@ class GRPOHooks(GRPOTrainer):
         leave_one_out (`bool`): whether a row's baseline leaves out its own reward.
         saves_padding (`bool`): whether micro-batches are cut to their longest row.
         trims_prompts (`bool`): whether padding on the left may be cut too.
+        samples_plainly (`bool`): whether rollouts leave the student's own `generation_config` aside, as reports do.
     """
 
     has_rewards: bool = True
     saves_padding: bool = False
     trims_prompts: bool = False
+    samples_plainly: bool = False
     leave_one_out: bool = False
     num_generations: Any
     num_generations_eval: Any
@@ -116,6 +119,10 @@ class GRPOHooks(GRPOTrainer):
         texts = answer_texts(self.tokenizer, completion_ids, self.eos_token_ids)
         pairs = zip(completions, texts, strict=True)
         return [text if isinstance(found, str) else [{**found[0], "content": text}] for found, text in pairs]
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with without_own_settings(self.model) if self.samples_plainly else nullcontext():
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's rollouts, with leave-one-out advantages and each row's reward."""

@@ -147,7 +147,7 @@ def _estimators(trainer: Any, found: Examined) -> tuple[Estimator, Estimator]:
 def _load(trainer: Any, specs: dict[str, TeacherSpec], estimator: Estimator) -> TeacherPool:
     """Load the teachers, and check that they give what the estimator needs."""
     args: OPDConfig = trainer.args
-    trainer.saves_padding = True
+    trainer.saves_padding = trainer.samples_plainly = True
     trainer.trims_prompts = has_relative_positions(unwrap_adapter(trainer.model).config)
     size = unwrap_adapter(trainer.model).config.get_text_config().vocab_size
     pool = load_pool(specs, args, trainer.accelerator, trainer.model, size)
