@@ -1,0 +1,104 @@
+"""Names, paths, tokens and notes are shown as they are written: on terminals, in pictures, in Markdown."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from trl_distill import foreign_text
+from trl_distill.checks.findings import Finding, Report
+from trl_distill.reporting.curves import training_figure
+
+
+NASTY = (
+    *("[/INST]", "[INST]", "[/]", "[red]x", "[[x]]", "[link=a]b[/link]", "\\[x]", "x\\", ":smile:", "{task.total}"),
+    *("$x^$", "$\\frac$", "$", "$$", "a$b$c", "\\$x\\$", "_x", "__", "%s", "a|b", "<b>", "x^2_3"),
+)
+
+
+def terminal(markup: bool = False) -> Console:
+    how = {"file": io.StringIO(), "width": 200}
+    return Console(**how) if markup else foreign_text.console(**how)
+
+
+def printed(console: Console) -> str:
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("text", NASTY)
+@pytest.mark.parametrize("markup", [False, True], ids=["our console", "any console"])
+def test_terminals(text, markup):
+    console = terminal(markup)
+    if not markup:
+        console.print(f"It is in {text}", style="yellow")
+    table = Table(title=foreign_text.as_written(text))
+    table.add_column(foreign_text.as_written(text))
+    table.add_row(foreign_text.as_written(text, "red"))
+    console.print(table)
+    with Progress(foreign_text.description_column(), console=console) as progress:
+        progress.add_task(text, total=1)
+    assert printed(console).count(text) == 4 + (not markup)
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_finding_in_the_preflights_table(text):
+    report = Report([Finding(f"context, {text}", "warning", f"found {text}", f"write {text}")])
+    for markup in (False, True):
+        console = terminal(markup)
+        console.print(report.table())
+        assert printed(console).count(text) == 3
+        assert "warning" in printed(console)
+        assert "[yellow]" not in printed(console)
+
+
+@given(st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=20))
+def test_any_text_on_any_console(text):
+    console = terminal(markup=True)
+    console.print(foreign_text.as_written(text), soft_wrap=True)
+    assert printed(console) == f"{text}\n"
+
+
+def shown(figure) -> set[str]:
+    """The texts of a figure after it was drawn, as they are shown."""
+    from matplotlib import cbook
+    from matplotlib.text import Text
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*legend.*")
+        figure.savefig(io.BytesIO(), format="png", dpi=40)
+    found = {text.get_text() for text in figure.findobj(Text)}
+    assert not any(map(cbook.is_math_text, found))
+    return {text.replace(r"\$", "$").strip() for text in found}
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_pictures(text):
+    pytest.importorskip("matplotlib")
+    from trl_distill.sweeps.figures import Point, metric_figure, pareto_figure, ranking_figure
+
+    log = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.6}]
+    assert text in shown(training_figure({"a": log}, title=text))
+    assert text in shown(training_figure({"a": log, text: log}))
+    points = [Point(text, 0.1, 0.2), Point("b", 0.2, 0.1)]
+    assert text in shown(pareto_figure(points, "x", "y"))
+    assert text in shown(pareto_figure(points[1:], text, "y"))
+    assert text in shown(pareto_figure(points[1:], "x", text))
+    assert f"best: {text}" in shown(metric_figure(points, "x", "y", True))
+    assert text in shown(metric_figure(points, text, "y", True, text))
+    assert text in shown(ranking_figure([(text, 1.0), ("b", 0.5)], "y", True))
+    assert text in shown(ranking_figure([("b", 0.5)], text, True))
+
+
+@pytest.mark.parametrize("text", [*NASTY, "two\nlines"])
+def test_a_cell_of_a_markdown_table(text):
+    cell = foreign_text.in_markdown_table(text)
+    assert "\n" not in cell
+    assert cell.replace(r"\|", "").count("|") == 0
+    assert cell.replace(r"\|", "|") == text.replace("\n", " ")
