@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -65,7 +66,7 @@ def test_any_text_on_any_console(text):
     assert printed(console) == f"{text}\n"
 
 
-def shown(figure) -> set[str]:
+def shown(figure) -> Counter[str]:
     """The texts of a figure after it was drawn, as they are shown."""
     from matplotlib import cbook
     from matplotlib.text import Text
@@ -73,27 +74,23 @@ def shown(figure) -> set[str]:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*legend.*")
         figure.savefig(io.BytesIO(), format="png", dpi=40)
-    found = {text.get_text() for text in figure.findobj(Text)}
+    found = [text.get_text() for text in figure.findobj(Text)]
     assert not any(map(cbook.is_math_text, found))
-    return {text.replace(r"\$", "$").strip() for text in found}
+    return Counter(text.replace(r"\$", "$").strip() for text in found)
 
 
-@pytest.mark.parametrize("text", NASTY)
+@pytest.mark.parametrize("text", [text for text in NASTY if set(text) & set("$_%\\")])
 def test_pictures(text):
     pytest.importorskip("matplotlib")
     from trl_distill.sweeps.figures import Point, metric_figure, pareto_figure, ranking_figure
 
     log = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.6}]
-    assert text in shown(training_figure({"a": log}, title=text))
-    assert text in shown(training_figure({"a": log, text: log}))
+    assert shown(training_figure({"a": log, text: log}, title=text))[text] == 2
     points = [Point(text, 0.1, 0.2), Point("b", 0.2, 0.1)]
-    assert text in shown(pareto_figure(points, "x", "y"))
-    assert text in shown(pareto_figure(points[1:], text, "y"))
-    assert text in shown(pareto_figure(points[1:], "x", text))
-    assert f"best: {text}" in shown(metric_figure(points, "x", "y", True))
-    assert text in shown(metric_figure(points, text, "y", True, text))
-    assert text in shown(ranking_figure([(text, 1.0), ("b", 0.5)], "y", True))
-    assert text in shown(ranking_figure([("b", 0.5)], text, True))
+    assert shown(pareto_figure(points, text, text, text))[text] == 4
+    found = shown(metric_figure(points, text, text, True, text))
+    assert (found[text], found[f"best: {text}"]) == (3, 1)
+    assert shown(ranking_figure([(text, 1.0), ("b", 0.5)], text, True, text))[text] == 3
 
 
 @pytest.mark.parametrize("text", [*NASTY, "two\nlines"])
