@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import WORDS, config, make_model, make_tokenizer
 from peft import LoraConfig
+from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
@@ -365,3 +367,89 @@ def test_what_the_run_asks_for_is_used_and_named(tmp_path, tokenizer, prompts, s
     trainer.train()
     assert seen
     assert all(5 not in ids for ids in seen)
+
+
+@pytest.fixture
+def preflight(tmp_path, tokenizer, prompts, student, teacher):
+    """The findings before loading, by check, and the error if there is one."""
+
+    def run(max_completion_length=8, **changes):
+        settings = {"train_dataset": prompts, "processing_class": tokenizer, **changes}
+        trainer = OPDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=config(tmp_path, max_completion_length=max_completion_length),
+            **settings,
+        )
+        return {finding.check: finding for finding in trainer.preflight.findings}
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def many():
+    """700 rows; row 650 has 100 tokens."""
+    return Dataset.from_dict({"prompt": ["a b"] * 650 + ["a " * 100] + ["c"] * 49})
+
+
+def test_all_prompts_are_counted(preflight, many, prompts):
+    with pytest.raises(ValueError, match=r"The longest prompt \(row 650 of the training dataset\) has 100 tokens"):
+        preflight(train_dataset=many, max_completion_length=29)
+    with pytest.raises(
+        ValueError, match=r"The longest prompt \(row 650 of the evaluation dataset 'b'\) has 100 tokens"
+    ):
+        preflight(eval_dataset={"a": prompts, "b": many}, max_completion_length=29)
+    found = preflight(train_dataset=many, max_completion_length=28)
+    for whose in ("student", "teacher"):
+        assert found[f"context, {whose}"].level == "ok"
+        assert "up to 100 tokens" in found[f"context, {whose}"].found
+        assert "Counted: all 700 of the training dataset." in found[f"context, {whose}"].found
+
+
+def test_a_teachers_own_prompts_count_for_the_teacher_alone(preflight, prompts):
+    hinted = prompts.add_column("teacher_prompt", ["a", "b " * 50] * 16)
+    found = preflight(train_dataset=hinted)
+    assert "up to 50 tokens" in found["context, teacher"].found
+    assert "up to 6 tokens" in found["context, student"].found
+    with pytest.raises(
+        ValueError, match=r"row 1 of `teacher_prompt` in the training dataset\) has 50 .* the teacher has"
+    ):
+        preflight(train_dataset=hinted, max_completion_length=79)
+
+
+def test_what_was_not_counted_is_said(preflight, many, monkeypatch):
+    monkeypatch.setattr("trl_distill.checks.prompts.MOST_ROWS", 600)
+    found = preflight(train_dataset=many, max_completion_length=100)
+    assert "the first 600 of 700 of the training dataset; a longer one may follow" in found["context, student"].found
+    found = preflight(train_dataset=many.to_iterable_dataset())
+    assert {found[f"context, {whose}"].level for whose in ("student", "teacher")} == {"skipped"}
+    assert "not known before training: the dataset is a stream" in found["context, student"].found
+
+
+def adding(template: str):
+    """A tokenizer whose post-processor adds special tokens to text."""
+    tokenizer = make_tokenizer([*WORDS[:-2], "<s>", "."])
+    special = [("<s>", 27), ("<eos>", 1)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "level", "words"),
+    [
+        ("<s> $A", "a b", "ok", ["No prompt begins with BOS twice"]),
+        ("$A", "<s> a b", "ok", ["No prompt begins"]),
+        ("<s> $A", "<s> a b", "warning", ["32 of 32 prompts of the training dataset begin with BOS twice",
+                                          "(row 0: 27 '<s>', 27 '<s>', 2 'a', 3 'b' ...)", "add_bos_token = False"]),
+        ("<s> $A <eos>", "a b", "warning", ["32 of 32 prompts of the training dataset end with a stop token",
+                                            "(row 0: ... 27 '<s>', 2 'a', 3 'b', 1 '<eos>')", "add_eos_token = False"]),
+        ("<s> $A <eos>", "<s> a b", "warning", ["begin with BOS twice", "end with a stop token"]),
+    ],
+)  # fmt: skip
+def test_special_tokens_that_two_parties_add(preflight, caplog, template, text, level, words):
+    rows = Dataset.from_dict({"prompt": [text] * 32})
+    finding = preflight(train_dataset=rows, processing_class=adding(template))["prompt ids"]
+    assert finding.level == level
+    assert all(part in str(finding) for part in words)
+    assert ("begin with BOS twice" in caplog.text) is ("begin with BOS twice" in finding.found)

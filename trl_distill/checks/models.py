@@ -95,20 +95,36 @@ def cannot_be_saved(name: str) -> Finding:
     )
 
 
-def context_length(longest_prompt: int, completion: int, context: int | None, whose: str) -> Finding:
-    """Whether the longest prompt plus a completion, in tokens, fits into a model's context."""
+def context_length(
+    longest_prompt: int, completion: int, context: int | None, whose: str, counted: str = "", where: str = ""
+) -> Finding:
+    """
+    Whether the longest prompt plus a completion fits into a model's context.
+
+    Args:
+        longest_prompt (`int`): tokens of the longest prompt.
+        completion (`int`): longest completion in tokens.
+        context (`int`, *optional*): the model's context; `None` or -1 if unknown.
+        whose (`str`): "student" or "teacher".
+        counted (`str`): which prompts were counted.
+        where (`str`): which of them is the longest.
+    """
     check = f"context, {whose}"
     known = context is not None and context > 0  # some configurations have -1
     if context is None or not known or longest_prompt + completion <= context:
         limit = f"{context} positions" if known else "no limit known"
         return Finding(
-            check, "ok", f"Prompts have up to {longest_prompt} tokens, completions up to {completion}; {limit}."
+            check,
+            "ok",
+            f"Prompts have up to {longest_prompt} tokens, completions up to {completion}; {limit}."
+            + (f" Counted: {counted}." if counted else ""),
         )
+    which = f"The longest prompt ({where})" if where else "The longest prompt"
     return Finding(
         check,
         "error",
-        f"The longest prompt has {longest_prompt} tokens and completions up to {completion}, but the {whose} has "
-        f"{context} positions.",
+        f"{which} has {longest_prompt} tokens and completions up to {completion}, but the {whose} has {context} "
+        "positions.",
         f"Lower `max_completion_length` to {max(context - longest_prompt, 0)}, or drop the longest prompts.",
     )
 

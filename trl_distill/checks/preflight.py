@@ -30,12 +30,14 @@ from ..teachers.pool import checked
 from ..teachers.self_distillation import ADAPTER_OFF
 from ..teachers.spec import TeacherSpec, student_config
 from . import models as model_checks
+from . import prompts as prompt_checks
 from . import settings as setting_checks
 from . import tokenizers as tokenizer_checks
 from .findings import Finding, Report
+from .prompts import Prompts, count
 
 
-LONGEST_OF = 512  # number of prompts that are tokenised to find the longest
+FIRST_ROWS = 512  # of the dataset's completions that are tokenised
 PROBE_LENGTH = 64  # tokens of a prompt on which student and teacher are compared
 
 
@@ -84,11 +86,13 @@ class RunFacts:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the student's.
         stops (`list[int]`): ids that end a completion.
         dataset (`Any`): training dataset.
+        eval_datasets (`dict[str, Any]`): evaluation datasets by name.
         tokenize (`Callable`): turns prompts into token ids, as in training.
         has_rewards (`bool`): whether there are rewards.
         has_environments (`bool`): whether environments write prompts, which are then unknown beforehand.
         generate_every (`int`): micro-steps per generation batch.
         template_kwargs (`dict`): keyword arguments of the chat template.
+        quiet (`bool`): whether to show no progress bars.
     """
 
     args: OPDConfig
@@ -97,16 +101,34 @@ class RunFacts:
     tokenizer: PreTrainedTokenizerBase
     stops: list[int]
     dataset: Any
+    eval_datasets: dict[str, Any]
     tokenize: Callable[[list[Any]], list[list[int]]]
     has_rewards: bool
     has_environments: bool
     generate_every: int
     template_kwargs: dict[str, Any]
+    quiet: bool = True
 
-    def first_prompts(self, column: str = "prompt", limit: int = LONGEST_OF) -> list[list[int]]:
-        """Token ids of the first prompts in a column; empty if they are unknown before training."""
-        prompts = [] if self.has_environments else readable_prompts(self.dataset, column)[:limit]
+    def first_prompts(self, limit: int) -> list[list[int]]:
+        """Token ids of the first prompts; empty if they are unknown before training."""
+        prompts = [] if self.has_environments else readable_prompts(self.dataset)[:limit]
         return self.tokenize(prompts) if prompts else []
+
+    def counted_prompts(self) -> list[Prompts]:
+        """All prompts that can be read before training, tokenised and looked at, those of teachers included."""
+        if self.has_environments:
+            return []
+        bos, stops = self.tokenizer.bos_token_id, real_stops({*self.stops, self.tokenizer.eos_token_id}, self.tokenizer)
+        datasets = {"the training dataset": self.dataset} | {
+            f"the evaluation dataset {name!r}" if name else "the evaluation dataset": dataset
+            for name, dataset in self.eval_datasets.items()
+        }
+        found = [
+            count(dataset, name, column, self.tokenize, bos, stops, self.quiet)
+            for column in ("prompt", "teacher_prompt")
+            for name, dataset in datasets.items()
+        ]
+        return [prompts for prompts in found if prompts is not None]
 
     @property
     def conversational(self) -> bool:
@@ -142,15 +164,14 @@ def examine(facts: RunFacts, specs: dict[str, TeacherSpec], report: Report) -> E
     Raises:
         PreflightError: at least one finding is an error.
     """
-    args, found = facts.args, Examined(report)
-    prompts, hints = facts.first_prompts(), facts.first_prompts("teacher_prompt")
+    args, found, prompts = facts.args, Examined(report), facts.counted_prompts()
+    own = [one for one in prompts if one.column == "prompt"]
+    report.add(_context(facts, own, context_of(facts.student.config.get_text_config()), "student"))
     if prompts:
-        positions = context_of(facts.student.config.get_text_config())
-        longest = max(map(len, prompts))
-        report.add(model_checks.context_length(longest, args.max_completion_length or 0, positions, "student"))
+        report.add(prompt_checks.special_tokens(prompts, facts.tokenizer))
     stops, merged = real_stops(set(facts.stops), facts.tokenizer), set()
     for spec in specs.values():
-        teacher_stops = _examine_teacher(facts, spec, found, max(map(len, prompts + hints), default=None))
+        teacher_stops = _examine_teacher(facts, spec, found, prompts)
         if teacher_stops:
             report.add(tokenizer_checks.stop_tokens(facts.tokenizer, stops, teacher_stops, args.merge_stop_tokens))
         if teacher_stops and teacher_stops != stops:
@@ -172,7 +193,18 @@ def examine(facts: RunFacts, specs: dict[str, TeacherSpec], report: Report) -> E
     return found
 
 
-def _examine_teacher(facts: RunFacts, spec: TeacherSpec, found: Examined, longest: int | None) -> set[int]:
+def _context(facts: RunFacts, prompts: list[Prompts], context: int | None, whose: str) -> Finding:
+    """Whether all prompts that were counted fit into a model's context, with a completion."""
+    if not prompts:
+        reason = "environments write the prompts" if facts.has_environments else "the dataset is a stream"
+        return Finding(f"context, {whose}", "skipped", f"Lengths are not known before training: {reason}.")
+    longest = max(prompts, key=lambda one: one.longest)
+    counted, where = "; ".join(map(str, prompts)), f"row {longest.longest_row} of {longest.name}"
+    completion = facts.args.max_completion_length or 0
+    return model_checks.context_length(longest.longest, completion, context, whose, counted, where)
+
+
+def _examine_teacher(facts: RunFacts, spec: TeacherSpec, found: Examined, prompts: list[Prompts]) -> set[int]:
     """Compare one teacher with the student; returns the ids that end a turn for it."""
     if not spec.can_be_examined:
         return set()
@@ -187,9 +219,7 @@ def _examine_teacher(facts: RunFacts, spec: TeacherSpec, found: Examined, longes
         report.add(
             tokenizer_checks.vocabulary(facts.tokenizer, student_size, text.vocab_size, args.assume_same_tokenizer)
         )
-        if longest is not None:
-            completion = args.max_completion_length or 0
-            report.add(model_checks.context_length(longest, completion, context_of(text), "teacher"))
+        report.add(_context(facts, prompts, context_of(text), "teacher"))
         found.vocab_size = min(text.vocab_size, found.vocab_size or text.vocab_size)
     return stop_ids(config, spec.generation_config(), tokenizer)
 
@@ -199,10 +229,10 @@ def _examine_completions(facts: RunFacts, report: Report) -> None:
     rows, limit = facts.dataset, facts.args.max_completion_length
     if not isinstance(rows, Dataset) or limit is None:
         return
-    rows = rows.select(range(min(LONGEST_OF, len(rows))))
-    found = [token_ids(row, facts.tokenizer, facts.stops, limit + 1, facts.template_kwargs) for row in rows]
+    first = rows.select(range(min(FIRST_ROWS, len(rows))))
+    found = [token_ids(row, facts.tokenizer, facts.stops, limit + 1, facts.template_kwargs) for row in first]
     cut = sum(len(completion) > limit for _, completion in found)
-    report.add(setting_checks.completions(cut, len(found), limit))
+    report.add(setting_checks.completions(cut, len(found), limit, len(rows)))
 
 
 def check_head(model: nn.Module, whose: str, accelerator: Accelerator) -> None:
@@ -285,8 +315,8 @@ def probe_kl(student: nn.Module, teacher: Teacher, accelerator: Accelerator, ids
     return found.divergence.mean().item()
 
 
-def readable_prompts(dataset: Any, column: str = "prompt") -> list[Any]:
+def readable_prompts(dataset: Any) -> list[Any]:
     """The first prompts of a dataset, if they can be read without consuming it; else none."""
-    if not isinstance(dataset, Dataset) or column not in dataset.column_names:
+    if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
         return []
-    return [prompt for prompt in dataset[:LONGEST_OF][column] if prompt]
+    return [prompt for prompt in dataset[:FIRST_ROWS]["prompt"] if prompt]

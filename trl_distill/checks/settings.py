@@ -14,14 +14,15 @@ from .findings import Finding
 logger = logging.getLogger(__name__)
 
 
-def completions(cut: int, checked: int, limit: int) -> Finding:
-    """How many of the dataset's completions are longer than `limit` tokens, and lose their end."""
+def completions(cut: int, checked: int, limit: int, rows: int) -> Finding:
+    """How many of the dataset's first completions, `checked` of `rows`, are longer than `limit` tokens and are cut."""
+    which = f"all {rows}" if checked == rows else f"the first {checked} of {rows}"
     if not cut:
-        return Finding("completions", "ok", f"{checked} checked; none is longer than {limit} tokens.")
+        return Finding("completions", "ok", f"Of {which} completions none is longer than {limit} tokens.")
     return Finding(
         "completions",
         "warning",
-        f"{cut} of {checked} completions that were checked are longer than {limit} tokens and are cut, so their "
+        f"{cut} of {which} completions are longer than {limit} tokens and are cut, so their "
         "end, stop token included, is not learnt.",
         "Raise `max_completion_length`, or filter the dataset.",
     )

@@ -91,6 +91,7 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
 
 def facts_of(trainer: Any) -> RunFacts:
     """What the preflight needs to know about the run."""
+    evaluation = trainer.eval_dataset
     return RunFacts(
         args=trainer.args,
         student=unwrap_adapter(trainer.model),
@@ -98,11 +99,13 @@ def facts_of(trainer: Any) -> RunFacts:
         tokenizer=trainer.tokenizer,
         stops=trainer.eos_token_ids,
         dataset=trainer.train_dataset,
+        eval_datasets=evaluation if isinstance(evaluation, dict) else {"": evaluation},
         tokenize=trainer.token_ids_of,
         has_rewards=trainer.has_rewards,
         has_environments=trainer.has_environments,
         generate_every=trainer.args.micro_steps_per_generation,
         template_kwargs=dict(trainer.chat_template_kwargs),
+        quiet=bool(trainer.args.disable_tqdm) or not trainer.accelerator.is_main_process,
     )
 
 
