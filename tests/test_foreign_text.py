@@ -90,7 +90,7 @@ def test_pictures(text):
     assert shown(pareto_figure(points, text, text, text))[text] == 4
     found = shown(metric_figure(points, text, text, True, text))
     assert (found[text], found[f"best: {text}"]) == (3, 1)
-    assert shown(ranking_figure([(text, 1.0), ("b", 0.5)], text, True, text))[text] == 3
+    assert shown(ranking_figure([(text, 1.0), ("b", 0.5)], text, True, text))[text] == 4  # a tick has two
 
 
 @pytest.mark.parametrize("text", [*NASTY, "two\nlines"])

@@ -94,6 +94,46 @@ def test_a_mistyped_key_of_the_yaml_file(command, key, meant, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("command", "key", "value", "expected"),
+    [
+        ("train", "reward_funcs", "my_module.correct", ["my_module.correct"]),
+        ("train", "reward_funcs", "[a.b, c.d]", ["a.b", "c.d"]),
+        ("train", "teacher_server_urls", "http://localhost:8000", ["http://localhost:8000"]),
+        ("train", "lora_target_modules", "q_proj", ["q_proj"]),
+        ("train", "reward_weights", "0.5", [0.5]),
+        ("train", "reward_weights", "2", [2]),
+        ("train", "reward_funcs", "null", None),
+        ("check", "reward_funcs", "my_module.correct", ["my_module.correct"]),
+        ("generate", "reward_funcs", "my_module.correct", ["my_module.correct"]),
+    ],
+)
+def test_a_single_word_in_the_yaml_file_is_a_list_of_one(command, key, value, expected, tmp_path):
+    """And arguments that take one word are left alone."""
+    from trl_distill.cli import generate, train
+
+    (tmp_path / "settings.yaml").write_text(f"{key}: {value}\noutput_dir: {tmp_path}\n")
+    words = ["--config", str(tmp_path / "settings.yaml")]
+    if command == "generate":
+        usual = ["--dataset_name", "p", "--teacher_model_name_or_path", "t"]
+        found = vars(generate.parsed([*words, *usual]))
+    else:
+        found = vars(train.make_parser(command).options(words))
+    assert found[key] == expected
+    assert found["output_dir"] == str(tmp_path)
+
+
+def test_every_argument_that_takes_several_words_takes_one_from_a_yaml_file(tmp_path):
+    from trl_distill.cli import train
+
+    parser = train.make_parser()
+    several = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
+    assert {"reward_funcs", "teacher_server_urls", "lora_target_modules"} <= several
+    (tmp_path / "settings.yaml").write_text("".join(f"{name}: word\n" for name in several))
+    found = vars(parser.options(["--config", str(tmp_path / "settings.yaml")]))
+    assert all(found[name] == ["word"] for name in several)
+
+
+@pytest.mark.parametrize(
     ("text", "message"), [(None, "which is no file"), ("a: [1", "is no YAML"), ("- a\n", "must contain a YAML mapping")]
 )
 def test_a_yaml_file_that_cannot_be_read(text, message, tmp_path, capsys):

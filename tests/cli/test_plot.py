@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -72,6 +73,27 @@ def test_several_runs_with_the_teacher_s_level(main, tmp_path):
         ]
     )
     assert (tmp_path / "both.png").exists()
+
+
+@pytest.mark.parametrize("name", ["[/INST]", "$x^$", "$\\frac$", "_x", "a$b$c"])
+def test_names_are_shown_as_they_are_written(main, tmp_path, capsys, name):
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": LOG}))
+    main(["a", name, "--labels", "a", name, "--title", name, "--output", f"{name}/both.png"])
+    main([name, "a", "--output", "found.png"])
+    assert f"The picture is in {name}/both.png" in capsys.readouterr().out
+    legend = training_figure({"a": LOG, name: LOG}).legends[0]
+    assert legend.get_texts()[1].get_text().replace(r"\$", "$").strip() == name
+
+
+def test_numbers_that_are_null_or_nan(main, tmp_path):
+    """Logs and evaluations of runs without scores."""
+    log = [{**row, "reward": None if row["step"] < 5 else math.nan} for row in LOG]
+    (tmp_path / "a" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    found = {"models": {"big": {"estimates": {"avg@4": {"value": None, "low": None, "high": None}}}}}
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    main(["a", "--evaluation", "found.json", "--teacher_model_name_or_path", "big"])
+    assert (tmp_path / "a" / "training.png").exists()
 
 
 def test_what_the_picture_holds():
