@@ -29,6 +29,8 @@ class ChatServer:
         key (`str`): what requests must carry, if not empty; a refusal repeats what they carry.
         headers (`dict[str, str]`): of the last request.
         retry_after (`str`): sent with each refusal, if not empty.
+        alter (`Callable`): given a prompt and its good answer, returns what is sent instead with status 200, as an
+            object or as text.
     """
 
     def __init__(self, answer: Callable[[str, int], str]):
@@ -38,6 +40,7 @@ class ChatServer:
         self.finish_reason, self.at_most, self.key = "stop", 100, ""
         self.headers: dict[str, str] = {}
         self.retry_after = ""
+        self.alter: Callable[[str, dict[str, Any]], Any] = lambda text, answer: answer
         handler = type("Handler", (_Handler,), {"server_of": self})
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._http.daemon_threads = True
@@ -54,7 +57,7 @@ class ChatServer:
         self._http.shutdown()
         self._http.server_close()
 
-    def respond(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def respond(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         self.asked.append(body)
         chat = path == "/v1/chat/completions"
         text = body["messages"][-1]["content"] if chat else body["prompt"]
@@ -65,7 +68,7 @@ class ChatServer:
             said = self.answer(text, body.get("seed", 0) + i)
             content = {"message": {"role": "assistant", "content": said}} if chat else {"text": said}
             choices.append({"index": i, "finish_reason": self.finish_reason, **content})
-        return 200, {"object": "completion", "model": body["model"], "choices": choices}
+        return 200, self.alter(text, {"object": "completion", "model": body["model"], "choices": choices})
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -76,14 +79,15 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server = self.server_of
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        status, content = 404, {"error": {"message": "no such path"}}
+        status: int = 404
+        content: Any = {"error": {"message": "no such path"}}
         server.headers = dict(self.headers)
         carried = self.headers.get("Authorization")
         if server.key and carried != f"Bearer {server.key}":
             status, content = 401, {"error": {"message": f"wrong key {carried}"}}
         elif self.path in ("/v1/chat/completions", "/v1/completions"):
             status, content = server.respond(self.path, body)
-        data = json.dumps(content).encode()
+        data = (content if isinstance(content, str) else json.dumps(content)).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         if status != 200 and server.retry_after:

@@ -2,11 +2,12 @@
 
 It sends a request to one of several servers that serve the same, again and with growing pauses while the fault may
 pass, and several requests at once until one fails. What an answer means is left to the caller, who also says what its
-users call the settings. Passwords and keys stand in no message; headers are never printed.
+users call the settings. Passwords and keys stand in no message, whatever a server repeats; headers are never printed.
 """
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import itertools
 import json
@@ -16,10 +17,11 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx2 as httpx
 from tenacity import (
@@ -48,6 +50,9 @@ FAILED_RECENTLY_SECONDS = 30.0  # seconds during which a URL that failed comes a
 
 
 PASSING = (408, 409, 425, 429)  # statuses after which another attempt may succeed, beside 5xx
+
+
+LONGEST_MESSAGE = 1000  # characters of what a server says
 
 
 class PassingError(Exception):
@@ -130,17 +135,22 @@ class HTTPClient:
         settings ([`Settings`]): time-outs, attempts, and names for messages.
         servers (`list[ServerURL]`): all that will be asked, for their logins. One in a URL counts before `api_key`.
         api_key (`str`, *optional*): sent as a bearer token. White space at its ends is taken off.
+        secrets (`Sequence[str]`, *optional*): what else no message may show, such as keys in the bodies of requests.
 
     Raises:
         ValueError: the key cannot be sent in a header.
     """
 
-    def __init__(self, settings: Settings, servers: Sequence[ServerURL], api_key: str | None = None):
+    def __init__(
+        self, settings: Settings, servers: Sequence[ServerURL], api_key: str | None = None, secrets: Sequence[str] = ()
+    ):
         self.settings = settings
         key = clean_key(api_key, settings.key_advice)
+        logins = [server.login for server in servers if server.login]
         self._logins = {server.base: httpx.BasicAuth(*server.login) for server in servers if server.login}
-        passwords = [server.login[1] for server in servers if server.login]
-        self._secrets = [secret for secret in (key, *passwords) if secret]
+        sent = [base64.b64encode(":".join(login).encode()).decode() for login in logins]
+        hidden = {form for secret in (key, *(login[1] for login in logins), *sent, *secrets) for form in _forms(secret)}
+        self._secrets = sorted(hidden, key=len, reverse=True)  # one may be the beginning of another
         self._failed: dict[str, float] = {}  # URL: when it failed last, by time.monotonic()
         self._client = httpx.Client(
             timeout=httpx.Timeout(settings.timeout, connect=min(settings.timeout, LONGEST_CONNECT)),
@@ -167,7 +177,7 @@ class HTTPClient:
             path (`str`): appended to a base.
             body (`dict`, *optional*): posted as JSON; without one the request is a GET.
             read (`Callable[[str, bytes], T]`): what becomes of an answer, given its URL and content. It may raise
-                [`PassingError`] where another attempt may succeed.
+                [`PassingError`] where another attempt may succeed. Secrets in its errors are hidden, and texts cut.
             halt (`threading.Event`, *optional*): ends pauses and further attempts when it is set.
 
         Raises:
@@ -188,7 +198,11 @@ class HTTPClient:
                 self._failed[url] = time.monotonic()
                 raise
             self._failed.pop(url, None)
-            return read(url + path, content)
+            try:
+                return read(url + path, content)
+            except Exception as error:
+                error.args = tuple(self.hidden(arg) if isinstance(arg, str) else arg for arg in error.args)
+                raise
 
         attempts = Retrying(
             stop=stop_after_attempt(settings.retries + 1) | stop_when_event_set(halt),
@@ -260,12 +274,12 @@ class HTTPClient:
         try:
             response = self._client.request("GET" if body is None else "POST", url, json=body, auth=auth)
         except (httpx.TransportError, httpx.DecodingError) as error:
-            raise PassingError(self._hidden(f"{url}: {type(error).__name__} {error}".rstrip())) from error
+            raise PassingError(self.hidden(f"{url}: {type(error).__name__} {error}".rstrip())) from error
         status = response.status_code
         if status == 200:
             return response.content
-        refusal = self._hidden(f"{url} answered HTTP {status}: {server_message(response.content)}").rstrip(".")
-        if status in PASSING or status >= 500:
+        refusal = self.hidden(f"{url} answered HTTP {status}: {server_message(response.content)}").rstrip(".")
+        if may_pass(status):
             raise PassingError(refusal, retry_after(response.headers.get("Retry-After")))
         if status in (401, 403):
             refusal = f"{refusal}. {self.settings.key_advice}"
@@ -273,11 +287,17 @@ class HTTPClient:
             refusal = f"{refusal}. Redirects are not followed: name the server's final URL"
         raise StatusError(f"{refusal.rstrip('.')}.", status)
 
-    def _hidden(self, text: str) -> str:
-        """A text without secrets: some servers repeat the key that they refuse."""
+    def hidden(self, text: str) -> str:
+        """A text without secrets, since some servers repeat what they refuse, and cut: whole, half a key would stay."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        return text
+        return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
+
+
+def _forms(secret: str | None) -> Iterator[str]:
+    """How a secret may stand in a server's message."""
+    if secret:
+        yield from (secret, quote(secret, safe=""), json.dumps(secret)[1:-1])
 
 
 def read_url(url: str, setting: str) -> ServerURL:
@@ -289,7 +309,8 @@ def read_url(url: str, setting: str) -> ServerURL:
         setting (`str`): what the user calls it, for messages.
 
     Raises:
-        ValueError: it is not a full http URL, or has a query or a fragment, to which no path can be appended.
+        ValueError: it is not a full http URL, has a query or a fragment, to which no path can be appended, or an `@`
+            in its path, which is probably part of a login.
     """
     try:
         parsed = httpx.URL(url)
@@ -300,6 +321,11 @@ def read_url(url: str, setting: str) -> ServerURL:
         ) from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError(f"{setting} holds {without_login(url)!r}; write it in full, such as 'http://localhost:8000'.")
+    if "@" in parsed.path:
+        raise ValueError(
+            f"{setting} holds a URL with `@` after the host, so that a part of a login would be shown as its path. Write "
+            "the signs #, / and @ of a password as %23, %2F and %40."
+        )
     if parsed.query or parsed.fragment or "?" in url or "#" in url:
         raise ValueError(
             f"{setting} holds a URL of {parsed.host} with something after `?` or `#`, but paths such as "
@@ -310,8 +336,15 @@ def read_url(url: str, setting: str) -> ServerURL:
 
 
 def without_login(text: str) -> str:
-    """A text in which users and passwords of URLs are replaced by asterisks."""
-    return re.sub(r"([a-z]+://)[^/?#\s]*@", r"\1***@", text)
+    """A text in which users and passwords of URLs are replaced by asterisks, also where they break the URL."""
+    return _LOGIN.sub(r"\1***@", text)
+
+
+_LOGIN = re.compile(
+    r"\b([a-z][a-z0-9+.\-]*://)"
+    r"(?:[^/?#\s]*|[^/?#\s:@]*:(?!\d*(?:[/?#\s]|$))[^\s\"'<>]*)@",  # after a colon that no port follows, any sign
+    re.IGNORECASE,
+)
 
 
 def clean_key(key: str | None, advice: str) -> str | None:
@@ -331,12 +364,38 @@ def clean_key(key: str | None, advice: str) -> str | None:
     return key or None
 
 
+def may_pass(status: int) -> bool:
+    """Whether another attempt may succeed after an answer with this HTTP status."""
+    return status in PASSING or status >= 500
+
+
+def error_inside(answer: Any) -> tuple[str, int | None] | None:
+    """
+    The error in a parsed answer that came with HTTP 200.
+
+    Returns:
+        `tuple[str, int | None]`, *optional*: what the server says, and the HTTP status that it names; `None` without
+            an error.
+    """
+    if not isinstance(answer, dict):
+        return None
+    found = answer.get("error") or (answer if answer.get("object") == "error" else None)
+    if not found:
+        return None
+    fields = {**answer, **(found if isinstance(found, dict) else {})}
+    codes = [str(fields.get(name)) for name in ("code", "status", "status_code")]
+    status = next((int(code) for code in codes if re.fullmatch("[45][0-9]{2}", code)), None)
+    return server_message(json.dumps(answer).encode()), status
+
+
 def server_message(content: bytes) -> str:
     """What a server says about an error: vLLM's `{"error": {"message": ...}}`, or the beginning of anything else."""
     try:
-        return str(json.loads(content)["error"]["message"])
-    except (ValueError, RecursionError, LookupError, TypeError):
-        return content[:300].decode(errors="replace").strip() or "(nothing)"
+        answer = json.loads(content)
+        found = answer.get("error") or answer
+        return str(found if isinstance(found, str) else found["message"])
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return content[:100_000].decode(errors="replace").strip() or "(nothing)"
 
 
 def retry_after(header: str | None) -> float:

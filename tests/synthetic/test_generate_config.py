@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 
+from trl_distill.cli.generate import parsed
 from trl_distill.synthetic import GenerateConfig
 from trl_distill.synthetic.address import Address, parse_address
 from trl_distill.synthetic.config import FIXED
@@ -24,6 +25,13 @@ GOOD = {"dataset_name": "p.jsonl", "output_dir": "out", "teacher_model_name_or_p
         ({"teacher_models": {"a": "b"}}, "not both"),
         ({"teacher_models": "{"}, "no JSON"),
         ({"request_options": "[1]"}, "JSON object"),
+        ({"request_options": '{"x": [NaN]}'}, "a number that JSON does not have"),
+        ({"correct_from": float("nan")}, "`correct_from` is nan"),
+        ({"api_key_env": "sk-123"}, "name of an environment variable"),
+        ({"teacher_model_name_or_path": "http://h:1/v1?key=x#m"}, "something after"),
+        ({"teacher_model_name_or_path": "ftp://h#m"}, "in full"),
+        ({"reward_funcs": ["f"], "judge": "http://h/@x#m"}, "Keep one"),
+        ({"judge": "http://h/@x#m"}, "`@` after the host"),
         ({"keep": "some"}, "'all', 'correct', 'best'"),
         ({"teacher_assignment": "x"}, "not known"),
         ({"chunk_size": 0}, "`chunk_size` is 0; it must be at least 1."),
@@ -75,3 +83,53 @@ def test_addresses(tmp_path):
         **{**GOOD, "teacher_model_name_or_path": None, "teacher_models": '{"a": "x", "b": "vllm:y"}'}
     )
     assert list(config.teachers) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"request_options": '{"api_key": "sesame"'},
+        {"request_options": '["sesame"]'},
+        {"teacher_model_name_or_path": None, "teacher_models": '{"a": "http://u:sesame@h#m"'},
+        {"teacher_model_name_or_path": "http://u:sesame@h"},
+        {"teacher_model_name_or_path": "HTTP://u:sesame@h"},
+        {"teacher_model_name_or_path": "http://u:sesame#and@h#m"},
+        {"teacher_model_name_or_path": "http://u:sesame#and@h"},
+        {"teacher_model_name_or_path": "http://u:sesame/and@h#m"},
+        {"teacher_model_name_or_path": "http://u:1/sesame@h#m"},
+        {"teacher_model_name_or_path": "http://h?key=sesame#m"},
+        {"judge": "http://u:sesame@h"},
+        {"judge": "vllm:http://u:sesame@h#m"},
+        {"api_key_env": "my-sesame"},
+    ],
+)
+def test_no_error_shows_a_secret(changes):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  any message
+        GenerateConfig(**{**GOOD, **changes})
+    assert "sesame" not in str(error.value)
+
+
+def test_settings_are_shown_without_secrets():
+    options = {
+        "max_tokens": 7,
+        "stop": ["$x"],
+        "extra_headers": {"Authorization": "Bearer sesame"},
+        "api_key": "sesame",
+    }
+    config = GenerateConfig(
+        **{**GOOD, "teacher_model_name_or_path": "http://u:sesame@h/v1#m"},
+        request_options={**options, "note": "sk-sesamesesamesesame", "token": "$MINE"},
+        judge="http://u:sesame@h/v1#m",
+    )
+    assert "sesame" not in f"{config!r} {config.shown()} {config.teachers}"
+    shown = config.shown()["request_options"]
+    assert (shown["max_tokens"], shown["stop"], shown["token"]) == (7, ["$x"], "$MINE")
+    assert config.request_options["api_key"] == "sesame"
+
+
+def test_a_single_reward_function_need_not_be_a_list(tmp_path):
+    assert GenerateConfig(**GOOD, reward_funcs="my.f").reward_funcs == ["my.f"]
+    (tmp_path / "run.yaml").write_text(
+        "\n".join(f"{name}: {value}" for name, value in GOOD.items()) + "\nreward_funcs: my.f\n"
+    )
+    assert parsed(["--config", str(tmp_path / "run.yaml")]).reward_funcs == ["my.f"]

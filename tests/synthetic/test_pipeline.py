@@ -176,7 +176,7 @@ def test_a_finished_chunk_is_never_asked_about_again(sums):
 
 def test_a_login_in_a_url_is_written_nowhere(bench, caplog):
     bench.prompts([{"prompt": f"p{i}"} for i in range(3)])
-    with ChatServer(lambda text, seed: f"Score: 1, says {text} at {seed}") as server:
+    with ChatServer(lambda text, seed: f"{text} at {seed}.\nScore: 1") as server:
         url = server.url.replace("http://", "http://user:pa%24sword@") + "#m"
         server.refuse = lambda text: 400 if "p1" in text else None
         bench.run(teacher_models={"m": url}, judge=url)

@@ -1,6 +1,6 @@
 """Where a model is to be found: a name for transformers, one for vLLM in this process, or an HTTP endpoint.
 
-Only the writing is looked at. Loading and asking are left to `sources/`.
+Only the form is checked. Loading and asking are left to `sources/`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..http_client import without_login
+from ..http_client import read_url, without_login
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,11 @@ def parse_address(text: str) -> Address:
     Read `name`, `vllm:name` or `http://host:port/v1#model`.
 
     Raises:
-        ValueError: the model of an endpoint is not named, or nothing is.
+        ValueError: the model of an endpoint is not named, its URL cannot be used, or nothing is named.
     """
-    if text.startswith(("http://", "https://")):
+    if text.startswith("vllm:"):
+        return Address("vllm", text.removeprefix("vllm:"))
+    if "://" in text:
         url, _, model = text.partition("#")
         if "#" in model:
             raise ValueError(
@@ -50,9 +52,8 @@ def parse_address(text: str) -> Address:
                 f"{shown!r} does not say which model to ask for. Append it as the endpoint's `/v1/models` lists it: "
                 f"`{shown}#name`."
             )
+        read_url(url, "The address of an endpoint")
         return Address("endpoint", model, url.rstrip("/"))
-    if text.startswith("vllm:"):
-        return Address("vllm", text.removeprefix("vllm:"))
     if not text.strip():
         raise ValueError("A model has an empty name. Write a folder, a hub name, `vllm:name` or `http://...#name`.")
     return Address("transformers", text)

@@ -6,10 +6,13 @@ Which settings a restart must keep is said here too. What they do is left to the
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import math
+import re
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..http_client import without_login
+from ..redaction import redacted
 from .address import Address, parse_address
 
 
@@ -27,7 +30,7 @@ FIXED = (
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class GenerateConfig:
     """
     Settings of `scripts/generate.py`.
@@ -63,7 +66,7 @@ class GenerateConfig:
         retries (`int`, *optional*, defaults to `5`): further attempts after a failed one.
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): environment variable with the endpoints' key.
         request_options (`dict` or `str`, *optional*): JSON merged into each request to a teacher's endpoint; null
-            takes a key out.
+            takes a key out. Write a secret as `"$NAME"`: it is read from that environment variable.
 
     > Parameters that control new prompts
 
@@ -75,7 +78,8 @@ class GenerateConfig:
     > Parameters that control verification; at most one kind
 
     Args:
-        reward_funcs (`list[str]`, *optional*): import paths of reward functions. The score is their mean.
+        reward_funcs (`list[str]`, *optional*): import paths of reward functions; a single one need not be a list. The
+            score is their mean.
         reward_model (`str`, *optional*): name or folder of a sequence-classification model with one label.
         judge (`str`, *optional*): `http://host:port/v1#model`, a model that scores completions.
         judge_prompt (`str`, *optional*): file with the question put to the judge; `{prompt}`, `{completion}` and the
@@ -173,8 +177,17 @@ class GenerateConfig:
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, _json(name, value))
+        if isinstance(self.reward_funcs, str):
+            self.reward_funcs = [self.reward_funcs]
         for fault in self._faults():
             raise ValueError(fault)
+
+    def __repr__(self) -> str:
+        return f"GenerateConfig({', '.join(f'{name}={value!r}' for name, value in self.shown().items())})"
+
+    def shown(self) -> dict[str, Any]:
+        """All settings without secrets, such as logins in URLs and keys in `request_options`."""
+        return redacted(asdict(self))
 
     def _faults(self):
         """What is wrong, the first first."""
@@ -196,6 +209,7 @@ class GenerateConfig:
                 yield f"`{name}` is {value}; it must be {'at least' if high == _MANY else 'between'} {low}" + (
                     "." if high == _MANY else f" and {high}."
                 )
+        yield from self._endpoint_faults()
         if self.temperature == 0 and self.completions_per_prompt > 1:
             yield (
                 f"`completions_per_prompt={self.completions_per_prompt}` at `temperature=0` would be the same "
@@ -203,6 +217,16 @@ class GenerateConfig:
             )
         yield from self._verification_faults()
         yield from self._human_faults()
+
+    def _endpoint_faults(self):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):  # not shown: it may be the key
+            yield (
+                "`api_key_env` is the name of an environment variable, and what it was given cannot be one. Put the key "
+                "into a variable, and write the variable's name."
+            )
+        _ = self.teachers  # raises an error for an address that cannot be used
+        if not _is_json(self.request_options):
+            yield "`request_options` holds a number that JSON does not have, such as NaN. Write a number, or null."
 
     def _verification_faults(self):
         kinds = [name for name in ("reward_funcs", "reward_model", "judge") if getattr(self, name)]
@@ -269,14 +293,22 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_repetition": (0, 1),
     "near_duplicates": (0, 1),
     "human_share": (0, 1),
+    "correct_from": (-_MANY, _MANY),
 }
 
 
 def _json(name: str, text: str) -> dict[str, Any]:
+    """A setting's JSON object. Messages do not repeat the text, in which there may be a key."""
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"`{name}` holds no JSON ({error}): {text!r}. Write an object in single quotes.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` holds no JSON ({error}). Write an object in single quotes.") from None
     if not isinstance(value, dict):
-        raise ValueError(f"`{name}` is {text!r}; it must be a JSON object.")
+        raise ValueError(f"`{name}` is a {type(value).__name__}; it must be a JSON object.")
     return value
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_is_json, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)

@@ -6,7 +6,6 @@ What the stages do, and how each can be interrupted, is in the modules named aft
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from .. import foreign_text
 from ..data.json_rows import InputRow
-from ..http_client import without_login
 from .config import FIXED, GenerateConfig
 from .sources.base import Sampling
 from .sources.load import check_source, load_source
@@ -170,14 +168,8 @@ class Pipeline:
 
 
 def _settings(config: GenerateConfig) -> dict[str, Any]:
-    """The settings that rows depend on, as they are written down: without the logins in URLs."""
-    return {name: _hidden(value) for name, value in asdict(config).items() if name not in FREE}
-
-
-def _hidden(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _hidden(inner) for name, inner in value.items()}
-    return without_login(value) if isinstance(value, str) else value
+    """The settings that rows depend on, as they are written down: without secrets."""
+    return {name: value for name, value in config.shown().items() if name not in FREE}
 
 
 def _digest(config: GenerateConfig) -> str | None:

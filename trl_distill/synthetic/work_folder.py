@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+
+_FLOAT = "\0float"  # the name of an object's only value, a number that JSON does not have
 
 
 ANSWERS = ("completions/*/*.jsonl", "rounds/*.jsonl")  # files that a model was asked for
@@ -108,15 +112,16 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file that was written with [`write_lines`] or [`dump`]."""
     with open(path, encoding="utf-8") as file:
         for line in file:
-            yield json.loads(line)
+            yield json.loads(line, object_hook=_number)
 
 
 def write_json(path: Path, value: Any) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
@@ -127,8 +132,23 @@ def read_json(path: Path) -> Any:
 
 
 def dump(row: dict[str, Any]) -> str:
-    """A row as one line."""
-    return json.dumps(row, ensure_ascii=False)
+    """A row as one line. NaN and infinities, which columns may hold and JSON does not have, are written as objects."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return {_FLOAT: str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(found: dict[str, Any]) -> Any:
+    return float(found[_FLOAT]) if found.keys() == {_FLOAT} else found
 
 
 def digest(*parts: Any, size: int = 16) -> bytes:

@@ -68,6 +68,20 @@ def test_all_stop_tokens_of_the_generation_configuration_count(tmp_path):
     assert source._read(*until_stop([5, 7, 6], source.stops)) == Completion(source.tokenizer.decode([5]), "stop")
 
 
+def test_only_stop_and_padding_tokens_are_left_out(folder):
+    """Thoughts and tool calls are special tokens of many models, and part of what a verifier looks at."""
+    source = TransformersSource(folder, Sampling())
+    tags = ["<think>", "</think>", "<tool_call>"]
+    source.tokenizer.add_special_tokens({"additional_special_tokens": tags})
+    opening, closing, call = source.tokenizer.convert_tokens_to_ids(tags)
+    pad = source.tokenizer.pad_token_id
+    completion = source._read(*until_stop([opening, 5, closing, 6, call, 7, EOS, pad, pad], source.stops))
+    words = [source.tokenizer.decode([token]) for token in (5, 6, 7)]
+    assert completion.stop_reason == "stop"
+    assert completion.text.replace(" ", "") == f"<think>{words[0]}</think>{words[1]}<tool_call>{words[2]}"
+    assert source._read([opening, 5], True).text.replace(" ", "") == f"<think>{words[0]}"
+
+
 def test_settings_of_the_checkpoint_do_not_reach_sampling(tmp_path):
     """A checkpoint that asks for top-k 1 would answer the same each time."""
     model = make_model(seed=3)
@@ -135,7 +149,8 @@ def test_vllm_is_asked_by_its_documented_interface(vllm):
     source = VLLMSource("m", Sampling(n=2, max_tokens=9, temperature=0.5, top_p=0.9))
     assert source.complete(["a", "b"], 3)[1] == [Completion("b 4", "stop"), Completion("b 5", "stop")]
     assert vllm[0][0] == "generate"
-    assert vars(vllm[0][1][0]) == {"n": 2, "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 3}
+    how = {"n": 2, "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 3, "skip_special_tokens": False}
+    assert vars(vllm[0][1][0]) == how
     source.complete([[{"role": "user", "content": "a"}]], 0)
     assert vllm[1][0] == "chat"
 

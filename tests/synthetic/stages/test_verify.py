@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import math
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from chat_server import ChatServer
 from helpers import SIZES, make_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForSequenceClassification, set_seed
 
+from trl_distill import TeacherUnavailable
 from trl_distill.synthetic.address import Address
-from trl_distill.synthetic.records import Answered, Refusal
+from trl_distill.synthetic.records import Answered, PromptScores, Refusal
 from trl_distill.synthetic.sources.endpoint import Endpoint
-from trl_distill.synthetic.stages.verify import Judge, RewardFunctions, RewardModel
+from trl_distill.synthetic.stages.verify import JUDGE_PROMPT, Judge, RewardFunctions, RewardModel
 
 
 REWARDS = """
+import asyncio
+import functools
+
 def right(completions, answer, **kwargs):
     return [float(c == a) for c, a in zip(completions, answer, strict=True)]
 
@@ -30,8 +42,30 @@ def broken(completions, **kwargs):
 def short(completions, **kwargs):
     return [1.0]
 
-def infinite(completions, **kwargs):
-    return [float("nan") for _ in completions]
+def text(completions, **kwargs):
+    return "123"
+
+def none(completions, **kwargs):
+    return None
+
+def by_ids(completions, completion_ids):
+    return [1.0 for _ in completions]
+
+async def waits(completions, answer, **kwargs):
+    await asyncio.sleep(0)
+    return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+class Object:
+    def __call__(self, completions, answer, **kwargs):
+        return [c == a for c, a in zip(completions, answer, strict=True)]
+
+class AsyncObject:
+    async def __call__(self, completions, answer, log_extra, log_metric, trainer_state, **kwargs):
+        log_metric("right", 1.0)
+        return [c == a for c, a in zip(completions, answer, strict=True)]
+
+right_object, right_async_object = Object(), AsyncObject()
+right_partial = functools.partial(right, other=None)
 """
 ROWS = [Answered("q", text, {"answer": "yes", "other": 1}) for text in ("yes", "no", "pass")]
 
@@ -55,11 +89,69 @@ def test_messages_and_functions_without_keyword_arguments(functions):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("broken", "KeyError.*completions are kept"), ("short", "1 numbers for 3 completions"), ("infinite", "nan")],
+    [
+        ("broken", "KeyError.*completions are kept"),
+        ("short", r"returned \[1.0\] for 3 completions"),
+        ("text", "returned '123' for 3"),
+        ("none", "returned None for 3"),
+    ],
 )
 def test_broken_functions(functions, name, message):
     with pytest.raises(ValueError, match=message):
         functions(name).score(ROWS)
+
+
+@pytest.mark.parametrize(
+    "name", ["waits", "right_object", "right_async_object", "right_partial", "Object", "AsyncObject"]
+)
+def test_all_that_trl_takes_as_a_reward_function(functions, name):
+    verifier = functions(name)
+    verifier.needs(["answer"])
+    assert verifier.score(ROWS) == [1.0, 0.0, 0.0]
+    assert verifier.score(ROWS[:1]) == [1.0]  # again, in the same event loop
+    assert "class AsyncObject" in verifier.identity()[0]
+
+
+KINDS = {
+    "list": [1, 0.5, None],
+    "booleans": [True, False, None],
+    "tuple": (1.0, 0.0, math.nan),
+    "generator": lambda: (x for x in (1.0, 0.0, None)),
+    "array": np.array([1.0, 0.5, np.nan], dtype=np.float32),
+    "tensor": torch.tensor([1.0, 0.0, math.inf], dtype=torch.bfloat16, requires_grad=True),
+    "list of tensors": [torch.tensor(1.0), torch.tensor([0.0]), torch.tensor(math.nan)],
+    "exact": [Fraction(1), Decimal("0.5"), Decimal("NaN")],
+    "not numbers": [1.0, 0.25, "1.0"],
+    "others": [1, 0, [1.0]],
+    "complex": [1.0, 0.0, 1j],
+    "huge": [1, 0, 10**400],
+    "infinite": [1.0, 0.0, -math.inf],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_all_kinds_are_numbers_or_none(functions, kind):
+    verifier, values = functions("right"), KINDS[kind]
+    verifier.functions = {"f": lambda completions: values() if callable(values) else values}
+    scores = verifier.score(ROWS)
+    assert scores[0] == 1.0
+    assert all(type(score) is float for score in scores[:2])
+    assert scores[2].kind == "no reward function gives a score"
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(), st.booleans(), st.integers(), st.text(), st.just([])), min_size=1))
+def test_no_score_is_nan_or_breaks_json(values):
+    verifier = RewardFunctions(["trl.rewards.accuracy_reward"])
+    verifier.functions = {"f": lambda completions: values, "g": lambda completions: [1.0] + [None] * (len(values) - 1)}
+    scores = verifier.score([Answered("q", "a", {})] * len(values))
+    assert all(isinstance(score, Refusal) or math.isfinite(score) for score in scores)
+    json.dumps(PromptScores(0, scores).as_dict(), allow_nan=False)
+    assert not isinstance(scores[0], Refusal)  # the other function's score counts alone
+
+
+def test_token_ids_are_asked_for_in_vain(functions):
+    with pytest.raises(ValueError, match="'completion_ids', but only the text"):
+        functions("by_ids").needs([])
 
 
 def test_missing_columns_are_found_before_anything_is_asked(functions):
@@ -103,7 +195,7 @@ def test_a_reward_model_has_one_label(tmp_path):
 
 
 def judge(server, template="{prompt} {completion} {answer}"):
-    return Judge(Endpoint(Address("endpoint", "m", server.url), backoff=0.001), template)
+    return Judge(Endpoint(Address("endpoint", "m", server.url), backoff=0.001, retries=1), template)
 
 
 def test_a_judges_verdicts():
@@ -119,6 +211,35 @@ def test_a_judges_verdicts():
         assert server.asked[0]["temperature"] == 0.0
         server.refuse = lambda text: 400 if text.startswith("q no") else None
         assert judge(server).score(ROWS)[1].kind == "refused by the judge's endpoint"
+
+
+@pytest.mark.parametrize("reason", ["length", "MAX_TOKENS", "content_filter", "tool_calls"])
+def test_an_answer_of_a_judge_that_is_not_whole_is_no_verdict(reason):
+    with ChatServer(lambda text, seed: "Score: 1") as server:
+        server.finish_reason = reason
+        assert judge(server).score(ROWS)[0].kind == "judge's answer is not whole"
+        server.finish_reason = "end_turn"
+        assert judge(server).score(ROWS) == [1.0, 1.0, 1.0]
+
+
+def test_a_judges_odd_answers():
+    """Asked for again, then listed; of parts the text counts, and the question's own words are not a verdict."""
+    with ChatServer(lambda text, seed: "Score: 1") as server:
+        odd = [{"choices": []}]
+        server.alter = lambda text, answer: odd.pop() if odd else answer
+        assert judge(server).score(ROWS[:1]) == [1.0]
+        server.alter = lambda text, answer: {"error": {"message": "busy", "code": 529}} if " no " in text else answer
+        scores = judge(server).score(ROWS)
+        assert (scores[0], scores[2]) == (1.0, 1.0)
+        assert scores[1].kind == "unusable answer of the judge's endpoint"
+        parts = [{"type": "text", "text": "Sco"}, {"type": "text", "text": "re: .5"}]
+        server.alter = lambda *_: {"choices": [{"message": {"content": parts}, "finish_reason": "stop"}]}
+        assert judge(server).score(ROWS[:1]) == [0.5]
+        server.alter = lambda *_: {"error": {"message": "busy"}}
+        with pytest.raises(TeacherUnavailable, match="None of 9 answers of the judge's endpoint"):
+            judge(server).score(ROWS * 3)
+    with ChatServer(lambda text, seed: "They want me to\nend with one line:\nScore: 1") as server:
+        assert judge(server, JUDGE_PROMPT).score(ROWS[:1])[0].kind == "judge gave no score"
 
 
 def test_braces_in_what_is_judged_are_no_fields():

@@ -5,12 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from ...errors import TeacherAnswerError
 from ..records import Answer
 from ..text import Text
 
 
 if TYPE_CHECKING:
     from ..config import GenerateConfig
+
+
+class AllRefusedError(TeacherAnswerError):
+    """
+    A source was asked for the first time and refused every prompt, so its settings are probably at fault.
+
+    Attributes:
+        answers (`list[Refusal]`): the refusals. They count if the source answered others before, in an earlier run.
+    """
+
+    def __init__(self, message: str, answers: list[Answer]):
+        super().__init__(message)
+        self.answers = answers
 
 
 class Source(Protocol):
@@ -23,6 +37,7 @@ class Source(Protocol):
         Raises:
             TeacherUnavailable: no answer for a reason that may pass.
             ValueError, TeacherAnswerError: no prompt at all can be answered.
+            AllRefusedError: none of these was, and none before.
         """
         ...
 

@@ -6,10 +6,9 @@ them an error. What is asked and what becomes of the answers is left to the call
 
 from __future__ import annotations
 
-import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,11 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx2 as httpx
 
 from ...errors import TeacherAnswerError, TeacherUnavailable
-from ...http_client import HTTPClient, NoAnswerError, PassingError, Settings, StatusError, read_url
+from ...http_client import HTTPClient, NoAnswerError, Settings, StatusError, read_url
+from ...redaction import from_environment, redacted
 from ..address import Address
 from ..records import Answer, Completion, Refusal
 from ..text import Text
-from .base import Sampling
+from .answers import ErrorInsideError, UnusableError, read_completions
+from .base import AllRefusedError, Sampling
 
 
 if TYPE_CHECKING:
@@ -34,8 +35,19 @@ T = TypeVar("T")
 PROMPT_IS_AT_FAULT = (400, 413, 422)  # statuses; 401, 403, 404 and the like concern every prompt
 
 
+MANY = 8  # answers without a completion that cannot be chance if there is no other
+
+
 class RefusedError(Exception):
-    """The endpoint does not want this request; others may be answered."""
+    """The endpoint does not answer this request; others may be answered."""
+
+    kind = "refused by"  # the beginning of what is counted
+
+
+class UnusableAnswerError(RefusedError):
+    """The endpoint answered again and again, and there was never a completion in it."""
+
+    kind = "unusable answer of"
 
 
 class Endpoint:
@@ -49,6 +61,10 @@ class Endpoint:
         timeout (`float`): seconds without a byte after which a request has failed.
         retries (`int`): further attempts after a failed one.
         backoff (`float`): seconds of the first pause, about; doubled from each to the next, at most 30.
+        secrets (`Sequence[str]`, *optional*): keys in the bodies of requests, which no message may show.
+
+    Raises:
+        ValueError: the URL or the key cannot be used.
     """
 
     def __init__(
@@ -59,6 +75,7 @@ class Endpoint:
         timeout: float = 600.0,
         retries: int = 5,
         backoff: float = 0.5,
+        secrets: Sequence[str] = (),
     ):
         self.model = address.model
         server = read_url(address.url, "The address of an endpoint")
@@ -73,16 +90,16 @@ class Endpoint:
             key_advice="Put the key into the environment variable that `api_key_env` names.",
             last_words="All that is finished is kept: start the same command again to go on.",
         )
-        self._client = HTTPClient(settings, [replace(server, base=self.url)], api_key)
+        self._client = HTTPClient(settings, [replace(server, base=self.url)], api_key, secrets)
 
     @classmethod
-    def from_config(cls, address: Address, config: GenerateConfig) -> Endpoint:
+    def from_config(cls, address: Address, config: GenerateConfig, secrets: Sequence[str] = ()) -> Endpoint:
         key = os.environ.get(config.api_key_env)
-        return cls(address, key, config.concurrency, config.timeout, config.retries)
+        return cls(address, key, config.concurrency, config.timeout, config.retries, secrets=secrets)
 
-    def ask(self, path: str, body: dict[str, Any], halt: threading.Event) -> dict[str, Any]:
+    def ask(self, path: str, body: dict[str, Any], halt: threading.Event) -> list[Completion]:
         """
-        The parsed answer to one request.
+        The completions in the answer to one request, at least one.
 
         Args:
             path (`str`): appended to the URL.
@@ -90,17 +107,21 @@ class Endpoint:
             halt (`threading.Event`): ends pauses and further attempts; given by [`all`].
 
         Raises:
-            RefusedError: this request is refused.
-            TeacherAnswerError: all requests would be, or the answer is not a JSON object.
+            RefusedError: this request is refused, or its answers have no completion in them, after all attempts.
+            TeacherAnswerError: all requests would be refused.
             TeacherUnavailable: no answer after all attempts.
         """
         try:
-            return self._client.ask([self.url], path, {"model": self.model, **body}, _parsed, halt)
+            return self._client.ask([self.url], path, {"model": self.model, **body}, read_completions, halt)
         except NoAnswerError as error:
+            if isinstance(error.__cause__, UnusableError):
+                raise UnusableAnswerError(str(error.__cause__)) from error
             raise TeacherUnavailable(str(error)) from error
         except StatusError as error:
             if error.status in PROMPT_IS_AT_FAULT:
                 raise RefusedError(str(error)) from error
+            if isinstance(error, ErrorInsideError):
+                raise UnusableAnswerError(str(error)) from error
             raise TeacherAnswerError(f"{error} Every request would be answered like this.") from error
 
     def all(self, calls: Sequence[Callable[[threading.Event], T]]) -> list[T]:
@@ -127,15 +148,24 @@ class EndpointSource:
         self.endpoint, self.sampling, self.options = endpoint, sampling, options or {}
         self._answered = False
 
+    @classmethod
+    def from_config(cls, address: Address, sampling: Sampling, config: GenerateConfig) -> EndpointSource:
+        assert not isinstance(config.request_options, str)
+        options = _with_keys(config.request_options or {})
+        endpoint = Endpoint.from_config(address, config, list(_secrets(options, redacted(options))))
+        return cls(endpoint, sampling, options)
+
     def complete(self, prompts: list[Text], seed: int) -> list[Answer]:
         calls = [partial(self._one, prompt, seed + i) for i, prompt in enumerate(prompts)]
         answers: list[Answer] = self.endpoint.all(calls)
+        check_some_usable(answers, "the endpoint")
         refused = [answer for answer in answers if isinstance(answer, Refusal)]
         if not self._answered and len(refused) == len(answers) > 1:
-            raise TeacherAnswerError(
+            raise AllRefusedError(
                 f"All of the first {len(refused)} prompts were refused, so the settings are at fault and not the "
                 f"prompts. {refused[0].detail} If the server does not know a setting, take it out with "
-                "`request_options`, such as '{\"seed\": null}'."
+                "`request_options`, such as '{\"seed\": null}'.",
+                answers,
             )
         self._answered = self._answered or len(refused) < len(answers)
         return answers
@@ -149,10 +179,9 @@ class EndpointSource:
             body = self._body(prompt, self.sampling.n - len(found), seed + 7919 * len(found))
             path = "/completions" if isinstance(prompt, str) else "/chat/completions"
             try:
-                answer = self.endpoint.ask(path, body, halt)
+                found += self.endpoint.ask(path, body, halt)
             except RefusedError as error:
-                return Refusal("refused by the endpoint", str(error))
-            found += _completions(answer, self.endpoint.url)
+                return Refusal(f"{error.kind} the endpoint", str(error))
         return found[: self.sampling.n]
 
     def _body(self, prompt: Text, n: int, seed: int) -> dict[str, Any]:
@@ -162,32 +191,39 @@ class EndpointSource:
         return {key: value for key, value in body.items() if value is not None}
 
 
-def _completions(answer: dict[str, Any], url: str) -> list[Completion]:
-    """The completions in an answer, at least one."""
-    try:
-        texts = [
-            choice["text"] if "text" in choice else choice["message"].get("content") or ""
-            for choice in answer["choices"]
-        ]
-        found = [
-            Completion(text.encode(errors="replace").decode(), str(choice.get("finish_reason") or "length"))
-            for text, choice in zip(texts, answer["choices"], strict=True)
-        ]
-    except (LookupError, TypeError, AttributeError) as error:
-        raise TeacherAnswerError(
-            f"{url} gave an answer without `choices` that hold text ({type(error).__name__} {error}): "
-            f"{json.dumps(answer)[:300]}"
-        ) from None
-    if not found:
-        raise TeacherAnswerError(f"{url} gave an answer with no choice in it: {json.dumps(answer)[:300]}")
-    return found
+def check_some_usable(answers: Sequence[Any], who: str) -> None:
+    """
+    That a server which gives nothing but answers without a completion is not taken for one with odd prompts.
+
+    Raises:
+        TeacherUnavailable: there are many answers, and none can be used.
+    """
+    unusable = [answer for answer in answers if isinstance(answer, Refusal) and answer.kind.startswith("unusable")]
+    if len(unusable) == len(answers) >= MANY:
+        raise TeacherUnavailable(
+            f"None of {len(answers)} answers of {who} in a row can be used, so the server is at fault and not the "
+            f"prompts. {unusable[0].detail} See what its log says. All that is finished is kept: start the same "
+            "command again to go on."
+        )
 
 
-def _parsed(url: str, content: bytes) -> dict[str, Any]:
-    try:
-        answer = json.loads(content)
-    except (ValueError, RecursionError):
-        raise PassingError(f"{url} answered with something that is not JSON: {content[:100]!r}") from None
-    if not isinstance(answer, dict):
-        raise TeacherAnswerError(f"{url} answered with something that is not a JSON object: {content[:300]!r}")
-    return answer
+def _with_keys(value: Any, name: str = "") -> Any:
+    """Request options in which keys that are written as `$NAME` come from the environment."""
+    if isinstance(value, dict):
+        return {key: _with_keys(inner, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_keys(inner, name) for inner in value]
+    is_key = redacted("any text", name) != "any text"
+    return from_environment(value, "request_options") if is_key else value
+
+
+def _secrets(value: Any, shown: Any) -> Iterator[str]:
+    """The secrets in a value, given what of it may be shown."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _secrets(inner, shown[name])
+    elif isinstance(value, list):
+        for inner, part in zip(value, shown, strict=True):
+            yield from _secrets(inner, part)
+    elif isinstance(value, str) and value != shown:
+        yield from (value, *(word for word in value.split() if len(word) > 7))  # "Bearer" and the key after it

@@ -43,8 +43,7 @@ def load_source(address: Address, sampling: Sampling, config: GenerateConfig) ->
     if address.kind == "vllm":
         return VLLMSource(address.model, sampling)
     if address.kind == "endpoint":
-        from .endpoint import Endpoint, EndpointSource
+        from .endpoint import EndpointSource
 
-        assert not isinstance(config.request_options, str)
-        return EndpointSource(Endpoint.from_config(address, config), sampling, config.request_options)
+        return EndpointSource.from_config(address, sampling, config)
     return TransformersSource(address.model, sampling, config.batch_size)

@@ -76,8 +76,8 @@ class TransformersSource:
         return [[self._read(*one) for one in of_prompt] for of_prompt in found]
 
     def _read(self, ids: list[int], truncated: bool) -> Completion:
-        """The text before the stop token."""
-        text = self.tokenizer.decode(ids if truncated else ids[:-1], skip_special_tokens=True)
+        """The text before the stop token. Other special tokens are part of it, such as those of thoughts and tools."""
+        (text,) = sampling.answer_texts(self.tokenizer, [ids if truncated else ids[:-1]], self.stops)
         return Completion(text, "length" if truncated else "stop")
 
 
@@ -99,10 +99,9 @@ class VLLMSource:
 
     def complete(self, prompts: list[Text], seed: int) -> list[Answer]:
         s = self.sampling
-        params = [
-            self._params(n=s.n, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=seed + i)
-            for i in range(len(prompts))
-        ]
+        how = {"n": s.n, "max_tokens": s.max_tokens, "temperature": s.temperature, "top_p": s.top_p}
+        # the stop token is left out all the same; thoughts and tool calls stay
+        params = [self._params(**how, seed=seed + i, skip_special_tokens=False) for i in range(len(prompts))]
         # `generate` for text, `chat` for messages, which applies the template
         ask = self._llm.generate if isinstance(prompts[0], str) else self._llm.chat
         try:

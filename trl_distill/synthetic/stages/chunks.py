@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 from ..config import GenerateConfig
-from ..records import Answered, PromptAnswer, PromptRow, PromptScores
-from ..sources.base import Source
+from ..records import Answer, Answered, PromptAnswer, PromptRow, PromptScores
+from ..sources.base import AllRefusedError, Source
+from ..text import Text
 from ..work_folder import WorkFolder, read_lines, seed_of, write_lines
 from .ingest import Prompts
 from .verify import Scorer
@@ -92,9 +93,22 @@ class CompleteStage(ChunkStage[Source]):
     def rows(self, worker: Source, number: int) -> Iterator[dict[str, Any]]:
         rows = [row for row in self.prompts.chunk(number) if self._asks(row)]
         seed = seed_of(self.config.seed, number, self.index)
-        answers = worker.complete([row.prompt for row in rows], seed) if rows else []
+        answers = self._answers(worker, [row.prompt for row in rows], seed, number) if rows else []
         for row, answer in zip(rows, answers, strict=True):
             yield PromptAnswer(row.id, answer).as_dict()
+
+    def _answers(self, worker: Source, prompts: list[Text], seed: int, number: int) -> list[Answer]:
+        try:
+            return worker.complete(prompts, seed)
+        except AllRefusedError as error:
+            if not any(self._has_completion(earlier) for earlier in range(number)):
+                raise
+            return error.answers  # an earlier run had answers, so the settings are not at fault
+
+    def _has_completion(self, number: int) -> bool:
+        """Whether a finished chunk holds a completion."""
+        answers = map(PromptAnswer.from_dict, read_lines(self.work.chunk(self.folder, self.index, number)))
+        return any(answer.completions for answer in answers)
 
     def _asks(self, row: PromptRow) -> bool:
         """Whether this teacher completes a prompt."""

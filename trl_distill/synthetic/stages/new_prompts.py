@@ -14,7 +14,7 @@ from typing import Any
 from ..config import GenerateConfig
 from ..output.counts import Skip, SkipFile, Stage
 from ..records import Answer, PromptRow, Refusal, answer_as_dict, answer_from_dict
-from ..sources.base import Source
+from ..sources.base import AllRefusedError, Source
 from ..text import Text, flat
 from ..work_folder import WorkFolder, read_lines, seed_of, write_lines
 from .dedup import Duplicates
@@ -111,7 +111,12 @@ class NewPrompts:
             draw = random.Random(seed_of(self.config.seed, "new prompts", number))
             examples = min(self.config.new_prompts_seeds, len(pool))
             asked = [self._question(draw.sample(pool, examples)) for _ in range(self.config.chunk_size)]
-            answers = self.worker.complete(asked, seed_of(self.config.seed, "round", number))
+            try:
+                answers = self.worker.complete(asked, seed_of(self.config.seed, "round", number))
+            except AllRefusedError as error:
+                if number == 0:
+                    raise
+                answers = error.answers  # the rounds before had others
             write_lines(path, map(answer_as_dict, answers))
         return [answer_from_dict(found) for found in read_lines(path)]
 

@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 def filter_fault(candidate: Candidate, config: GenerateConfig) -> str | None:
     """The first filter that a completion does not pass, or `None`."""
     text, most = candidate.text, config.max_characters
+    if candidate.stop_reason not in ("stop", "length"):
+        return f"ended by {candidate.stop_reason!r}"
     if not text.strip():
         return "empty"
-    if candidate.stop_reason == "length":
-        if not config.keep_truncated:
-            return "cut off at the length limit"
-    elif candidate.stop_reason != "stop":
-        return f"ended by {candidate.stop_reason!r}"
+    if candidate.stop_reason == "length" and not config.keep_truncated:
+        return "cut off at the length limit"
     if len(text) < config.min_characters:
         return f"fewer than {config.min_characters} characters"
     if most is not None and len(text) > most:

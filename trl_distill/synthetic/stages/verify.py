@@ -8,26 +8,31 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 import string
+import sys
 import threading
 from collections.abc import Callable, Collection
 from functools import cached_property, partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from ...data.rewards import import_reward
+from ...data.rewards import call_reward, import_reward
 from ..address import parse_address
 from ..records import Answered, Refusal, Score
-from ..sources.endpoint import Endpoint, RefusedError
+from ..sources.endpoint import Endpoint, RefusedError, check_some_usable
 from ..text import as_completion, flat
+from .verdict import read_verdict
 
 
 if TYPE_CHECKING:
     from ..config import GenerateConfig
+
+
+_GIVEN = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")  # to reward functions, beside columns
 
 
 JUDGE_PROMPT = """You are given a question and an answer to it. Judge whether the answer is right and complete.
@@ -41,9 +46,6 @@ JUDGE_PROMPT = """You are given a question and an answer to it. Judge whether th
 </answer>
 
 Think it through, then end with one line: "Score: 1" for a right answer, "Score: 0" for a wrong one."""
-
-
-_SCORE = re.compile(r"score\W{0,4}[:=]\W{0,4}?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
 class Scorer(Protocol):
@@ -73,10 +75,13 @@ class Scorer(Protocol):
 
 class RewardFunctions:
     """
-    Reward functions as TRL calls them: `f(prompts=, completions=, **columns)`, a number or `None` for each row.
+    Reward functions as TRL calls them: `f(prompts=, completions=, **columns)`, which give a score for each row.
+
+    Sync or async functions and objects that are called like one; scores as in
+    [`~trl_distill.data.rewards.call_reward`]. There are no `completion_ids`: an endpoint gives text alone.
 
     Args:
-        paths (`list[str]`): import paths. A row's score is the mean of the functions that do not say `None`.
+        paths (`list[str]`): import paths. A row's score is the mean of the functions that give it one.
     """
 
     def __init__(self, paths: list[str]):
@@ -84,13 +89,12 @@ class RewardFunctions:
 
     def needs(self, columns: Collection[str]) -> None:
         for path, function in self.functions.items():
-            required = [
-                name
-                for name, parameter in inspect.signature(function).parameters.items()
-                if parameter.default is parameter.empty
-                and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-            ]
-            missing = [name for name in required if name not in {*columns, "prompts", "completions"}]
+            missing = [name for name in _required(function) if name not in {*columns, *_GIVEN}]
+            if "completion_ids" in missing:
+                raise ValueError(
+                    f"The reward function {path!r} asks for 'completion_ids', but only the text of completions is "
+                    "kept here, since endpoints give no ids. Let it use `completions`, or give the parameter a default."
+                )
             if missing:
                 raise ValueError(
                     f"The reward function {path!r} asks for {', '.join(map(repr, missing))}, which the dataset does "
@@ -102,7 +106,7 @@ class RewardFunctions:
         """Nothing is held."""
 
     def identity(self) -> list[str]:
-        return [f"{path}\n{_source(function)}" for path, function in self.functions.items()]
+        return [f"{path}\n{_source(path, function)}" for path, function in self.functions.items()]
 
     def score(self, rows: list[Answered]) -> list[Score]:
         names = dict.fromkeys(name for row in rows for name in row.columns)
@@ -113,28 +117,15 @@ class RewardFunctions:
         scores: list[Score] = []
         for votes in zip(*found, strict=True):
             said = [vote for vote in votes if vote is not None]
-            none = Refusal("no reward function gives a score", "all of them returned None")
+            none = Refusal("no reward function gives a score", "each returned None, or something that is not a number")
             scores.append(sum(said) / len(said) if said else none)
         return scores
 
     def _call(self, path: str, given: dict[str, list[Any]], rows: int) -> list[float | None]:
-        function = self.functions[path]
-        parameters = inspect.signature(function).parameters
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            given = {name: value for name, value in given.items() if name in parameters}
         try:
-            values = list(function(**given))
-        except Exception as error:
-            raise ValueError(
-                f"The reward function {path!r} failed: {type(error).__name__}: {error}. The completions are kept: fix "
-                "it and run the same command again."
-            ) from error
-        if len(values) != rows:
-            raise ValueError(f"The reward function {path!r} returned {len(values)} numbers for {rows} completions.")
-        for value in values:
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"The reward function {path!r} returned {value}. Only finite numbers can be compared.")
-        return [None if value is None else float(value) for value in values]
+            return call_reward(self.functions[path], rows, given, path)
+        except ValueError as error:
+            raise ValueError(f"{error} The completions are kept: fix it and run the same command again.") from error
 
 
 class RewardModel:
@@ -232,20 +223,22 @@ class Judge:
         return ["judge", self.endpoint.url, self.endpoint.model, self.template]
 
     def score(self, rows: list[Answered]) -> list[Score]:
-        return self.endpoint.all([partial(self._one, row) for row in rows])
+        scores = self.endpoint.all([partial(self._one, row) for row in rows])
+        check_some_usable(scores, "the judge's endpoint")
+        return scores
 
     def _one(self, row: Answered, halt: threading.Event) -> Score:
         question = self.template.format(**{**row.columns, "prompt": flat(row.prompt), "completion": row.completion})
         body = {"messages": [{"role": "user", "content": question}], "temperature": 0.0}
         try:
-            answer = self.endpoint.ask("/chat/completions", body, halt)
-            text = answer["choices"][0]["message"]["content"] or ""
+            answer = self.endpoint.ask("/chat/completions", body, halt)[0]
         except RefusedError as error:
-            return Refusal("refused by the judge's endpoint", str(error))
-        except (LookupError, TypeError) as error:
-            return Refusal("judge gave no score", f"answer without text ({type(error).__name__} {error})")
-        found = _SCORE.findall(text)
-        return float(found[-1]) if found else Refusal("judge gave no score", f"it wrote: {text[-200:]!r}")
+            return Refusal(f"{error.kind} the judge's endpoint", str(error))
+        if answer.stop_reason != "stop":
+            why = "cut at a length limit" if answer.stop_reason == "length" else f"ended by {answer.stop_reason!r}"
+            return Refusal("judge's answer is not whole", f"{why}: {answer.text[-200:]!r}")
+        score = read_verdict(answer.text, question)
+        return Refusal("judge gave no score", f"it wrote: {answer.text[-200:]!r}") if score is None else score
 
 
 def load_scorer(config: GenerateConfig) -> Scorer | None:
@@ -262,9 +255,25 @@ def load_scorer(config: GenerateConfig) -> Scorer | None:
     return None
 
 
-def _source(function: Callable) -> str:
-    """The text of the module that a function is from, so that a change in it is noticed."""
+def _required(function: Callable) -> list[str]:
+    """The arguments that a function cannot be called without."""
     try:
-        return inspect.getsource(inspect.getmodule(function) or function)
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return []
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [one.name for one in parameters if one.default is one.empty and one.kind in by_name]
+
+
+def _source(path: str, function: Callable) -> str:
+    """The text of the modules that a function is named in and comes from, so that a change in them is noticed."""
+    named = sys.modules.get(path.replace(":", ".").rpartition(".")[0])
+    texts = dict.fromkeys(_text_of(module) for module in (named, inspect.getmodule(function)) if module is not None)
+    return "\n".join(texts)
+
+
+def _text_of(module: ModuleType) -> str:
+    try:
+        return inspect.getsource(module)
     except (OSError, TypeError):
         return ""

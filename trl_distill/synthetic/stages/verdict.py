@@ -1,0 +1,157 @@
+"""Reads a judge's verdict: the number after the last "Score:" of its answer, or none where anything is in doubt.
+
+A verdict that is missing costs one completion; one that is misread spoils the dataset without a word. So a fraction, a
+range, a percentage or an instruction that the judge repeats is not a verdict. Asking the judge is left to `verify.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+
+_MARKS = r"[*_`]*"  # emphasis of Markdown
+
+
+_LABEL = re.compile(r"(?<![^\W_])score[*_`\"]{0,3}[^\S\n]*[:=：]{1,2}", re.IGNORECASE)
+
+
+_MENTION = re.compile(r"(?<![^\W_])scores?(?![^\W_])", re.IGNORECASE)
+
+
+_BEFORE = re.compile(  # a verdict begins its line or follows a whole sentence
+    rf"(?:.*[.!?。！？][*_`)\]\"'”’]*\s+|\s*(?:[-*•]\s+|\#{{1,6}}\s+)?){_MARKS}"
+    r"(?:(?:so|therefore|thus|hence|my|the|final|overall|total|verdict|answer|judge?ment|conclusion)[,:]?[*_`]*\s+)*"
+    rf"{_MARKS}(?P<quote>[\"'“‘]?){_MARKS}",
+    re.IGNORECASE,
+)
+
+
+_NUMBER = re.compile(
+    rf"\s*{_MARKS}\s*{_MARKS}(?P<open>[\[({{<]{{0,2}}){_MARKS}"
+    r"(?P<sign>[-+\u2212]?)[^\S\n]*(?P<digits>(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+\u2212]?[0-9]+)?)"
+)
+
+
+_SENTENCE = re.compile(r"(?:[.!,;]\s|\s+\(|\s+[-\u2013\u2014]\s)")  # what an explanation after the number begins with
+
+
+_SCALE = re.compile(r"%|‰|\bout of\b|\bper ?cent\b|\bhal(?:f|ves)\b", re.IGNORECASE)
+
+
+_CLOSING = {"[": "]", "(": ")", "{": "}", "<": ">", '"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "": ""}
+
+
+_OBJECT = re.compile(r"(?:^|\n)\s*(\{[^{}]*\})\s*(?:```)?\s*$")  # at the end, on lines of its own
+
+
+QUOTED = 16  # characters before "Score:" from which an answer that shares them with the question repeats it
+
+
+def read_verdict(answer: str, question: str = "") -> float | None:
+    """
+    The score in a judge's answer.
+
+    Args:
+        answer (`str`): a whole answer, not one that was cut. Thoughts up to `</think>` do not count.
+        question (`str`, *optional*): what the judge was asked. An instruction that it repeats is not a verdict.
+
+    Returns:
+        `float`, *optional*: the number that is written, exactly; `None` if there is none, or it is in doubt.
+    """
+    thought, _, text = answer.rpartition("</think>")
+    if "<think>" in text and not thought:
+        return None  # it has not come to an end of its thoughts
+    if found := _OBJECT.search(text):
+        score = _from_json(found[1])
+        return None if score is None or _repeats(text, found.start(1), question, r"\{") else score
+    labels = list(_LABEL.finditer(text))
+    if not labels:
+        return None
+    score, end = _at(text, labels[-1])
+    if score is None or _is_mentioned(text[end:]) or _repeats(text, labels[-1].start(), question):
+        return None
+    if len(labels) > 1:  # several scores on lines one after the other are a list of what may be written
+        other, end = _at(text, labels[-2])
+        if other not in (None, score) and not text[end : text.rfind("\n", 0, labels[-1].start()) + 1].strip():
+            return None
+    return score
+
+
+def _at(text: str, label: re.Match[str]) -> tuple[float | None, int]:
+    """The number after a label, if that is a verdict, and where its line ends."""
+    start = text.rfind("\n", 0, label.start()) + 1
+    before = _BEFORE.fullmatch(text[start : label.start()])
+    end = _line_end(text, label.end())
+    tail = text[label.end() : end]
+    alone = not tail.strip(" \t*_`")
+    if alone:  # the number stands on the next line
+        skipped = len(text[end:]) - len(text[end:].lstrip())
+        end = _line_end(text, end + skipped)
+        tail = text[label.end() : end].strip(" \t*_`\n")
+    number = _NUMBER.match(tail)
+    if before is None or number is None or (alone and re.match(r"[-+*]\s", tail)):  # a list's item is not a sign
+        return None, end
+    rest = _without_closing(tail[number.end() :], number["open"], before["quote"])
+    if rest is None or not (_ends(rest) or (_explains(rest) and not alone and not before["quote"])):
+        return None, end
+    score = float(f"{number['sign']}{number['digits']}".replace("\u2212", "-"))
+    return score if math.isfinite(score) else None, end
+
+
+def _line_end(text: str, start: int) -> int:
+    end = text.find("\n", start)
+    return len(text) if end < 0 else end
+
+
+def _without_closing(rest: str, opened: str, quote: str) -> str | None:
+    """What follows a number after the ends of emphasis, brackets and quotation; `None` where one of them is missing."""
+    rest = rest.lstrip("*_`")
+    for sign in [*reversed(opened), quote]:
+        if not rest.startswith(_CLOSING[sign]):
+            return None
+        rest = rest.removeprefix(_CLOSING[sign]).lstrip("*_`")
+    return rest
+
+
+def _ends(rest: str) -> bool:
+    return re.fullmatch(rf"\s*[.!]?{_MARKS}\s*", rest) is not None
+
+
+def _explains(rest: str) -> bool:
+    """Whether a text after a number only says why it is given, and does not change it."""
+    numeric = any(sign.isnumeric() for sign in rest)
+    return _SENTENCE.match(rest) is not None and not numeric and _SCALE.search(rest) is None
+
+
+def _is_mentioned(text: str) -> bool:
+    """Whether a line speaks of a score with a number again."""
+    return any(_MENTION.search(line) and any(sign.isnumeric() for sign in line) for line in text.splitlines())
+
+
+def _from_json(text: str) -> float | None:
+    """The number "score" of a JSON object."""
+    try:
+        found: Any = json.loads(text)
+        values = [value for name, value in found.items() if name.casefold() == "score"]
+        if len(values) != 1 or type(values[0]) not in (int, float):
+            return None
+        return float(values[0]) if math.isfinite(values[0]) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _repeats(answer: str, place: int, question: str, label: str = _LABEL.pattern) -> bool:
+    """Whether what leads to a score stands in the question as well, and is not a whole sentence."""
+    words = _plain(answer[:place])
+    if len(words) < QUOTED or words.endswith((".", "!", "?")):
+        return False
+    starts = (found.start() for found in re.finditer(label, question, re.IGNORECASE))
+    return any(_plain(question[:start]).endswith(words[-QUOTED:]) for start in starts)
+
+
+def _plain(text: str) -> str:
+    """A text without emphasis, quotation marks and differences of case and white space."""
+    return " ".join(re.sub(r"[*_`\"'“”‘’]", "", text).casefold().split())
