@@ -24,6 +24,7 @@ class ChatServer:
         url (`str`): where, with a port of its own.
         asked (`list[dict]`): the bodies of all requests.
         refuse (`Callable[[str], int | None]`): the status with which a prompt is refused.
+        refuse_with (`str`): the message of a refusal.
         finish_reason (`str`): of all completions.
         at_most (`int`): completions in one answer, whatever is asked for.
         key (`str`): what requests must carry, if not empty; a refusal repeats what they carry.
@@ -39,7 +40,7 @@ class ChatServer:
         self.refuse: Callable[[str], int | None] = lambda text: None
         self.finish_reason, self.at_most, self.key = "stop", 100, ""
         self.headers: dict[str, str] = {}
-        self.retry_after = ""
+        self.retry_after, self.refuse_with = "", "told to refuse"
         self.alter: Callable[[str, dict[str, Any]], Any] = lambda text, answer: answer
         handler = type("Handler", (_Handler,), {"server_of": self})
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -62,7 +63,7 @@ class ChatServer:
         chat = path == "/v1/chat/completions"
         text = body["messages"][-1]["content"] if chat else body["prompt"]
         if status := self.refuse(text):
-            return status, {"error": {"message": "told to refuse"}}
+            return status, {"error": {"message": self.refuse_with}}
         choices = []
         for i in range(min(body.get("n", 1), self.at_most)):
             said = self.answer(text, body.get("seed", 0) + i)

@@ -22,6 +22,7 @@ from trl_distill.http_client import (
     Settings,
     StatusError,
     clean_key,
+    error_inside,
     read_url,
     retry_after,
     without_login,
@@ -80,6 +81,52 @@ def test_a_key_is_sent_without_white_space_and_never_shown(server, caplog):
     assert "right-key" not in caplog.text
 
 
+REPEATED = ["pa%24sword", "pa$sword", "dXNlcjpwYSRzd29yZA", 'the"key', 'the\\"key', "the%22key", "a secret of the body"]
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 503])
+@pytest.mark.parametrize("before", [0, 900, 930, 945, 1000])
+def test_secrets_that_a_server_repeats_are_hidden_before_its_message_is_cut(server, caplog, status, before):
+    caplog.set_level(logging.DEBUG)
+    message = "x" * before + " ".join(REPEATED)
+    server.answer = lambda text, seed: message
+    server.refuse_with = message
+    server.refuse = lambda text: None if status == 200 else status
+    http = HTTPClient(
+        client().settings, [read_url(with_login(server), "")], 'the"key', secrets=["a secret of the body"]
+    )
+
+    def read(url, content):
+        raise PassingError(json.loads(content)["choices"][0]["text"])
+
+    with pytest.raises((NoAnswerError, StatusError)) as error:
+        http.ask([server.url], PATH, {"model": "m", "prompt": "a"}, read)
+    said = f"{error.value!r} {error.value.__cause__!r} {caplog.text}"
+    assert "***" in said or before > 900
+    assert not [secret for secret in REPEATED if secret[:6] in said]
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ({"error": {"message": "busy", "code": 503}}, ("busy", 503)),
+        ({"error": {"message": "busy", "code": "429"}}, ("busy", 429)),
+        ({"error": {"message": "busy", "code": "rate_limit"}, "status": 429}, ("busy", 429)),
+        ({"error": "busy"}, ("busy", None)),
+        ({"object": "error", "message": "busy", "code": 40303}, ("busy", None)),
+        ({"error": {"type": "x"}}, ('{"error": {"type": "x"}}', None)),
+        ({"error": {"message": "busy", "code": True}}, ("busy", None)),
+        ({"error": None, "choices": []}, None),
+        ({"error": {}}, None),
+        ({"choices": []}, None),
+        ([{"error": "busy"}], None),
+        (None, None),
+    ],
+)
+def test_errors_inside_answers(answer, found):
+    assert error_inside(answer) == found
+
+
 @pytest.mark.parametrize("key", ["", "  \n", None])
 def test_a_blank_key_is_none(server, key):
     asked(client(server.url, api_key=key), server)
@@ -121,6 +168,7 @@ def test_urls_are_taken_apart(url, base, login):
         ("http://h/v1?key=password", "URL of h with something after"),
         ("http://h/v1#password", "URL of h with something after"),
         ("ftp://u:password@h", "in full"),
+        ("http://u:1/password@h", "`@` after the host"),
     ],
 )
 def test_urls_that_are_refused(url, message):
@@ -129,8 +177,19 @@ def test_urls_that_are_refused(url, message):
     assert "pass" not in str(error.value).replace("of a password as", "")
 
 
-def test_texts_without_logins():
-    assert without_login("see http://u:p@h/v1#m and https://h/@x") == "see http://***@h/v1#m and https://h/@x"
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("see http://u:p@h/v1#m and https://h/@x", "see http://***@h/v1#m and https://h/@x"),
+        ("HTTP://u:p@h and svn+ssh://u@h", "HTTP://***@h and svn+ssh://***@h"),
+        ("http://u:p/a#b?c@h:1/v1", "http://***@h:1/v1"),  # a password with signs that end a URL's host
+        ("http://h:80/v1/@x http://h:80#@cf/m http://h:80", "http://h:80/v1/@x http://h:80#@cf/m http://h:80"),
+        ("https://h/v4/ai#@cf/m", "https://h/v4/ai#@cf/m"),
+        ('"http://h:1/v1", "me@h"', '"http://h:1/v1", "me@h"'),
+    ],
+)
+def test_texts_without_logins(text, shown):
+    assert without_login(text) == shown
 
 
 # What is said and when it ends

@@ -148,7 +148,7 @@ class HTTPClient:
         key = clean_key(api_key, settings.key_advice)
         logins = [server.login for server in servers if server.login]
         self._logins = {server.base: httpx.BasicAuth(*server.login) for server in servers if server.login}
-        sent = [base64.b64encode(":".join(login).encode()).decode() for login in logins]
+        sent = [base64.b64encode(":".join(login).encode()).decode().rstrip("=") for login in logins]
         hidden = {form for secret in (key, *(login[1] for login in logins), *sent, *secrets) for form in _forms(secret)}
         self._secrets = sorted(hidden, key=len, reverse=True)  # one may be the beginning of another
         self._failed: dict[str, float] = {}  # URL: when it failed last, by time.monotonic()
@@ -323,8 +323,8 @@ def read_url(url: str, setting: str) -> ServerURL:
         raise ValueError(f"{setting} holds {without_login(url)!r}; write it in full, such as 'http://localhost:8000'.")
     if "@" in parsed.path:
         raise ValueError(
-            f"{setting} holds a URL with `@` after the host, so that a part of a login would be shown as its path. Write "
-            "the signs #, / and @ of a password as %23, %2F and %40."
+            f"{setting} holds a URL with `@` after the host, which may be the end of a login. Write the signs #, / "
+            "and @ of a password as %23, %2F and %40."
         )
     if parsed.query or parsed.fragment or "?" in url or "#" in url:
         raise ValueError(

@@ -27,7 +27,7 @@ GOOD = {"dataset_name": "p.jsonl", "output_dir": "out", "teacher_model_name_or_p
         ({"request_options": "[1]"}, "JSON object"),
         ({"request_options": '{"x": [NaN]}'}, "a number that JSON does not have"),
         ({"correct_from": float("nan")}, "`correct_from` is nan"),
-        ({"api_key_env": "sk-123"}, "name of an environment variable"),
+        ({"api_key_env": "sk-123"}, "names an environment variable, but"),
         ({"teacher_model_name_or_path": "http://h:1/v1?key=x#m"}, "something after"),
         ({"teacher_model_name_or_path": "ftp://h#m"}, "in full"),
         ({"reward_funcs": ["f"], "judge": "http://h/@x#m"}, "Keep one"),

@@ -220,6 +220,55 @@ def test_a_wrong_answer_is_not_repeated(server, ask, rollouts, fault, message):
     assert server.count == 1
 
 
+ERRORS = {  # with status 200; whether another attempt is made, and what is raised if it stays
+    "overloaded": ({"error": {"message": "overloaded", "code": 503}}, True, TeacherUnavailable),
+    "a rate limit as text": (
+        {"error": {"message": "overloaded", "code": "429"}, "choices": None},
+        True,
+        TeacherUnavailable,
+    ),
+    "without a status": ({"error": "overloaded"}, True, TeacherAnswerError),
+    "beside choices": ({"error": {"message": "overloaded"}, "choices": []}, True, TeacherAnswerError),
+    "as an object": ({"object": "error", "message": "overloaded", "code": 500}, True, TeacherUnavailable),
+    "that lasts": ({"error": {"message": "overloaded", "code": 400}}, False, TeacherAnswerError),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_inside_a_good_status_is_said_and_passes_if_it_may(model, server, ask, rollouts, name):
+    inside, passes, error = ERRORS[name]
+    left = [inside]
+    server.alter = lambda answer: left.pop() if left else answer
+    if passes:
+        assert_same(ask(server.url, rows_per_request=16).score(rollouts), expected(model, rollouts, 0))
+        assert server.count == 2
+    server.count, server.alter = 0, lambda answer: inside
+    with pytest.raises(error, match="it holds an error: overloaded"):
+        ask(server.url, retries=1, rows_per_request=16).score(rollouts)
+    assert server.count == 1 + passes
+
+
+def test_an_error_inside_one_server_is_made_up_for_by_another(model, server, ask, rollouts):
+    server.alter = lambda answer: {"error": {"message": "overloaded", "code": 503}}
+    with TeacherServer(model) as other:
+        assert_same(ask([server.url, other.url], backoff=30).score(rollouts), expected(model, rollouts, 0))
+
+
+def test_an_error_inside_comes_with_advice_and_without_the_key(server, ask, rollouts, caplog):
+    message = "requested 60 logprobs, max allowed: 20, by Bearer top-secret"
+    server.alter = lambda answer: {"error": {"message": message}}
+    with pytest.raises(TeacherAnswerError, match="`--max-logprobs`") as error:
+        ask(server.url, retries=1, api_key="top-secret").score(rollouts)
+    assert "top-secret" not in f"{error.value} {caplog.text}"
+
+
+@pytest.mark.parametrize("odd", [{"choices": None}, {"choices": [None]}, {"choices": []}, {}, {"error": None}])
+def test_parts_that_are_missing_are_named(server, ask, rollouts, odd):
+    server.alter = lambda answer: {"model": "teacher", **odd}
+    with pytest.raises(TeacherAnswerError, match=r"choices|choice 0"):
+        ask(server.url, rows_per_request=16).score(rollouts)
+
+
 def test_an_error_ends_the_waiting_of_other_requests(server, ask, rollouts):
     """Of two requests one is told to come back in 20 s, the other gets an answer that cannot be used."""
     server.fail("status", 1, (429, 20))

@@ -221,7 +221,7 @@ class GenerateConfig:
     def _endpoint_faults(self):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):  # not shown: it may be the key
             yield (
-                "`api_key_env` is the name of an environment variable, and what it was given cannot be one. Put the key "
+                "`api_key_env` names an environment variable, but what is written there cannot be a name. Put the key "
                 "into a variable, and write the variable's name."
             )
         _ = self.teachers  # raises an error for an address that cannot be used

@@ -20,11 +20,20 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import TeacherAnswerError, TeacherUnavailable
-from ..http_client import HTTPClient, NoAnswerError, ServerURL, Settings, StatusError, read_url
+from ..http_client import (
+    HTTPClient,
+    NoAnswerError,
+    PassingError,
+    ServerURL,
+    Settings,
+    StatusError,
+    may_pass,
+    read_url,
+)
 from ..rollouts import Rollouts
 from ..signals import TokenLogProbs
 from .base import Teacher
-from .server_answers import Row, TokenScore, read_answer, read_models
+from .server_answers import ErrorInsideError, Row, TokenScore, read_answer, read_models
 
 
 logger = logging.getLogger(__name__)
@@ -45,8 +54,8 @@ class ServedTeacher(Teacher):
     A teacher on one or several vLLM servers, which must serve the same weights.
 
     Every training process sends its own rollouts. A request that fails for a transient reason (no connection, a
-    timeout, HTTP 408, 409, 425, 429 or 5xx) is sent again, to another URL if there is one: without a pause until all
-    URLs have been tried once, then with exponentially growing pauses.
+    timeout, HTTP 408, 409, 425, 429 or 5xx, also as an error inside an answer with HTTP 200) is sent again, to another
+    URL if there is one: without a pause until all URLs have been tried once, then with exponentially growing pauses.
 
     Args:
         urls (`str` or `list[str]`): URLs of the servers, with or without `/v1`. A login in a URL
@@ -191,16 +200,33 @@ class ServedTeacher(Teacher):
         def parsed(url: str, content: bytes) -> T:
             try:
                 return read(content)
+            except ErrorInsideError as error:
+                said = f"The answer of {url} cannot be used: {error}"
+                if error.status is None:  # another attempt shows whether it passes
+                    raise _UnknownError(said.rstrip(".")) from None
+                if may_pass(error.status):
+                    raise PassingError(said.rstrip(".")) from None
+                raise StatusError(said, error.status) from None
             except TeacherAnswerError as error:
                 raise TeacherAnswerError(f"The answer of {url} cannot be used: {error}") from None
 
         try:
             return self._client.ask(urls, path, body, parsed, halt)
         except NoAnswerError as error:
+            if isinstance(error.__cause__, _UnknownError):
+                raise TeacherAnswerError(_with_advice(str(error))) from error
             raise TeacherUnavailable(str(error)) from error
         except StatusError as error:
-            advice = [text for sign, text in ADVICE.items() if sign in str(error)]
-            raise TeacherAnswerError(" ".join([str(error), *advice])) from error
+            raise TeacherAnswerError(_with_advice(str(error))) from error
+
+
+class _UnknownError(PassingError):
+    """An answer with HTTP 200 holds an error that names no status."""
+
+
+def _with_advice(message: str) -> str:
+    """A server's message, and what to change."""
+    return " ".join([message, *(text for sign, text in ADVICE.items() if sign in message)])
 
 
 def _rows(rollouts: Rollouts) -> list[Row]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TeacherAnswerError
+from ..http_client import error_inside
 
 
 TokenScore = tuple[float, list[int], list[float]]  # log p of the token; the K most likely ids; their log p
@@ -23,6 +24,19 @@ IMPOSSIBLE = -9999.0  # what vLLM writes for a log-probability of -inf, which JS
 
 
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+class ErrorInsideError(TeacherAnswerError):
+    """
+    An answer with status 200 that holds an error.
+
+    Attributes:
+        status (`int`, *optional*): the HTTP status that it names.
+    """
+
+    def __init__(self, message: str, status: int | None):
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass
@@ -40,6 +54,7 @@ def read_answer(content: bytes | str, rows: list[Row], model: str, top_k: int) -
 
     Raises:
         TeacherAnswerError: the answer is malformed or does not match the request; the message says where.
+        ErrorInsideError: it holds an error.
     """
     answer = read_json(content)
     if answer.get("model") != model:
@@ -120,12 +135,16 @@ def _read_position(entry: Any, token: int, k: int, judged: bool) -> TokenScore:
 def read_models(content: bytes) -> list[str]:
     """The model names in the answer of `/v1/models`."""
     cards = read_json(content).get("data")
-    if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
+    if not isinstance(cards, list) or not all(
+        isinstance(card, dict) and isinstance(card.get("id"), str) for card in cards
+    ):
         raise TeacherAnswerError(f"a list of models was expected, found {show(cards)}.")
     return [card["id"] for card in cards]
 
 
 def read_json(content: bytes | str) -> dict[str, Any]:
+    """An answer as a JSON object without an error in it. Raises `TeacherAnswerError`."""
+
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -138,6 +157,9 @@ def read_json(content: bytes | str) -> dict[str, Any]:
         raise TeacherAnswerError(f"it is not JSON ({error}); it begins with {content[:80]!r}.") from None
     if not isinstance(answer, dict):
         raise TeacherAnswerError(f"a JSON object was expected, found {show(answer)}.")
+    if inside := error_inside(answer):
+        message, status = inside
+        raise ErrorInsideError(f"it holds an error: {message.rstrip('.')}.", status)
     return answer
 
 
