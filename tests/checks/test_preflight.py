@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
-from helpers import WORDS, config, make_model, make_tokenizer
+from helpers import WORDS, batch, config, make_model, make_tokenizer
 from peft import LoraConfig
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
-from trl_distill import OPDTrainer
+from trl_distill import HiddenStates, OPDTrainer, Rollouts
 from trl_distill.checks import models as model_checks
 from trl_distill.checks import settings as setting_checks
 from trl_distill.checks import tokenizers as tokenizer_checks
 from trl_distill.checks.findings import Finding, PreflightError, Report
+from trl_distill.checks.preflight import measure_distance, own_completions
+from trl_distill.heads.fused import DivergenceSpec
+from trl_distill.models.hidden_states import add_teacher_forward
 from trl_distill.models.properties import context_of, stop_ids
+from trl_distill.training.setup import facts_of
 
 
 def template(name: str) -> str:
@@ -31,6 +37,10 @@ def with_template(name: str):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template(name)
     return tokenizer
+
+
+def distance(kl: float) -> model_checks.Distance:
+    return model_checks.Distance(kl, uniform=9.0, tokens=128, completions=4)
 
 
 def other_special():
@@ -99,17 +109,30 @@ def other_special():
         (lambda: model_checks.context_length(100, 28, 128, "teacher"), "ok", "128 positions"),
         (lambda: model_checks.context_length(100, 29, -1, "teacher"), "ok", "no limit known"),
         (lambda: model_checks.context_length(100, 29, 128, "teacher"), "error", "Lower `max_completion_length` to 28"),
-        (lambda: model_checks.teacher_differs(0.3, "", False), "ok", "0.3 nats"),
-        (lambda: model_checks.teacher_differs(0.0, "", False), "error", "nothing to learn"),
-        (lambda: model_checks.teacher_differs(0.0, "there is a reward", False), "warning", "there is a reward"),
-        (lambda: model_checks.teacher_differs(0.0, "", True), "warning", "assume_different_teacher"),
-        (lambda: model_checks.teacher_differs(0.0, "", False, "math"), "error", "and the teacher 'math' give the same"),
+        (lambda: model_checks.teacher_differs(distance(0.3), "", False), "ok", "0.3 nats"),
+        (lambda: model_checks.teacher_differs(distance(3.6), "", False), "ok", "For scale"),
+        (lambda: model_checks.teacher_differs(distance(10.2), "", False), "warning", "the same probability (9)"),
+        (lambda: model_checks.teacher_differs(distance(10.2), "", False, known=False), "ok", "made-up prompt"),
+        (lambda: model_checks.teacher_differs(distance(2e-4), "", False, rough=True), "warning", "may be rounding"),
+        (lambda: model_checks.teacher_differs(distance(2e-4), "", False), "ok", "0.0002 nats"),
+        (lambda: model_checks.teacher_differs(distance(0.0), "", False), "error", "nothing to learn"),
         (
-            lambda: model_checks.teacher_differs(0.0, "it has its own prompts", False, own=True),
+            lambda: model_checks.teacher_differs(distance(0.0), "there is a reward", False),
+            "warning",
+            "there is a reward",
+        ),
+        (lambda: model_checks.teacher_differs(distance(0.0), "", True), "warning", "assume_different_teacher"),
+        (
+            lambda: model_checks.teacher_differs(distance(0.0), "", False, "math"),
+            "error",
+            "and the teacher 'math' give the same",
+        ),
+        (
+            lambda: model_checks.teacher_differs(distance(0.0), "it has its own prompts", False, own=True),
             "ok",
             "as expected",
         ),
-        (lambda: model_checks.teacher_differs(0.0, "", False, own=True), "error", "the student itself"),
+        (lambda: model_checks.teacher_differs(distance(0.0), "", False, own=True), "error", "the student itself"),
         (
             lambda: tokenizer_checks.same_tokenizer(make_tokenizer(), None, served=True),
             "warning",
@@ -374,10 +397,14 @@ def preflight(tmp_path, tokenizer, prompts, student, teacher):
     """The findings before loading, by check, and the error if there is one."""
 
     def run(max_completion_length=8, **changes):
-        settings = {"train_dataset": prompts, "processing_class": tokenizer, **changes}
+        settings = {
+            "model": copy.deepcopy(student),
+            "teacher_model": copy.deepcopy(teacher),
+            "train_dataset": prompts,
+            "processing_class": tokenizer,
+            **changes,
+        }
         trainer = OPDTrainer(
-            model=student,
-            teacher_model=teacher,
             args=config(tmp_path, max_completion_length=max_completion_length),
             **settings,
         )
@@ -453,3 +480,73 @@ def test_special_tokens_that_two_parties_add(preflight, caplog, template, text, 
     assert finding.level == level
     assert all(part in str(finding) for part in words)
     assert ("begin with BOS twice" in caplog.text) is ("begin with BOS twice" in finding.found)
+
+
+def test_the_distance_is_that_of_the_students_own_completions(preflight, student, teacher, prompts):
+    """Against full logits on completions of the first prompts."""
+    seen = []
+
+    class Listening(HiddenTeacher):
+        def score(self, rollouts):
+            seen.append(rollouts)
+            return super().score(rollouts)
+
+    finding = preflight(max_completion_length=6, teacher_model=Listening(teacher))["teacher differs"]
+    (rollouts,) = seen
+    texts = [ids[mask.bool()].tolist() for ids, mask in zip(rollouts.input_ids, rollouts.attention_mask, strict=True)]
+    tokenized = make_tokenizer()(prompts[:4]["prompt"])["input_ids"]
+    assert all(text[: len(prompt)] == prompt for text, prompt in zip(texts, tokenized, strict=True))
+    assert 4 <= int(rollouts.mask.sum()) <= 24
+    kl, length = [], rollouts.mask.shape[1]
+    with torch.no_grad():
+        log_q, log_p = (
+            model(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask).logits.log_softmax(-1)
+            for model in (student, teacher)
+        )
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1)[:, -length - 1 : -1][rollouts.mask].mean().item()
+    assert f"{kl:.3g} nats per token on the first {int(rollouts.mask.sum())} tokens" in finding.found
+
+
+class HiddenTeacher:
+    """A teacher of one's own that gives hidden states."""
+
+    gives = HiddenStates
+
+    def __init__(self, model):
+        self.model = copy.deepcopy(model).eval()
+        add_teacher_forward(self.model)
+
+    def score(self, rollouts):
+        with torch.no_grad():
+            ids, mask = rollouts.input_ids, rollouts.attention_mask
+            return self.model(input_ids=ids, attention_mask=mask, rollouts=rollouts)
+
+
+def test_measuring_takes_any_rollouts(tmp_path, tokenizer, prompts, student, teacher):
+    trainer = OPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config(tmp_path),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    rollouts = Rollouts.from_inputs(batch())
+    judge, _ = trainer.pool.members[0]
+    state, weights = torch.get_rng_state(), copy.deepcopy(student.state_dict())
+    sampled = own_completions(facts_of(trainer), trainer.model, trainer.accelerator)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in student.state_dict().items())
+    assert sampled.mask.shape == (4, 8)
+    found = measure_distance(trainer.model, judge, trainer.accelerator, rollouts, DivergenceSpec())
+    assert (found.tokens, found.completions) == (int(rollouts.mask.sum()), 3)
+    assert 0 < found.kl < 20
+    same = measure_distance(
+        trainer.model, HiddenTeacher(make_model(seed=1)), trainer.accelerator, rollouts, DivergenceSpec()
+    )
+    assert abs(same.kl) < 1e-6
+    log_q = make_model(seed=1)(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask).logits.log_softmax(
+        -1
+    )
+    log_q = log_q[:, -rollouts.mask.shape[1] - 1 : -1][rollouts.mask]
+    uniform = (log_q.exp() * (log_q + math.log(log_q.shape[-1]))).sum(-1).mean().item()
+    assert found.uniform == pytest.approx(uniform, rel=1e-4)

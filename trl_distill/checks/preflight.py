@@ -6,7 +6,8 @@ and whether the teacher differs from the student. `trl-distill check` runs the p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import OPDConfig
 from ..data.completions import token_ids
+from ..data.sampling import Sampling, rollouts_of, sample_ids
 from ..heads.fused import DivergenceSpec, fused_divergence
 from ..heads.lm_head import LMHead
 from ..models.hidden_states import last_hidden_state
@@ -34,11 +36,15 @@ from . import prompts as prompt_checks
 from . import settings as setting_checks
 from . import tokenizers as tokenizer_checks
 from .findings import Finding, Report
+from .models import Distance
 from .prompts import Prompts, count
 
 
 FIRST_ROWS = 512  # of the dataset's completions that are tokenised
-PROBE_LENGTH = 64  # tokens of a prompt on which student and teacher are compared
+PROBE_PROMPTS = 4  # prompts that the student completes to be compared with a teacher
+
+
+PROBE_LENGTH = 32  # tokens of each of these completions
 
 
 def check_before_loading(model: Any, specs: dict[str, TeacherSpec], args: OPDConfig, adapter: bool = False) -> None:
@@ -264,10 +270,17 @@ def in_fp32(student: nn.Module, args: OPDConfig, accelerator: Accelerator) -> bo
 
 
 def teacher_differs(
-    facts: RunFacts, student: nn.Module, teacher: Teacher, names: list[str], several: bool, accelerator: Accelerator
+    facts: RunFacts,
+    student: nn.Module,
+    teacher: Teacher,
+    names: list[str],
+    several: bool,
+    accelerator: Accelerator,
+    rollouts: Rollouts | None,
+    spec: DivergenceSpec,
 ) -> Finding:
     """
-    Measure KL(student ‖ teacher) on a few prompts. 0 usually means that the wrong model was loaded.
+    Measure KL(student ‖ teacher) on rollouts. 0 usually means that the wrong model was loaded.
 
     Args:
         facts ([`RunFacts`]): the run.
@@ -276,43 +289,72 @@ def teacher_differs(
         names (`list[str]`): its names.
         several (`bool`): whether there are other teachers.
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
+        rollouts ([`~trl_distill.Rollouts`], *optional*): of the student; see [`own_completions`]. `None` if there are
+            none.
+        spec ([`~trl_distill.heads.fused.DivergenceSpec`]): the reverse KL, with temperature and stop tokens.
     """
-    if is_sharded(accelerator):
-        return Finding("teacher differs", "skipped", "Not measured: weights are sharded.")
     if teacher.gives is not HiddenStates:
         return Finding("teacher differs", "skipped", "Not measured: this teacher gives no hidden states.")
+    if rollouts is None:
+        return Finding("teacher differs", "skipped", "Not measured: weights are sharded.")
     args, columns = facts.args, getattr(facts.dataset, "column_names", None) or []
-    rows = facts.first_prompts(limit=4) or [list(range(min(32, len(facts.tokenizer))))]
-    kl = max(probe_kl(student, teacher, accelerator, ids) for ids in rows)
+    distance = measure_distance(student, teacher, accelerator, rollouts, spec)
+    unknown = facts.has_environments or not columns
     explained = {
         "it has its own prompts": "teacher_prompt" in columns,
-        "prompts are unknown before training": facts.has_environments or not columns,
+        "prompts are unknown before training": unknown,
         "there is a reward": facts.has_rewards,
         "there are other teachers": several,
         "it follows the student": teacher.starts_equal,
     }
     reason = next((reason for reason, holds in explained.items() if holds), "")
     rough = not in_fp32(student, args, accelerator)
-    name = ", ".join(names) if several else ""
-    return model_checks.teacher_differs(kl, reason, args.assume_different_teacher, name, teacher.follows_student, rough)
+    name, own = ", ".join(names) if several else "", teacher.follows_student
+    known = bool(readable_prompts(facts.dataset)) and not unknown
+    return model_checks.teacher_differs(distance, reason, args.assume_different_teacher, name, own, rough, known)
+
+
+def own_completions(
+    facts: RunFacts, student: nn.Module, accelerator: Accelerator, suppressed: Sequence[int] = ()
+) -> Rollouts:
+    """
+    A few completions of the student, at the run's temperature and `top_p`. Random generators are left as they were.
+
+    Args:
+        facts ([`RunFacts`]): the run. If prompts are unknown, ids of the vocabulary take the place of one.
+        student (`torch.nn.Module`): the model that is trained; its weights are whole.
+        accelerator ([`~accelerate.Accelerator`]): the trainer's.
+        suppressed (`Sequence[int]`): ids that are never sampled.
+
+    Returns:
+        [`~trl_distill.Rollouts`]: at most 4, with up to 32 judged tokens each.
+    """
+    args, pad = facts.args, facts.tokenizer.pad_token_id
+    prompts = [ids for ids in facts.first_prompts(limit=PROBE_PROMPTS) if ids]
+    prompts = prompts or [list(range(min(PROBE_LENGTH, len(facts.tokenizer))))]
+    limit = min(PROBE_LENGTH, args.max_completion_length or PROBE_LENGTH)
+    how = Sampling(
+        limit, tuple(facts.stops), args.temperature, seed=args.seed, suppressed=tuple(suppressed), top_p=args.top_p
+    )
+    with accelerator.autocast():
+        sampled = sample_ids(student, prompts, pad, how)
+    return rollouts_of(prompts, [ids for ((ids, _),) in sampled], pad, accelerator.device)
 
 
 @torch.no_grad()
-def probe_kl(student: nn.Module, teacher: Teacher, accelerator: Accelerator, ids: list[int]) -> float:
-    """KL(student ‖ teacher) on the last tokens of one prompt (ids `ids`), in nats per token."""
-    input_ids = torch.tensor([ids[-PROBE_LENGTH:]], device=accelerator.device)
-    if input_ids.shape[1] < 2:
-        input_ids = input_ids.repeat(1, 2)
-    attention_mask = torch.ones_like(input_ids)
-    probe = Rollouts(input_ids, attention_mask, attention_mask[:, 1:].bool())
-    signal: Any = checked(teacher, teacher.score(probe), int(probe.mask.sum()))
+def measure_distance(
+    student: nn.Module, teacher: Teacher, accelerator: Accelerator, rollouts: Rollouts, spec: DivergenceSpec
+) -> Distance:
+    """KL(student ‖ teacher) on the judged tokens of any rollouts; called on every process."""
+    signal: Any = checked(teacher, teacher.score(rollouts), int(rollouts.mask.sum()))
     training = student.training
     student.eval()
     with accelerator.autocast():
-        states = student(input_ids=input_ids, attention_mask=attention_mask, rollouts=probe)
-        found = fused_divergence(states.hidden, states.head, signal.hidden, signal.head, DivergenceSpec())
+        states = student(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask, rollouts=rollouts)
+        found = fused_divergence(states.hidden, states.head, signal.hidden, signal.head, spec)
     student.train(training)
-    return found.divergence.mean().item()
+    uniform = math.log(unwrap_adapter(student).config.get_text_config().vocab_size) - found.entropy.mean().item()
+    return Distance(found.divergence.mean().item(), uniform, int(rollouts.mask.sum()), len(rollouts))
 
 
 def readable_prompts(dataset: Any) -> list[Any]:

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate.utils import is_peft_model
 from torch import nn
 
 from ..checks.findings import Report
-from ..checks.preflight import Examined, RunFacts, check_head, examine, in_fp32, teacher_differs
+from ..checks.preflight import Examined, RunFacts, check_head, examine, in_fp32, own_completions, teacher_differs
 from ..checks.teachers import check_signals
 from ..config import OPDConfig
 from ..estimators import make_estimator
 from ..estimators.base import Estimator
+from ..heads.fused import DivergenceSpec
 from ..models.properties import has_relative_positions, name_of, unwrap_adapter
-from ..models.student import add_student_forward
+from ..models.student import add_student_forward, keep_output_dtype
 from ..reporting.summary_table import SummaryTable
 from ..reporting.wandb_run import WandbExtras
+from ..signals import HiddenStates
+from ..teachers.base import is_sharded
 from ..teachers.pool import TeacherPool
 from ..teachers.spec import TeacherSpec, load_pool
 
@@ -72,6 +75,13 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
     check_head(facts.student, "student", trainer.accelerator)
     pool = _load(trainer, specs, estimator)
     add_student_forward(facts.student, fp32_head=trainer.args.cast_lm_head_to_fp32)
+    keep_output_dtype(trainer.accelerator)
+    rollouts, args = None, trainer.args
+    spec = DivergenceSpec(temperature=args.kl_temperature or args.temperature, stops=tuple(found.merged))
+    if not is_sharded(trainer.accelerator) and any(teacher.gives is HiddenStates for teacher, _ in pool.members):
+        suppressed = [] if trainer.use_vllm else trainer.generation_config.suppress_tokens or []
+        facts = replace(facts, stops=trainer.eos_token_ids)  # with those of the teachers
+        rollouts = own_completions(facts, trainer.model, trainer.accelerator, suppressed)
     for teacher, columns in pool.members:
         names = [pool.names[i] for i in columns]
         if pool.several:
@@ -83,7 +93,7 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
                 check_head(model, "teacher", trainer.accelerator)
         teacher.check()
         several = len(pool.members) > 1
-        report.add(teacher_differs(facts, trainer.model, teacher, names, several, trainer.accelerator))
+        report.add(teacher_differs(facts, trainer.model, teacher, names, several, trainer.accelerator, rollouts, spec))
     report.stop_on_errors()
     report.warn()
     return Setup(pool, estimator, off_policy_estimator, same_vocabulary)
