@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import tracemalloc
 
 import pytest
 from chat_server import ChatServer
+from datasets import Dataset
 from rich.console import Console
 
 from trl_distill import TeacherUnavailable
@@ -172,6 +174,99 @@ def test_a_finished_chunk_is_never_asked_about_again(sums):
     assert len(teachers[0].asked) == 6
     assert sums.run(**sums.settings)["rows"] == len(sums.rows())
     assert len(teachers) == 1  # nobody is loaded for a finished dataset
+
+
+ODD = (
+    {"error": {"message": "provider | failed", "code": 502}},
+    {"choices": []},
+    {"choices": [{"message": None, "finish_reason": "stop"}]},
+    {"choices": [{"message": {"content": "cut"}, "finish_reason": None}]},
+    "<html>",
+)
+
+
+@pytest.mark.parametrize("odd", ODD, ids=["error", "no choice", "null message", "no reason", "HTML"])
+def test_a_prompt_with_an_odd_answer_is_counted_and_listed_and_the_run_goes_on(bench, odd):
+    chats = [{"prompt": [{"role": "user", "content": f"word {i}"}]} for i in range(6)]
+    bench.prompts(chats)
+    with ChatServer(lambda text, seed: f"all about {text}") as server:
+        server.alter = lambda text, answer: odd if text == "word 4" else answer
+        url = f"{server.url}#m"
+        counts = bench.run(teacher_model_name_or_path=url, retries=0)
+        assert by_stage(counts)["ask the teachers"]["dropped"] == {"unusable answer of the endpoint": 1}
+        assert [skip["where"] for skip in bench.skipped()] == ["prompt 4, teacher m"]
+        assert [row["prompt"][0]["content"] for row in bench.rows()] == [f"word {i}" for i in (0, 1, 2, 3, 5)]
+        assert "| prompt 4, teacher m |" in (bench.out / "README.md").read_text()
+        asked = len(server.asked)
+        assert bench.run(teacher_model_name_or_path=url, retries=0, overwrite=True, min_characters=2)["rows"] == 5
+        assert len(server.asked) == asked  # not even the odd one is asked about again
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_later_chunk_without_any_answer_does_not_end_a_run_that_is_resumed(bench, killed):
+    bench.prompts([{"prompt": [{"role": "user", "content": f"word {i}"}]} for i in range(6)])
+    with ChatServer(lambda text, seed: f"all about {text}") as server:
+        server.refuse = lambda text: 400 if text in ("word 4", "word 5") else None
+        settings = {"teacher_model_name_or_path": f"{server.url}#m", "retries": 0}
+        if killed:  # after the first chunk
+            server.refuse = lambda text: 503 if text in ("word 4", "word 5") else None
+            with pytest.raises(TeacherUnavailable):
+                bench.run(**settings)
+            server.refuse = lambda text: 400 if text in ("word 4", "word 5") else None
+        counts = bench.run(**settings)
+    assert by_stage(counts)["ask the teachers"]["dropped"] == {"refused by the endpoint": 2}
+
+
+def test_keys_in_request_options_are_written_nowhere(bench, caplog, capsys):
+    """Also where the server repeats the request; another key is no other setting."""
+    bench.prompts([{"prompt": f"p{i}"} for i in range(6)])
+
+    def options(key):
+        return {"api_key": key, "extra_headers": {"Authorization": f"Bearer {key}"}, "logprobs": 3, "max_tokens": 9}
+
+    with ChatServer(lambda text, seed: f"{text} at {seed}") as server:
+        server.alter = lambda text, answer: (
+            {"error": {"message": f"{server.asked}", "code": 400}} if "p1" in text else answer
+        )
+        where = {"teacher_model_name_or_path": f"{server.url}#m", "retries": 0}
+        assert bench.run(**where, request_options=options("sesame-one"))["rows"] == 5
+        assert {body["api_key"] for body in server.asked} == {"sesame-one"}
+        asked = len(server.asked)
+        assert bench.run(**where, request_options=options("sesame-two"), overwrite=True, min_characters=2)["rows"] == 5
+        assert len(server.asked) == asked
+        with pytest.raises(ValueError, match=r"`request_options` was .*'logprobs': 3.*now .*'logprobs': 4") as error:
+            bench.run(**where, request_options={**options("sesame-two"), "logprobs": 4}, overwrite=True)
+    assert read_json(bench.out / "counts.json")["settings"]["request_options"]["max_tokens"] == 9
+    files = [path for path in bench.folder.rglob("*") if path.is_file()]
+    assert {"settings.json", "counts.json", "README.md", "skipped.jsonl"} <= {path.name for path in files}
+    assert not [path for path in files if b"sesame" in path.read_bytes()]
+    out = capsys.readouterr()
+    assert (
+        "sesame"
+        not in f"{error.value} {caplog.text} {out.out} {out.err} {bench.config(request_options=options('sesame'))}"
+    )
+
+
+NANS = """
+import math
+
+def right(completions, size, **kwargs):
+    assert all(s is None or math.isnan(s) or s == math.inf for s in size)
+    return [math.nan if "to 2," in c else float(len(c)) for c in completions]
+"""
+
+
+def test_numbers_that_json_lacks_are_no_scores_and_columns_that_have_them_keep_them(sums, reward):
+    reward(NANS, "nans")
+    sizes = [float("nan"), float("inf"), None]
+    rows = [{**row, "size": sizes[i % 3]} for i, row in enumerate(problems(6))]
+    Dataset.from_list(rows).to_parquet(sums.folder / "prompts" / "train.parquet")
+    counts = sums.run(reward_funcs="nans.right", dataset_name=str(sums.folder / "prompts"), keep="best")
+    assert by_stage(counts)["verify"]["dropped"] == {"no reward function gives a score": 1}
+    assert {str(row["size"]) for row in sums.rows()} == {"nan", "inf", "None"}
+    for path in sums.folder.rglob("*.json*"):
+        for line in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+            json.loads(line, parse_constant=pytest.fail)
 
 
 def test_a_login_in_a_url_is_written_nowhere(bench, caplog):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from processes import started
 
 from trl_distill.synthetic.work_folder import WorkFolder, read_lines, seed_of, write_lines
@@ -22,6 +28,22 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     assert not path.exists()
     write_lines(path, [{"a": "ä\n"}, {"a": None}])
     assert list(read_lines(path)) == [{"a": "ä\n"}, {"a": None}]
+
+
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner, max_size=3)),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), VALUES, max_size=3))
+def test_rows_are_strict_json_and_read_back_as_they_were(row):
+    path = Path(tempfile.gettempdir()) / f"rows-{os.getpid()}.jsonl"
+    write_lines(path, [row])
+    json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert repr(list(read_lines(path))) == repr([row])  # NaN differs from itself
+    path.unlink()
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
