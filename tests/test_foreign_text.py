@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -46,6 +48,16 @@ def test_terminals(text, markup):
     with Progress(foreign_text.description_column(), console=console) as progress:
         progress.add_task(text, total=1)
     assert printed(console).count(text) == 4 + (not markup)
+
+
+def test_no_console_reads_markup():
+    package = Path(foreign_text.__file__).parent
+    makers = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"(?<!\.)\b(Console|TextColumn)\(", path.read_text())
+    }
+    assert makers == {"foreign_text.py"}
 
 
 @pytest.mark.parametrize("text", NASTY)

@@ -27,10 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from .. import OPDConfig, OPDTrainer, TeacherAnswerError, TeacherUnavailable
+from .. import OPDConfig, OPDTrainer, TeacherAnswerError, TeacherUnavailable, foreign_text
 from ..checks.findings import Finding, PreflightError, Report
 from ..data.datasets import load_splits, take_split
 from ..data.rewards import import_reward
@@ -85,7 +84,7 @@ def show(report: Report, error: Exception | None = None) -> None:
         report.add(Finding("settings", "error", str(error)))
     if int(os.environ.get("RANK", "0")) == 0:
         chosen = sys.stdout.isatty() or "COLUMNS" in os.environ
-        Console(width=None if chosen else 140).print(report.table())
+        foreign_text.console(width=None if chosen else 140).print(report.table())
     sys.exit(1 if report.count("error") else 0)
 
 
