@@ -240,12 +240,13 @@ def test_reasons_to_finish_in_our_words(reasons, ended):
 OPTIONS = {
     "max_tokens": None,
     "stop": ["$END"],
-    "extra_headers": {"Authorization": "Bearer top-secret-1", "X": "${KEPT}"},
+    "extra_headers": {"Authorization": "Bearer ${ONE_KEY}", "X": "${KEPT}"},
     "api_key": "$OTHER_KEY",
 }
 
 
 def with_options(server, monkeypatch):
+    monkeypatch.setenv("ONE_KEY", "top-secret-1")
     monkeypatch.setenv("OTHER_KEY", "top-secret-2\n")
     config = GenerateConfig(
         dataset_name="p",
@@ -260,7 +261,7 @@ def with_options(server, monkeypatch):
 def test_keys_in_options_come_from_the_environment(server, monkeypatch):
     with_options(server, monkeypatch).complete(CHAT[:1], 0)
     body = server.asked[-1]
-    assert body["api_key"] == "top-secret-2"
+    assert (body["api_key"], body["extra_headers"]["Authorization"]) == ("top-secret-2", "Bearer top-secret-1")
     assert (body["stop"], body["extra_headers"]["X"]) == (["$END"], "${KEPT}")  # settings that are not keys
     monkeypatch.delenv("OTHER_KEY")
     with pytest.raises(ValueError, match="`request_options` reads the environment variable OTHER_KEY"):
@@ -288,3 +289,16 @@ def test_keys_that_a_server_repeats_are_hidden(server, monkeypatch, caplog, insi
     assert isinstance(answer, Refusal)
     assert "top-secret" not in f"{answer} {caplog.text}"
     assert "top-sec" not in f"{answer} {caplog.text}"  # nor a part, where a message is cut
+
+
+def test_a_variable_for_the_key_that_is_not_set(server, monkeypatch):
+    config = GenerateConfig(
+        dataset_name="p", output_dir="o", teacher_model_name_or_path=f"{server.url}#m", api_key_env="sesame_key"
+    )
+    address = config.teachers["m"]
+    with pytest.raises(ValueError, match="is not set") as error:
+        EndpointSource.from_config(address, Sampling(1), config)
+    assert "sesame" not in str(error.value)
+    monkeypatch.setenv("sesame_key", "right\n")
+    server.key = "right"
+    assert EndpointSource.from_config(address, Sampling(1), config).complete(CHAT, 0)

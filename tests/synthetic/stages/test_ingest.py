@@ -134,3 +134,10 @@ def test_other_places_to_read_from(tmp_path, shape):
 def test_no_such_file():
     with pytest.raises(ValueError, match="does not exist"):
         list(read_rows("nowhere.jsonl"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_login_in_the_url_of_a_dataset_is_not_shown(suffix):
+    with pytest.raises(ValueError, match=r"\*\*\*@h.*does not exist") as error:
+        next(read_rows(f"https://me:sesame@h/x.{suffix}"))
+    assert "sesame" not in str(error.value)

@@ -95,6 +95,11 @@ class Endpoint:
     @classmethod
     def from_config(cls, address: Address, config: GenerateConfig, secrets: Sequence[str] = ()) -> Endpoint:
         key = os.environ.get(config.api_key_env)
+        if key is None and config.api_key_env != type(config).api_key_env:  # not shown: it may be the key
+            raise ValueError(
+                "The environment variable that `api_key_env` names is not set. Put the endpoint's key into it, or "
+                "leave `api_key_env` out."
+            )
         return cls(address, key, config.concurrency, config.timeout, config.retries, secrets=secrets)
 
     def ask(self, path: str, body: dict[str, Any], halt: threading.Event) -> list[Completion]:

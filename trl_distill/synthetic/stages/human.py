@@ -12,6 +12,7 @@ from typing import Any
 
 from ...data.json_rows import InputRow
 from ...data.rows import CONVERSATIONS, RowError, read_messages, read_prompt
+from ...http_client import without_login
 from ..text import Text, flat
 from .ingest import read_rows
 
@@ -60,8 +61,8 @@ def check_human(name: str, text: bool) -> None:
     if all(isinstance(row, str) for row in first):
         why = f"none of its first {len(first)} rows can be used: {first[0]}" if first else "it has no rows"
         raise ValueError(
-            f"The human data {name!r} cannot be mixed in: {why}. Rows need `prompt` and `completion`, or `messages` "
-            "that end with the assistant's, as text or messages like the teachers' prompts."
+            f"The human data {without_login(name)!r} cannot be mixed in: {why}. Rows need `prompt` and `completion`, "
+            "or `messages` that end with the assistant's, as text or messages like the teachers' prompts."
         )
 
 

@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetGenerationError
 from ...data.datasets import load_splits, take_split
 from ...data.json_rows import BATCH, SUFFIXES, Columns, InputRow, groups, read_json_rows
 from ...data.rows import CONVERSATIONS, RowError, read_prompt
+from ...http_client import without_login
 from ..output.counts import Skip, SkipFile, Stage
 from ..records import PromptRow
 from ..text import flat, normal
@@ -37,7 +38,7 @@ def read_rows(name: str, config: str | None = None, split: str = "train") -> Ite
     path = Path(name)
     if path.suffix in SUFFIXES:
         if not path.is_file():
-            raise ValueError(f"The dataset file {name!r} does not exist.")
+            raise ValueError(f"The dataset file {without_login(name)!r} does not exist.")
         take_split({"train": path}, split, "training")
         yield from read_json_rows(path)
         return
@@ -48,7 +49,8 @@ def read_rows(name: str, config: str | None = None, split: str = "train") -> Ite
         for number, row in enumerate(rows, start=1):
             yield InputRow(f"row {number}", row)
     except DatasetGenerationError as error:
-        raise ValueError(f"The dataset {name!r} could not be read: {error.__cause__ or error}.") from None
+        said = without_login(f"The dataset {name!r} could not be read: {error.__cause__ or error}.")
+        raise ValueError(said) from None
 
 
 def prompt_and_columns(found: InputRow) -> tuple[Any, dict[str, Any], str | None]:

@@ -48,6 +48,9 @@ JUDGE_PROMPT = """You are given a question and an answer to it. Judge whether th
 Think it through, then end with one line: "Score: 1" for a right answer, "Score: 0" for a wrong one."""
 
 
+READING = "2"  # of a judge's answers; scores that were read in another way are made again
+
+
 class Scorer(Protocol):
     """Scores completions."""
 
@@ -220,7 +223,7 @@ class Judge:
         """Connections are closed with the process: the judge is asked about several teachers' completions."""
 
     def identity(self) -> list[str]:
-        return ["judge", self.endpoint.url, self.endpoint.model, self.template]
+        return ["judge", self.endpoint.url, self.endpoint.model, self.template, READING]
 
     def score(self, rows: list[Answered]) -> list[Score]:
         scores = self.endpoint.all([partial(self._one, row) for row in rows])
