@@ -85,6 +85,28 @@ def test_settings_of_generate_that_do_not_give_one_completion_per_row(tmp_path, 
     config(tmp_path, generation_kwargs={"num_return_sequences": 1, "seed": 3}).resolved(has_rewards=False)
 
 
+@pytest.mark.parametrize(
+    ("changes", "has_rewards", "words"),
+    [
+        ({"beta": 0.04}, True, "`beta` is 0.04. In GRPO scripts"),
+        ({"beta": 0.04}, True, "the teacher counts little"),
+        ({"beta": 0.001}, False, "the whole loss is scaled by it"),
+        ({"beta": 0.1}, True, None),
+        ({"beta": 0.0}, True, None),
+        ({}, True, None),
+        ({"beta": 0.01, "beta_schedule": "linear", "beta_end": 1.0}, True, None),
+    ],
+)
+def test_a_beta_left_over_from_a_grpo_script_warns(tmp_path, caplog, changes, has_rewards, words):
+    config(tmp_path, per_device_train_batch_size=8, **changes).resolved(has_rewards=has_rewards)
+    assert ("In GRPO scripts" in caplog.text) is (words is not None)
+    assert (words or "") in caplog.text
+    caplog.clear()
+    grpo = GRPOConfig(output_dir=str(tmp_path), beta=0.04, bf16=False, use_cpu=True)
+    OPDConfig.from_grpo(grpo).resolved(has_rewards=True)
+    assert "Leave `beta` out (1.0) unless" in caplog.text
+
+
 def test_scaled_rewards_with_a_teacher_warn(tmp_path, caplog):
     args = config(tmp_path, per_device_train_batch_size=8, scale_rewards="group")
     args.resolved(has_rewards=False)

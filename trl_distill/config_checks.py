@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 KL_ESTIMATORS = ("full", "topk", "sampled")
 TOPK_DIVERGENCES = ("reverse_kl", "forward_kl")  # those of which the k likeliest ids are an estimate
+REFERENCE_BETA = 0.05  # GRPO's usual weights of a reference model are below it
 SCHEDULES = ("constant", "linear", "cosine", "step")
 
 
@@ -222,6 +223,8 @@ def check_resolved(config: Any, has_rewards: bool) -> None:
     Raises:
         ValueError: there are rewards and groups of one completion, or groups do not fill the batches.
     """
+    if 0 < config.beta <= REFERENCE_BETA and config.beta_schedule == "constant":
+        _warn_of_reference_beta(config, has_rewards)
     if has_rewards and config.beta > 0:
         _check_units(config)
     if not has_rewards and config.beta > 0:
@@ -260,6 +263,15 @@ def _check_generation(config: Any) -> None:
             "`generation_kwargs` has `stop_strings`, for which `generate` needs a tokenizer that TRL does not pass. "
             "Use stop tokens: `model.generation_config.eos_token_id` may be a list."
         )
+
+
+def _warn_of_reference_beta(config: Any, has_rewards: bool) -> None:
+    """A small `beta` may be left over from a GRPO script, where it holds the student near its own start."""
+    effect = "beside the rewards the teacher counts little" if has_rewards else "the whole loss is scaled by it"
+    logger.warning(
+        f"`beta` is {config.beta:g}. In GRPO scripts such a value (0.04, 0.001) is the weight of a reference model; "
+        f"here it is the teacher's, in reward per nat, and {effect}. Leave `beta` out (1.0) unless this weight is meant."
+    )
 
 
 def _check_units(config: Any) -> None:

@@ -120,16 +120,16 @@ def facts_of(trainer: Any) -> RunFacts:
 
 
 def add_reporting(trainer: Any, specs: dict[str, TeacherSpec]) -> None:
-    """Add the summary table, and for wandb a plot and the names of student, teachers and rewards."""
+    """Add the summary table, and for wandb a plot; note the names of student, teachers and rewards."""
+    trainer.facts = {
+        "student": name_of(trainer.model),
+        "teachers": {name: spec.name for name, spec in specs.items()},
+        "reward_funcs": trainer.reward_func_names if trainer.has_rewards else [],
+    }
     if not trainer.args.disable_tqdm:
         trainer.add_callback(SummaryTable())
     if "wandb" in trainer.args.report_to:
-        facts = {
-            "student": name_of(trainer.model),
-            "teachers": {name: spec.name for name, spec in specs.items()},
-            "reward_funcs": trainer.reward_func_names if trainer.has_rewards else [],
-        }
-        trainer.add_callback(WandbExtras(facts))
+        trainer.add_callback(WandbExtras(trainer.facts))
 
 
 def _estimators(trainer: Any, found: Examined) -> tuple[Estimator, Estimator]:

@@ -7,6 +7,7 @@ This file decides the order of the steps. The loss is in `loss.py`, setup in `se
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from ..teachers.spec import TeacherSpec, read_specs
 from .citation import PAPER
 from .grpo_hooks import GRPOHooks
 from .loss import DistillationLoss, LossParts
+from .model_card import complete_file
 from .safeguards import Safeguards
 from .setup import Setup, add_reporting, prepare
 from .step_metrics import loss_quantities, off_policy_quantities, step_quantities
@@ -114,6 +116,7 @@ class OPDTrainer(GRPOHooks):
 
     setup: Setup | None = None
     loss: DistillationLoss | None = None
+    facts: dict[str, Any]  # names of student, teachers and rewards
     preflight: Report
     _terms: dict[str, torch.Tensor] = {}  # the parts of the last loss, for the file that describes a non-finite loss
 
@@ -344,6 +347,12 @@ class OPDTrainer(GRPOHooks):
             self.turns.save(folder, under_way=not self.between_generations)
         for teacher, _ in self.pool.members if self.pool is not None and self.accelerator.is_main_process else ():
             teacher.save(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As [`~transformers.Trainer.create_model_card`]; it also names the teachers and how they were distilled."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            complete_file(Path(self.args.output_dir, "README.md"), self.facts, self.args)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.has_rewards:  # only the placeholder's zeros
