@@ -1,4 +1,4 @@
-"""Two processes over gloo train as one process does on the same global batch: DDP, DeepSpeed ZeRO-2 and ZeRO-3."""
+"""Two processes over gloo train as one process does on the same global batch: DDP, ZeRO-2, ZeRO-3 and FSDP2."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ def torchrun(processes: int) -> list[str]:
 ENGINES = {  # how two processes are launched, and what they must find themselves in
     "ddp": (torchrun(2), ("MULTI_CPU", 2, None)),
     "zero2": (["accelerate.commands.launch", "--config_file", str(CONFIGS / "zero2_cpu.yaml")], ("DEEPSPEED", 2, 2)),
+    "fsdp2": (torchrun(2), ("FSDP", 2, None)),
     "zero3": (["accelerate.commands.launch", "--config_file", str(CONFIGS / "zero3_cpu.yaml")], ("DEEPSPEED", 2, 3)),
 }
 
 
-def launch(folder: Path, launcher: list[str], processes: int, *options: str) -> list[dict]:
+def launch(folder: Path, launcher: list[str], processes: int, *options: str, flags: tuple[str, ...] = ()) -> list[dict]:
     """What each process saw of a run on global batches of 8."""
     succeeds(
-        [sys.executable, "-m", *launcher, HERE / "worker.py", folder, str(8 // processes), *options],
+        [sys.executable, "-m", *launcher, HERE / "worker.py", *flags, folder, str(8 // processes), *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(processes)]
@@ -43,11 +44,11 @@ def launch(folder: Path, launcher: list[str], processes: int, *options: str) -> 
 def on_two(engine: str, folder: Path, *options: str) -> list[dict]:
     """The same on two processes, which must have found themselves in the engine that was asked for."""
     launcher, expected = ENGINES[engine]
-    if engine != "ddp":
+    if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
         if shutil.which("g++") is None:
             pytest.skip("DeepSpeed compiles an op on first use, and there is no g++")
-    both = launch(folder, launcher, 2, *options)
+    both = launch(folder, launcher, 2, *options, flags=("--fsdp2",) if engine == "fsdp2" else ())
     assert [(r["distributed_type"], r["processes"], r["zero_stage"]) for r in both] == [expected] * 2
     return both
 
@@ -77,6 +78,7 @@ def models(saved, tokenizer) -> Path:
     return saved
 
 
+SHARDED = ("zero3", "fsdp2")
 SLOW = pytest.mark.slow
 RUNS = [
     ("ddp", "full"),
@@ -95,6 +97,14 @@ RUNS = [
     pytest.param("zero3", "topk", marks=SLOW),
     pytest.param("zero3", "full routed", marks=SLOW),
     pytest.param("zero3", "full off_policy", marks=SLOW),
+    pytest.param("fsdp2", "full", marks=SLOW),
+    pytest.param("fsdp2", "full rewards", marks=SLOW),
+    pytest.param("fsdp2", "full lora", marks=SLOW),
+    pytest.param("fsdp2", "full lora adapter_off", marks=SLOW),
+    pytest.param("fsdp2", "topk", marks=SLOW),
+    pytest.param("fsdp2", "sampled", marks=SLOW),
+    pytest.param("fsdp2", "full routed", marks=SLOW),
+    pytest.param("fsdp2", "full off_policy", marks=SLOW),
 ]
 
 
@@ -117,17 +127,37 @@ def test_two_processes_equal_one(models, engine, options):
     assert ("distill/reverse_kl/code" in single["steps"][0]) is ("routed" in chosen)
     for result in both:
         assert "error" not in result["teacher_differs"]
-        assert ("skipped" in result["teacher_differs"]) is (engine == "zero3")  # whole weights are compared
+        assert ("skipped" in result["teacher_differs"]) is (engine in SHARDED)  # whole weights are compared
         assert result["teacher_parameters"] == single["teacher_parameters"]
         share = result["teacher_parameters_held"] / result["teacher_parameters"]
-        assert share <= 0.51 if engine == "zero3" else share == 1
+        assert share <= 0.51 if engine in SHARDED else share == 1
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "options", ["full rewards", "topk rewards", "full lora rewards", "full lora adapter_off rewards"]
+)
 @pytest.mark.slow
-def test_a_zero3_checkpoint_resumes_and_the_saved_model_is_the_student(models):
-    on_two("zero3", models, "full", "save")
+def test_in_16_bits_only_products_are_rounded(models, engine, options):
+    """The loss and what it is computed from stay in fp32, on the way into the student's forward pass and out of it."""
+    (single,) = launch(models, torchrun(1), 1, *options.split())  # in fp32; with rewards, rollouts are always the same
+    both = on_two(engine, models, *options.split(), "bf16")
+    for result in both:
+        first, expected = result["steps"][0], single["steps"][0]
+        assert first["loss"] == pytest.approx(expected["loss"], rel=2e-2)
+        assert first["distill/reverse_kl"] == pytest.approx(expected["distill/reverse_kl"], rel=2e-2)
+        assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5e-2)
+        rounded = [name for name, change in result["precision"].items() if change == 0.0]
+        assert not rounded, result["precision"]
+        assert {"slopes", "entropy", "divergence" if "full" in options else "head_log_q"} <= set(result["precision"])
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+@pytest.mark.slow
+def test_a_checkpoint_of_shards_resumes_and_the_saved_model_is_the_student(models, engine):
+    on_two(engine, models, "full", "save")
     expected, live = weights(models), load_file(models / "live.safetensors")
-    resumed = on_two("zero3", models, "full", "save", "resume")
+    resumed = on_two(engine, models, "full", "save", "resume")
     assert len(resumed[0]["steps"]) == 3  # the first is the checkpoint's
     found = weights(models)
     torch.testing.assert_close(vector(found), vector(expected), rtol=1e-6, atol=1e-7)

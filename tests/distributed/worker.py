@@ -1,6 +1,6 @@
 """One process of a distributed run: trains a tiny student and writes what it saw as JSON.
 
-    torchrun --nproc_per_node 2 tests/distributed/worker.py FOLDER PER_DEVICE_BATCH ESTIMATOR [OPTION ...]
+    torchrun --nproc_per_node 2 tests/distributed/worker.py [--fsdp2] FOLDER PER_DEVICE_BATCH ESTIMATOR [OPTION ...]
     accelerate launch --config_file deepspeed_configs/zero3_cpu.yaml tests/distributed/worker.py ... (the same)
 
 OPTIONs are listed in `main`. FOLDER holds `student` and `teacher`, saved with their
@@ -16,6 +16,10 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+if "--fsdp2" in sys.argv:  # before an accelerator is made
+    sys.argv.remove("--fsdp2")
+    import fsdp2_on_cpu  # noqa: F401
 
 import torch
 from datasets import Dataset
@@ -71,10 +75,53 @@ def live_weights(trainer: OPDTrainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone().cpu() for name, tensor in state.items()} if state else {}
 
 
+def held_here(parameter: torch.Tensor) -> int:
+    """Elements of a parameter that this process holds."""
+    if hasattr(parameter, "to_local"):  # FSDP2
+        return parameter.to_local().numel()
+    return getattr(parameter, "ds_tensor", parameter).numel()  # ZeRO-3
+
+
+def watch_precision(trainer: OPDTrainer) -> dict[str, float]:
+    """By name, the largest change that rounding to bf16 would make to what the losses are computed from."""
+    seen: dict[str, float] = {}
+
+    def watch(name: str, tensor: torch.Tensor) -> None:
+        exact = tensor.dtype == torch.float32 and tensor.numel() > 0
+        change = (tensor - tensor.bfloat16().float()).abs().max().item() if exact else 0.0
+        seen[name] = max(seen.get(name, 0.0), change)
+
+    measure, term = trainer.estimator.measure, trainer.estimator.term
+
+    def watched_measure(*args, slopes=None):
+        watch("slopes", slopes.divergence)
+        return measure(*args, slopes=slopes)
+
+    def watched_term(measured, *args):
+        for name, tensor in measured.tensors().items():
+            if tensor.is_floating_point():
+                watch(name, tensor)
+        return term(measured, *args)
+
+    trainer.estimator.measure, trainer.estimator.term = watched_measure, watched_term
+    return seen
+
+
 @distributed_main
 def main(folder: Path, per_device_batch: int, estimator: str, options: set[str]) -> None:
     torch.set_num_threads(1)
-    unknown = options - {"rewards", "routed", "off_policy", "lora", "save", "resume", "offload", "ema"}
+    unknown = options - {
+        "rewards",
+        "routed",
+        "off_policy",
+        "lora",
+        "save",
+        "resume",
+        "offload",
+        "ema",
+        "bf16",
+        "adapter_off",
+    }
     if unknown:
         raise SystemExit(f"There is no option {unknown}.")
     rewards, off_policy = "rewards" in options, "off_policy" in options
@@ -92,6 +139,8 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         if "routed" in options
         else None
         if "ema" in options
+        else "adapter-off"
+        if "adapter_off" in options
         else teacher,
         reward_funcs=[letters] if rewards else None,
         args=config(
@@ -105,6 +154,8 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
             shuffle_dataset="routed" not in options,
             teacher_offload="offload" in options,
             teacher_ema=0.8 if "ema" in options else None,
+            bf16="bf16" in options,
+            assume_different_teacher="adapter_off" in options,
             max_grad_norm=1e9,
             save_strategy="steps" if "save" in options else "no",
             save_steps=1,
@@ -115,6 +166,7 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         rollout_func=written_out if rewards else None,
     )
     set_adapter(trainer)
+    seen = watch_precision(trainer)
     trainer.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-1") if "resume" in options else None)
     trainer.save_model(str(folder / "out"))
     live = live_weights(trainer)
@@ -127,8 +179,9 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         "processes": accelerator.num_processes,
         "zero_stage": accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None,
         "teacher_differs": [f.level for f in trainer.preflight.findings if f.check.startswith("teacher differs")],
-        "teacher_parameters_held": sum(getattr(p, "ds_tensor", p).numel() for p in held),
+        "teacher_parameters_held": sum(held_here(p) for p in held),
         "teacher_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in held),
+        "precision": seen,
         "steps": [
             {key: row[key] for key in LOGGED if key in row} for row in trainer.state.log_history if "loss" in row
         ],

@@ -18,7 +18,7 @@ from trl_distill.heads import few_ids, fused, lm_head, tiles
 from trl_distill.models.hidden_states import add_teacher_forward
 from trl_distill.objective.divergences import reverse_kl
 from trl_distill.rollouts import Rollouts
-from trl_distill.teachers.local import shard_layers
+from trl_distill.teachers.sharding import shard_layers
 
 
 def make_trainer(tmp_path, tokenizer, prompts, student, teacher, **changes):

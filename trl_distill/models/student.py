@@ -14,15 +14,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
 from .._trl import FusedCausalLMOutput
 from ..estimators.base import Estimator
 from ..heads.comparison import comparison_from_states
+from ..heads.few_ids import log_probs_of
 from ..heads.fused import ExpectedSlopes
 from ..heads.lm_head import LMHead
-from ..heads.few_ids import log_probs_of
 from ..rollouts import Rollouts
 from ..signals import HiddenStates, TeacherScore
 from .hidden_states import judged_states, last_hidden, last_hidden_state, scatter, unbound_forward
@@ -78,12 +79,39 @@ class ForwardPlan:
         )
 
 
+class Uncast:
+    """
+    An argument of a forward pass that engines leave as it is.
+
+    FSDP2 casts all floating-point tensors in a module's arguments to the dtype of its parameters, in dataclasses too.
+
+    Args:
+        content (`Any`): the argument.
+    """
+
+    def __init__(self, content: Any):
+        self.content = content
+
+
+def keep_output_dtype(accelerator: Accelerator) -> None:
+    """
+    Let FSDP2 return what the student's forward pass computes in fp32 as it is, instead of casting it to 16 bits.
+
+    Call it before the student is sharded. What the layers compute keeps its dtype, which follows from their parameters.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if plugin is not None and hasattr(policy, "output_dtype"):  # FSDP1's policy has none
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+
+
 def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
     """
     Extend a student's forward pass, so that it can return an estimator's measures against teachers' scores.
 
-    `model(input_ids, attention_mask, rollouts=..., scores=[...], plan=...)` returns a [`DistilledOutput`]. With TRL's
-    `fused_lm_head=True` (and `labels`) the output also has log-probabilities and entropy, from the same backbone pass.
+    `model(input_ids, attention_mask, rollouts=..., scores=..., plan=...)` returns a [`DistilledOutput`]; `scores`, a
+    list, and `plan` are wrapped in [`Uncast`]. With TRL's `fused_lm_head=True` (and `labels`) the output also has
+    log-probabilities and entropy, from the same backbone pass.
     With `rollouts` alone it returns [`HiddenStates`], like a teacher; without `rollouts` the model behaves as before.
 
     Args:
@@ -99,8 +127,8 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
         self: PreTrainedModel,
         *args: Any,
         rollouts: Rollouts | None = None,
-        scores: list[TeacherScore] | None = None,
-        plan: ForwardPlan | None = None,
+        scores: Uncast | None = None,
+        plan: Uncast | None = None,
         fused_lm_head: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -108,16 +136,17 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
             return fused_forward(self, *args, fused_lm_head=fused_lm_head, **kwargs)
         if scores is None or plan is None:
             return HiddenStates(judged_states(last_hidden(self, *args, **kwargs), rollouts.mask), LMHead(self))
-        if fused_lm_head and plan.log_probs == "trl":
+        how: ForwardPlan = plan.content
+        if fused_lm_head and how.log_probs == "trl":
             hidden, fields = _trl_forward(fused_forward, self, *args, **kwargs)
         else:
             kwargs.pop("labels", None)
             hidden, fields = last_hidden(self, *args, **kwargs), {}
         in_fp32: Any = torch.autocast(hidden.device.type, enabled=False) if fp32_head else nullcontext()
         with in_fp32, LMHead(self).gathered() as head:
-            if fused_lm_head and plan.log_probs == "here":
-                fields = _log_probs(hidden, head, rollouts, plan.temperature, fp32_head)
-            return _measure(hidden, head, rollouts, scores, plan, fields, fp32_head)
+            if fused_lm_head and how.log_probs == "here":
+                fields = _log_probs(hidden, head, rollouts, how.temperature, fp32_head)
+            return _measure(hidden, head, rollouts, scores.content, how, fields, fp32_head)
 
     base.forward = types.MethodType(forward, base)
 
@@ -213,7 +242,7 @@ class RecordedStudent:
     """
 
     def __init__(self, model: nn.Module, rollouts: Rollouts, scores: list[TeacherScore], plan: ForwardPlan):
-        self._model = functools.partial(model, rollouts=rollouts, scores=scores, plan=plan)
+        self._model = functools.partial(model, rollouts=rollouts, scores=Uncast(scores), plan=Uncast(plan))
         self._measures = plan.estimator.measures
         self._output: DistilledOutput | None = None
 

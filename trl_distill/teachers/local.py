@@ -11,32 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from .._trl import prepare_deepspeed, prepare_fsdp
+from .._trl import prepare_deepspeed
 from ..models.hidden_states import add_teacher_forward
 from ..models.properties import has_relative_positions, unwrap_adapter
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
 from .base import Teacher
-
-
-def shard_layers(model: nn.Module, accelerator: Accelerator) -> None:
-    """
-    Shard a frozen model layer by layer under FSDP2, so that a forward pass gathers one layer at a time.
-
-    TRL shards its reference model at the root alone, so that all of it is gathered at once.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    plugin, mesh = accelerator.state.fsdp_plugin, getattr(accelerator, "torch_device_mesh", None)
-    layers = set(getattr(unwrap_adapter(model), "_no_split_modules", None) or ())
-    for module in [module for module in model.modules() if type(module).__name__ in layers]:
-        fully_shard(
-            module,
-            mesh=None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)],
-            reshard_after_forward=True,
-            mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
-            **({"offload_policy": plugin.cpu_offload} if plugin.cpu_offload else {}),
-        )
+from .sharding import sharded
 
 
 class LocalTeacher(Teacher):
@@ -69,13 +50,7 @@ class LocalTeacher(Teacher):
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             return prepare_deepspeed(model, accelerator)
         if accelerator.distributed_type == DistributedType.FSDP:
-            if accelerator.state.fsdp_plugin.fsdp_version == 1:
-                raise ValueError(
-                    "FSDP version 1 flattens the teacher's LM head, which the divergence needs as a matrix. Set "
-                    "`fsdp_version: 2` in the accelerate configuration."
-                )
-            shard_layers(model, accelerator)
-            return prepare_fsdp(model, accelerator)
+            return sharded(model, accelerator)
         return accelerator.prepare_model(model, evaluation_mode=True)
 
     @contextmanager

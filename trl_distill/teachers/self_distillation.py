@@ -69,12 +69,17 @@ class AdapterOff(Teacher):
     def score(self, rollouts: Rollouts) -> HiddenStates:
         """Run the base model in eval mode."""
         trained = [(parameter, parameter.requires_grad) for parameter in self._student.parameters()]
+
+        def restore() -> None:
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+
         try:
-            with self._student.disable_adapter():
+            with self._student.disable_adapter():  # sets `requires_grad` of the adapter, here and when it ends
+                restore()  # FSDP2 looks at it in the first forward pass, for all those that follow
                 return _score_as_student(self._student, self._accelerator, rollouts, self._batch_size)
         finally:
-            for parameter, requires_grad in trained:  # PEFT has set `requires_grad` on the whole adapter
-                parameter.requires_grad_(requires_grad)
+            restore()
 
 
 class MovingAverage(Teacher):

@@ -24,6 +24,7 @@ from .offloaded import OffloadedTeacher
 from .pool import TeacherPool
 from .self_distillation import ADAPTER_OFF, AdapterOff, MovingAverage
 from .server import ServedTeacher
+from .sharding import device_map_of
 
 
 class TeacherSpec:
@@ -115,10 +116,16 @@ class NamedModel(_ModelSpec):
         `teacher_model_init_kwargs` say otherwise; in CPU memory with `teacher_offload`.
         """
         kwargs: dict[str, Any] = {"dtype": "auto", **_init_kwargs(self.args)}
-        if accelerator.num_processes > 1 or accelerator.distributed_type == DistributedType.DEEPSPEED:
-            kwargs["device_map"] = None  # each process places its own copy, or its own shard
-        if self.args.teacher_offload:
+        if accelerator.distributed_type == DistributedType.FSDP:
+            kwargs["device_map"] = device_map_of(accelerator)
+        elif is_sharded(accelerator):
+            kwargs["device_map"] = None  # ZeRO-3 loads shards
+        elif self.args.teacher_offload:
             kwargs.setdefault("device_map", None)
+        elif accelerator.num_processes > 1 or accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # straight to its own device: host memory would hold the model once for each process
+            on_device = accelerator.device.type != "cpu"
+            kwargs["device_map"] = {"": accelerator.device} if on_device else None
         model = load_whole(create_model_from_path, self.given, "teacher", **kwargs)
         return self._placed(model, accelerator, student_vocab_size)
 
