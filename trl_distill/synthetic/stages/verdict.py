@@ -23,7 +23,7 @@ _MENTION = re.compile(r"(?<![^\W_])scores?(?![^\W_])", re.IGNORECASE)
 
 _BEFORE = re.compile(  # a verdict begins its line or follows a whole sentence
     rf"(?:.*[.!?。！？][*_`)\]\"'”’]*\s+|\s*(?:[-*•]\s+|\#{{1,6}}\s+)?){_MARKS}"
-    r"(?:(?:so|therefore|thus|hence|my|the|final|overall|total|verdict|answer|judge?ment|conclusion)[,:]?[*_`]*\s+)*"
+    r"(?:(?:so|therefore|thus|hence|my|the|final|overall|total|verdict|answer|judge?ment|conclusion)[*_`]*[,:]?[*_`]*\s+)*"
     rf"{_MARKS}(?P<quote>[\"'“‘]?){_MARKS}",
     re.IGNORECASE,
 )
@@ -35,10 +35,24 @@ _NUMBER = re.compile(
 )
 
 
-_SENTENCE = re.compile(r"(?:[.!,;]\s|\s+\(|\s+[-\u2013\u2014]\s)")  # what an explanation after the number begins with
+_SENTENCE = re.compile(
+    r"(?:[.!,;]\s|\s+[(\[]|\s+[-\u2013\u2014]\s)"
+)  # what an explanation after the number begins with
 
 
 _SCALE = re.compile(r"%|‰|\bout of\b|\bper ?cent\b|\bhal(?:f|ves)\b", re.IGNORECASE)
+
+
+_OPTION = re.compile(r"\W*?([-+\u2212]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+))[\W_]*(?:or|and|to)?[\W_]*", re.IGNORECASE)
+
+
+_THOUGHT = re.compile(r"<think(?:ing)?>|<thought>|<reasoning>|\[THINK\]|\u25c1think\u25b7", re.IGNORECASE)
+
+
+_THOUGHT_END = re.compile(
+    r"</think(?:ing)?>|</thought>|</reasoning>|\[/THINK\]|\u25c1/think\u25b7|<\|channel\|>final<\|message\|>",
+    re.IGNORECASE,
+)
 
 
 _CLOSING = {"[": "]", "(": ")", "{": "}", "<": ">", '"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "": ""}
@@ -55,14 +69,14 @@ def read_verdict(answer: str, question: str = "") -> float | None:
     The score in a judge's answer.
 
     Args:
-        answer (`str`): a whole answer, not one that was cut. Thoughts up to `</think>` do not count.
+        answer (`str`): a whole answer, not one that was cut. Thoughts up to `</think>` or the like do not count.
         question (`str`, *optional*): what the judge was asked. An instruction that it repeats is not a verdict.
 
     Returns:
         `float`, *optional*: the number that is written, exactly; `None` if there is none, or it is in doubt.
     """
-    thought, _, text = answer.rpartition("</think>")
-    if "<think>" in text and not thought:
+    text = _THOUGHT_END.split(answer)[-1]
+    if _THOUGHT.search(text):
         return None  # it has not come to an end of its thoughts
     if found := _OBJECT.search(text):
         score = _from_json(found[1])
@@ -73,9 +87,9 @@ def read_verdict(answer: str, question: str = "") -> float | None:
     score, end = _at(text, labels[-1])
     if score is None or _is_mentioned(text[end:]) or _repeats(text, labels[-1].start(), question):
         return None
-    if len(labels) > 1:  # several scores on lines one after the other are a list of what may be written
-        other, end = _at(text, labels[-2])
-        if other not in (None, score) and not text[end : text.rfind("\n", 0, labels[-1].start()) + 1].strip():
+    if len(labels) > 1:  # scores one after the other are a list of what may be written
+        option = _OPTION.fullmatch(text[labels[-2].end() : labels[-1].start()])
+        if option and float(option[1].replace("\u2212", "-")) != score:
             return None
     return score
 
@@ -86,11 +100,11 @@ def _at(text: str, label: re.Match[str]) -> tuple[float | None, int]:
     before = _BEFORE.fullmatch(text[start : label.start()])
     end = _line_end(text, label.end())
     tail = text[label.end() : end]
-    alone = not tail.strip(" \t*_`")
+    alone = not tail.strip(" \t\r*_`")
     if alone:  # the number stands on the next line
         skipped = len(text[end:]) - len(text[end:].lstrip())
         end = _line_end(text, end + skipped)
-        tail = text[label.end() : end].strip(" \t*_`\n")
+        tail = text[label.end() : end].strip(" \t\r\n*_`")
     number = _NUMBER.match(tail)
     if before is None or number is None or (alone and re.match(r"[-+*]\s", tail)):  # a list's item is not a sign
         return None, end
