@@ -18,15 +18,12 @@ from trl_distill.http_client import (
     HTTPClient,
     NoAnswerError,
     PassingError,
-    ServerURL,
     Settings,
     StatusError,
-    clean_key,
     error_inside,
-    read_url,
     retry_after,
-    without_login,
 )
+from trl_distill.server_urls import ServerURL, clean_key, read_url, without_login
 
 
 PATH = "/v1/completions"

@@ -10,7 +10,7 @@ import os
 import re
 from typing import Any
 
-from .http_client import without_login
+from .server_urls import without_login
 
 
 HIDDEN = "***"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..http_client import read_url, without_login
+from ..server_urls import read_url, without_login
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..http_client import without_login
 from ..redaction import redacted
+from ..server_urls import without_login
 from .address import Address, parse_address
 
 

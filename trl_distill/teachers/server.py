@@ -20,17 +20,9 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import TeacherAnswerError, TeacherUnavailable
-from ..http_client import (
-    HTTPClient,
-    NoAnswerError,
-    PassingError,
-    ServerURL,
-    Settings,
-    StatusError,
-    may_pass,
-    read_url,
-)
+from ..http_client import HTTPClient, NoAnswerError, PassingError, Settings, StatusError, may_pass
 from ..rollouts import Rollouts
+from ..server_urls import ServerURL, read_url
 from ..signals import TokenLogProbs
 from .base import Teacher
 from .server_answers import ErrorInsideError, Row, TokenScore, read_answer, read_models

@@ -15,9 +15,9 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from .._trl import create_model_from_path, get_config_model_id
 from ..config import OPDConfig
-from ..http_client import without_login
 from ..models.loading import load_config, load_tokenizer, load_whole
 from ..models.properties import unwrap_adapter
+from ..server_urls import without_login
 from .base import Teacher, as_teacher, is_sharded
 from .local import LocalTeacher
 from .offloaded import OffloadedTeacher

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx2 as httpx
 
 from ...errors import TeacherAnswerError, TeacherUnavailable
-from ...http_client import HTTPClient, NoAnswerError, Settings, StatusError, read_url
+from ...http_client import HTTPClient, NoAnswerError, Settings, StatusError
 from ...redaction import from_environment, redacted
+from ...server_urls import read_url
 from ..address import Address
 from ..records import Answer, Completion, Refusal
 from ..text import Text

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...data.json_rows import InputRow
 from ...data.rows import CONVERSATIONS, RowError, read_messages, read_prompt
-from ...http_client import without_login
+from ...server_urls import without_login
 from ..text import Text, flat
 from .ingest import read_rows
 

@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetGenerationError
 from ...data.datasets import load_splits, take_split
 from ...data.json_rows import BATCH, SUFFIXES, Columns, InputRow, groups, read_json_rows
 from ...data.rows import CONVERSATIONS, RowError, read_prompt
-from ...http_client import without_login
+from ...server_urls import without_login
 from ..output.counts import Skip, SkipFile, Stage
 from ..records import PromptRow
 from ..text import flat, normal
