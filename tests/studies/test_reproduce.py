@@ -156,7 +156,7 @@ def test_names_of_arms_are_names_of_files(module):
 
 def test_every_claim_has_a_place_on_the_page(module):
     text = (SCRIPTS.parent / "docs" / "results.md").read_text()
-    report = importlib.import_module("scripts.studies.reproduce.report")
+    report = importlib.import_module("scripts.studies.reproduce.figures")
     for claim in module.CLAIMS:
         assert len(module.CLAIMS[claim].arms) <= len(report.COLOURS) == len(report.MARKERS)
         assert f"<!-- results {claim}: begin -->" in text

@@ -40,18 +40,51 @@ def test_the_front_is_what_no_other_run_beats():
     check()
 
 
-def test_labels_cover_neither_points_nor_each_other():
-    from trl_distill.sweeps.figures import Point, pareto_figure
+CROWDED = {
+    "in a row": [(0.5, 0.21), (0.48, 0.215), (0.52, 0.207), (0.53, 0.2), (0.59, 0.217), (1.8, 0.86), (6.9, 0.98)],
+    "as in the docs": [(6.9, 0.98), (8.2, 0.97), (0.55, 0.214), (0.49, 0.2), (0.53, 0.207), (0.52, 0.203), (0.66, 0.2)],
+    "in one corner": [(1 + i / 50, 0.5 + i / 200) for i in range(6)] + [(9, 1.0)],
+}
 
-    near = [(0.5, 0.21), (0.48, 0.215), (0.52, 0.207), (0.53, 0.2), (0.59, 0.217), (1.8, 0.86), (6.9, 0.98)]
+
+@pytest.mark.parametrize("name", CROWDED)
+def test_labels_cover_neither_points_nor_each_other_nor_the_front(name):
+    from trl_distill.sweeps.figures import Point, pareto_figure
+    from trl_distill.sweeps.labels import along
+
+    near = CROWDED[name]
     figure = pareto_figure([Point(f"beta={i}", x, y) for i, (x, y) in enumerate(near)], "KL", "reward")
     figure.draw_without_rendering()
     (axis,) = figure.axes
-    boxes = [text.get_window_extent() for text in axis.texts if text.get_text()]
-    assert len(boxes) == 7
+    texts = [text for text in axis.texts if text.get_text()]
+    assert {text.get_text() for text in texts} == {f"beta={i}" for i in range(len(near))}
+    boxes = [text.get_window_extent() for text in texts]
+    front = [spot for line in axis.lines for spot in along(axis, line)]
+    assert front
     for index, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[index + 1 :])
         assert not any(box.contains(*axis.transData.transform(point)) for point in near)
+        assert not any(box.contains(*spot) for spot in front)
+        inside = axis.get_window_extent()
+        assert inside.x0 <= box.x0 <= box.x1 <= inside.x1
+
+
+def test_a_label_among_several_points_is_joined_to_its_own():
+    from trl_distill.sweeps.figures import Point, pareto_figure
+
+    near = CROWDED["as in the docs"]
+    (axis,) = pareto_figure([Point(f"{i}", x, y) for i, (x, y) in enumerate(near)], "KL", "reward").axes
+    joined = {text.xy for text in axis.texts if not text.get_text()}
+    assert {near[2], near[4]} <= joined
+
+
+def test_a_reward_that_is_never_negative_is_drawn_from_zero():
+    from trl_distill.sweeps.figures import Point, pareto_figure
+
+    for lowest, bottom in ((0.5, 0.0), (-0.5, None)):
+        points = [Point("a", 1.0, lowest), Point("b", 2.0, 0.9)]
+        (axis,) = pareto_figure(points, "KL", "reward").axes
+        assert (axis.get_ylim()[0] == bottom) if bottom is not None else (axis.get_ylim()[0] < lowest)
 
 
 def sweep_of(tmp_path: Path, metric: str, goal: str, runs: list[tuple[dict, dict]]) -> Path:

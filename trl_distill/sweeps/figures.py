@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from ..foreign_text import in_figure, in_legend
 from ..reporting.curves import BLUE, ORANGE, new_figure, plain
+from .labels import write_labels
 
 
 _STEPS: dict[str, Any] = {"drawstyle": "steps-post"}  # nothing is known between two runs
@@ -57,9 +57,12 @@ def pareto_figure(points: Sequence[Point], x_label: str, y_label: str, title: st
         axis.plot(*_columns(rest), **hollow, label="another run has less KL and more reward")
     _decades(axis, [point.x for point in points])
     axis.margins(0.14)
+    if min(point.y for point in points) >= 0:
+        axis.set_ylim(bottom=0)
     axis.set(xlabel=in_figure(x_label), ylabel=in_figure(y_label))
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    _label(figure, axis, [(point, BLUE) for point in front] + [(point, ORANGE) for point in rest])
+    coloured = [(point, BLUE) for point in front] + [(point, ORANGE) for point in rest]
+    write_labels(figure, axis, [(point.label, point.x, point.y, colour) for point, colour in coloured])
     return figure
 
 
@@ -134,26 +137,3 @@ def _decades(axis: Any, values: Sequence[float]) -> None:
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _label(figure: Any, axis: Any, points: Sequence[tuple[Point, str]]) -> None:
-    """Write each label at the nearest place where it covers no point and no other label, with a line if that is far."""
-    figure.draw_without_rendering()  # settles where the points are on the page
-    inside = axis.get_window_extent()
-    taken: list[Any] = []
-    dots = [axis.transData.transform((point.x, point.y)) for point, _ in points]
-    for point, colour in points:
-        style = {"ha": "center", "va": "center", "color": colour, "fontsize": 10, "textcoords": "offset points"}
-        text = axis.annotate(in_figure(point.label), (point.x, point.y), (0, 0), **style)
-        for distance, angle in itertools.product(range(14, 110, 12), (120, 90, 60, 150, 30, 270, 300, 240, 330, 210)):
-            turned = math.radians(angle)
-            offset = (1.7 * distance * math.cos(turned), distance * math.sin(turned))  # letters are wide
-            text.set_position(offset)
-            box = text.get_window_extent().padded(6)
-            within = inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1
-            if within and not any(box.contains(*dot) for dot in dots) and not any(map(box.overlaps, taken)):
-                break
-        taken.append(box)
-        if distance > 14:
-            line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 7, "shrinkB": 5}
-            axis.annotate("", (point.x, point.y), offset, textcoords="offset points", arrowprops=line)

@@ -46,7 +46,8 @@ def draw_picture(folder: Path, rows: list[Row], sweep: dict[str, Any], caption: 
     kl, points = reward_against_kl(rows)
     if points:
         path = folder / "pareto.png"
-        figure = pareto_figure([*points.values()], f"{kl}, nats per token", "reward", caption)
+        title = f"Reward against KL to the teacher\n{caption}"
+        figure = pareto_figure([*points.values()], f"{kl}, nats per token", "reward", title)
     elif not measured:
         return None
     elif numeric:

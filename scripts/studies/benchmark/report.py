@@ -1,4 +1,4 @@
-"""Tables and the picture of `scripts/benchmark.py`: ratios of medians with their spread, and the limits that were set.
+"""Tables of `scripts/benchmark.py`: ratios of medians with their spread, and the limits that were set.
 
 A ratio is ours divided by theirs, so less is better for seconds and memory. Where a contender's loss is not what its
 objective has on these rollouts, none of its ratios is given: a number that compares different work says nothing.
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.studies.benchmark.clocks import PARTS
+from scripts.studies.benchmark.growth import PANELS, curves_of, in_words, measured
 from scripts.studies.benchmark.results import CellResult, ContenderResult, Results
 
 
@@ -74,13 +75,6 @@ def ratio(ours: ContenderResult, theirs: ContenderResult, dtype: str, quantity: 
         return "not measured"
     each = [a / b for a, b in zip(mine, other, strict=True)]
     return Ratio(statistics.median(mine) / statistics.median(other), min(each), max(each))
-
-
-def measured(found: ContenderResult, quantity: str) -> list[float]:
-    """The values of "update_s", "step_s" or "peak_mib"; none where it was not measured."""
-    if quantity == "peak_mib":
-        return [] if found.peak_mib is None else [found.peak_mib]
-    return found.update_s if quantity == "update_s" else found.step_s
 
 
 def _asked(results: Results, limit: float | None) -> float | None:
@@ -220,13 +214,6 @@ def per_token(results: Results) -> Sheet:
     return "Memory against tokens", ["contender", "vocabulary", "KiB per token of a forward"], rows
 
 
-PANELS = {
-    "tokens": "tokens per step",
-    "vocabulary": "ids in the vocabulary",
-    "teacher": "teacher's layers, million parameters",
-}
-
-
 AXES = {**PANELS, "wide": "tokens per step, 4 × the vocabulary"}
 
 
@@ -258,6 +245,8 @@ def markdown(results: Results) -> str:
         if rows:
             lines += [f"### {title}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
             lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
+        if rows and sheet is growth and results.preset == "cpu":
+            lines += [f"![{in_words(curves_of(results))}](images/benchmark_growth.png)", ""]
     return "\n".join(lines)
 
 
@@ -269,37 +258,6 @@ def write_docs(results: Results, path: Path) -> None:
         raise ValueError(f"{path} has no lines {begin!r} and {end!r} to write the tables between. Put them there.")
     before, _, after = text.partition(begin)
     path.write_text(f"{before}{begin}\n\n{markdown(results)}\n{end}{after.partition(end)[2]}")
-
-
-def draw(results: Results, path: Path) -> None:
-    """Time and memory on each axis, ours and theirs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, len(PANELS), figsize=(10, 5.5), layout="constrained", squeeze=False)
-    for column, (axis, label) in enumerate(PANELS.items()):
-        cells = [found for found in results.cells if found.cell.axis == axis]
-        for row, (quantity, unit) in enumerate((("update_s", "update, s"), ("peak_mib", "peak memory, MiB"))):
-            panel = axes[row][column]
-            for colour, name in zip(("#1f5fa8", "#c05a00"), ("ours", "distillation"), strict=True):
-                there = [(found.cell, found.contenders[name]) for found in cells if name in found.contenders]
-                points = [
-                    (cell.at, statistics.median(measured(contender, quantity)))
-                    for cell, contender in there
-                    if measured(contender, quantity) and contender.agrees(cell.dtype)
-                ]
-                label_of = there[0][1].label.strip("`") if there else name
-                across, values = [at for at, _ in points], [value for _, value in points]
-                panel.plot(across, values, "o-", color=colour, linewidth=2, label=label_of)
-            panel.set(xlabel=label, ylabel=unit if column == 0 else "", ylim=(0, None), xlim=(0, None))
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.grid(alpha=0.25)
-    axes[0][0].legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def disagreeing(results: Results) -> list[str]:

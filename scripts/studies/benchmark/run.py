@@ -37,6 +37,7 @@ from datasets.utils.logging import disable_progress_bar as quiet_datasets
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging as transformers_logging
 
+from scripts.studies.benchmark import growth
 from scripts.studies.benchmark import report as report
 from scripts.studies.benchmark.cells import Cell, make_rollouts, preset
 from scripts.studies.benchmark.contenders import CONTENDERS, Contender, TrainerParts, memory_of
@@ -254,11 +255,11 @@ def main(options: argparse.Namespace) -> int:
                 console.print(f"{cell.name}: done")
     report.show(results, console)
     if any(found.cell.axis for found in results.cells):
-        report.draw(report.growth_of(results), options.output_dir / "benchmark_growth.png")
+        growth.draw(growth.curves_of(results), options.output_dir / "benchmark_growth.png")
     if options.write_docs:
         report.write_docs(results, ROOT / "docs" / "benchmarks.md")
         if any(found.cell.axis for found in results.cells):
-            report.draw(report.growth_of(results), ROOT / "docs" / "images" / "benchmark_growth.png")
+            growth.draw(growth.curves_of(results), ROOT / "docs" / "images" / "benchmark_growth.png")
     others = report.disagreeing(results)
     for line in others:
         console.print(line)
