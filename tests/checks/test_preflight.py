@@ -20,7 +20,7 @@ from trl_distill.checks import models as model_checks
 from trl_distill.checks import settings as setting_checks
 from trl_distill.checks import tokenizers as tokenizer_checks
 from trl_distill.checks.findings import Finding, PreflightError, Report
-from trl_distill.checks.preflight import measure_distance, own_completions
+from trl_distill.checks.loaded import measure_distance, own_completions
 from trl_distill.heads.fused import DivergenceSpec
 from trl_distill.models.hidden_states import add_teacher_forward
 from trl_distill.models.properties import context_of, stop_ids

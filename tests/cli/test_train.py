@@ -136,11 +136,15 @@ def test_check_only_shows_all_errors_at_once(run, saved, capsys):
     assert "could not be found" in capsys.readouterr().out
 
 
-def test_check_only_keeps_what_was_found_before_a_setting_stopped_it(run, capsys):
+def test_check_only_keeps_what_was_found_before_a_teacher_could_not_be_loaded(run, capsys, monkeypatch):
+    def missing(*_):
+        raise ValueError("The checkpoint lacks 3 of its weights.")
+
+    monkeypatch.setattr("trl_distill.training.setup.load_pool", missing)
     with pytest.raises(SystemExit):
-        run("--check_only", "--kl_estimator", "topk", "--divergence", "forward_kl", "--dtype", "bfloat16")
+        run("--check_only")
     shown = capsys.readouterr().out
-    assert "16-bit logits lose" in shown
+    assert "lacks 3 of its weights" in shown
     for check in ("tokenizer", "vocabulary", "stop tokens"):
         assert check in shown
 

@@ -126,8 +126,8 @@ def test_two_processes_equal_one(models, engine, options):
         assert [row["distill/on_policy"] for row in single["steps"]] == [0.0, 1.0, 0.0]
     assert ("distill/reverse_kl/code" in single["steps"][0]) is ("routed" in chosen)
     for result in both:
-        assert "error" not in result["teacher_differs"]
-        assert ("skipped" in result["teacher_differs"]) is (engine in SHARDED)  # whole weights are compared
+        assert set(result["teacher_differs"]) <= {"ok", "warning"}  # before training, or in it if weights are sharded
+        assert result["distance"] == both[0]["distance"]  # that of the tokens of all
         assert result["teacher_parameters"] == single["teacher_parameters"]
         share = result["teacher_parameters_held"] / result["teacher_parameters"]
         assert share <= 0.51 if engine in SHARDED else share == 1

@@ -75,6 +75,19 @@ def live_weights(trainer: OPDTrainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone().cpu() for name, tensor in state.items()} if state else {}
 
 
+def scale_logits() -> None:
+    from transformers import LlamaForCausalLM
+
+    original = LlamaForCausalLM.forward
+
+    def forward(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        output.logits = 1.1 * output.logits
+        return output
+
+    LlamaForCausalLM.forward = forward
+
+
 def held_here(parameter: torch.Tensor) -> int:
     """Elements of a parameter that this process holds."""
     if hasattr(parameter, "to_local"):  # FSDP2
@@ -126,7 +139,9 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         raise SystemExit(f"There is no option {unknown}.")
     rewards, off_policy = "rewards" in options, "off_policy" in options
     prompts = Dataset.from_dict({"prompt": [" ".join("abcdefgh"[i % 8 :][: 1 + i % 5]) + " z" for i in range(32)]})
-    teacher = str(folder / "teacher")
+    teacher = str(folder / ("student" if "same" in options else "teacher"))
+    if "scaled" in options:  # a model whose logits are not those of its head
+        scale_logits()
     if "routed" in options:  # with two processes, one has all rows of the one teacher, the other those of the other
         prompts = prompts.add_column("teacher", (["math"] * 4 + ["code"] * 4) * 4)
     if off_policy:
@@ -181,6 +196,7 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         "teacher_differs": [f.level for f in trainer.preflight.findings if f.check.startswith("teacher differs")],
         "teacher_parameters_held": sum(held_here(p) for p in held),
         "teacher_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in held),
+        "distance": [f.found for f in trainer.preflight.findings if f.check.startswith("teacher differs")],
         "precision": seen,
         "steps": [
             {key: row[key] for key in LOGGED if key in row} for row in trainer.state.log_history if "loss" in row

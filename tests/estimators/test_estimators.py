@@ -275,3 +275,24 @@ def test_what_16_bits_multiply_is_not_rounded_again(monkeypatch, name, k, stops,
         gradient += torch.autograd.grad(found.sum(), states)[0].float()
     torch.testing.assert_close(value.double(), kl.detach(), rtol=1e-2, atol=5e-6)
     assert relative_error(gradient, expected) < 1e-2
+
+
+def test_the_tail_of_a_forward_kl_survives_16_bits():
+    """It is a difference of nearly equal masses, which logits rounded to 16 bits would lose."""
+    draw, model, k = torch.Generator().manual_seed(5), make_model("untied", seed=1), 4
+    hidden = (4 * torch.randn(6, 16, generator=draw)).bfloat16()
+    weights = [torch.randn(VOCAB, 16, generator=draw).bfloat16()]
+    weights.append((weights[0].float() + 0.03 * torch.randn(VOCAB, 16, generator=draw)).bfloat16())
+    exact = hidden.double().requires_grad_()
+    log_q, log_p = ((exact @ weight.double().T).log_softmax(-1) for weight in weights)
+    ids = log_q.topk(k).indices
+    expected = terms.topk_forward_kl(log_q.gather(1, ids), log_p.detach().gather(1, ids))
+    tail = 1 - log_q.exp().gather(1, ids).sum(-1)
+    assert tail.min() < 1e-3  # hard enough
+    states, (head, teachers) = hidden.clone().requires_grad_(), (FixedHead(model, weight, None) for weight in weights)
+    estimator = make_estimator("topk", "forward_kl", 1.0, k)
+    measured = estimator.measure(states, head, HiddenStates(hidden, teachers), ids[:, 0], None)
+    found = estimator.term(measured, None, None, None)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-6)
+    gradients = [torch.autograd.grad(x.sum(), leaf)[0] for x, leaf in ((found, states), (expected, exact))]
+    assert relative_error(*gradients) < 1e-2

@@ -336,13 +336,6 @@ def test_streaming_rows_may_bring_prompts_that_are_not_known_yet(make, prompts):
     assert trainer.state.log_history[0]["distill/reverse_kl"] > 0
 
 
-def test_topk_forward_kl_needs_fp32_logits(make):
-    settings = {"kl_estimator": "topk", "divergence": "forward_kl", "bf16": True}
-    with pytest.raises(ValueError, match=r"which 16-bit logits lose\. Set `cast_lm_head_to_fp32=True`"):
-        make(**settings)
-    make(**settings, cast_lm_head_to_fp32=True).train()
-
-
 def test_a_decay_that_is_none():
     with pytest.raises(ValueError, match="it is the decay of a moving average"):
         MovingAverage(1.0)

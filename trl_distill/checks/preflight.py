@@ -1,34 +1,22 @@
 """The preflight: all checks of a run, in order. The single checks are functions in the other modules of this folder.
 
-Before loading: configurations, tokenizers, stop ids, lengths. After loading: LM heads against the models' own logits,
-and whether the teacher differs from the student. `trl-distill check` runs the preflight alone.
+Here: all that is known before teachers are loaded, that is, configurations, tokenizers, stop ids, lengths. What takes
+loaded models is in `loaded.py`. `trl-distill check` runs the preflight alone.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import OPDConfig
 from ..data.completions import token_ids
-from ..data.sampling import Sampling, rollouts_of, sample_ids
-from ..heads.fused import DivergenceSpec, fused_divergence
-from ..heads.lm_head import LMHead
-from ..models.hidden_states import last_hidden_state
 from ..models.properties import context_of, real_stops, stop_ids, unwrap_adapter
-from ..rollouts import Rollouts
-from ..signals import HiddenStates
-from ..teachers.base import Teacher, is_sharded
-from ..teachers.pool import checked
 from ..teachers.self_distillation import ADAPTER_OFF
 from ..teachers.spec import TeacherSpec, student_config
 from . import models as model_checks
@@ -36,15 +24,10 @@ from . import prompts as prompt_checks
 from . import settings as setting_checks
 from . import tokenizers as tokenizer_checks
 from .findings import Finding, Report
-from .models import Distance
 from .prompts import Prompts, count
 
 
 FIRST_ROWS = 512  # of the dataset's completions that are tokenised
-PROBE_PROMPTS = 4  # prompts that the student completes to be compared with a teacher
-
-
-PROBE_LENGTH = 32  # tokens of each of these completions
 
 
 def check_before_loading(model: Any, specs: dict[str, TeacherSpec], args: OPDConfig, adapter: bool = False) -> None:
@@ -239,122 +222,6 @@ def _examine_completions(facts: RunFacts, report: Report) -> None:
     found = [token_ids(row, facts.tokenizer, facts.stops, limit + 1, facts.template_kwargs) for row in first]
     cut = sum(len(completion) > limit for _, completion in found)
     report.add(setting_checks.completions(cut, len(found), limit, len(rows)))
-
-
-def check_head(model: nn.Module, whose: str, accelerator: Accelerator) -> None:
-    """
-    Compare logits computed from hidden states with the model's own on four tokens; skipped if weights are sharded.
-
-    Raises:
-        ValueError: they differ.
-    """
-    if is_sharded(accelerator):
-        return
-    base, training = unwrap_adapter(accelerator.unwrap_model(model)), model.training  # unwraps DeepSpeed's engine
-    input_ids = torch.arange(4, device=next(base.parameters()).device)[None]
-    with torch.no_grad(), accelerator.autocast():
-        model.eval()
-        with last_hidden_state(base.base_model) as caught:
-            expected = model(input_ids=input_ids, use_cache=False).logits
-        # some models, such as OPT, do not call the module that returns the hidden states
-        hidden = caught[0] if caught else base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        model.train(training)
-        model_checks.check_logits(expected, LMHead(base).logits(hidden.to(expected.device)), whose)
-
-
-def in_fp32(student: nn.Module, args: OPDConfig, accelerator: Accelerator) -> bool:
-    """Whether the student's logits are computed in fp32."""
-    head = unwrap_adapter(student).get_output_embeddings()
-    exact = accelerator.mixed_precision == "no" and head.weight.dtype == torch.float32
-    return exact or bool(args.cast_lm_head_to_fp32)
-
-
-def teacher_differs(
-    facts: RunFacts,
-    student: nn.Module,
-    teacher: Teacher,
-    names: list[str],
-    several: bool,
-    accelerator: Accelerator,
-    rollouts: Rollouts | None,
-    spec: DivergenceSpec,
-) -> Finding:
-    """
-    Measure KL(student ‖ teacher) on rollouts. 0 usually means that the wrong model was loaded.
-
-    Args:
-        facts ([`RunFacts`]): the run.
-        student (`torch.nn.Module`): the model that is trained.
-        teacher ([`~trl_distill.Teacher`]): ready to score.
-        names (`list[str]`): its names.
-        several (`bool`): whether there are other teachers.
-        accelerator ([`~accelerate.Accelerator`]): the trainer's.
-        rollouts ([`~trl_distill.Rollouts`], *optional*): of the student; see [`own_completions`]. `None` if there are
-            none.
-        spec ([`~trl_distill.heads.fused.DivergenceSpec`]): the reverse KL, with temperature and stop tokens.
-    """
-    if teacher.gives is not HiddenStates:
-        return Finding("teacher differs", "skipped", "Not measured: this teacher gives no hidden states.")
-    if rollouts is None:
-        return Finding("teacher differs", "skipped", "Not measured: weights are sharded.")
-    args, columns = facts.args, getattr(facts.dataset, "column_names", None) or []
-    distance = measure_distance(student, teacher, accelerator, rollouts, spec)
-    unknown = facts.has_environments or not columns
-    explained = {
-        "it has its own prompts": "teacher_prompt" in columns,
-        "prompts are unknown before training": unknown,
-        "there is a reward": facts.has_rewards,
-        "there are other teachers": several,
-        "it follows the student": teacher.starts_equal,
-    }
-    reason = next((reason for reason, holds in explained.items() if holds), "")
-    rough = not in_fp32(student, args, accelerator)
-    name, own = ", ".join(names) if several else "", teacher.follows_student
-    known = bool(readable_prompts(facts.dataset)) and not unknown
-    return model_checks.teacher_differs(distance, reason, args.assume_different_teacher, name, own, rough, known)
-
-
-def own_completions(
-    facts: RunFacts, student: nn.Module, accelerator: Accelerator, suppressed: Sequence[int] = ()
-) -> Rollouts:
-    """
-    A few completions of the student, at the run's temperature and `top_p`. Random generators are left as they were.
-
-    Args:
-        facts ([`RunFacts`]): the run. If prompts are unknown, ids of the vocabulary take the place of one.
-        student (`torch.nn.Module`): the model that is trained; its weights are whole.
-        accelerator ([`~accelerate.Accelerator`]): the trainer's.
-        suppressed (`Sequence[int]`): ids that are never sampled.
-
-    Returns:
-        [`~trl_distill.Rollouts`]: at most 4, with up to 32 judged tokens each.
-    """
-    args, pad = facts.args, facts.tokenizer.pad_token_id
-    prompts = [ids for ids in facts.first_prompts(limit=PROBE_PROMPTS) if ids]
-    prompts = prompts or [list(range(min(PROBE_LENGTH, len(facts.tokenizer))))]
-    limit = min(PROBE_LENGTH, args.max_completion_length or PROBE_LENGTH)
-    how = Sampling(
-        limit, tuple(facts.stops), args.temperature, seed=args.seed, suppressed=tuple(suppressed), top_p=args.top_p
-    )
-    with accelerator.autocast():
-        sampled = sample_ids(student, prompts, pad, how)
-    return rollouts_of(prompts, [ids for ((ids, _),) in sampled], pad, accelerator.device)
-
-
-@torch.no_grad()
-def measure_distance(
-    student: nn.Module, teacher: Teacher, accelerator: Accelerator, rollouts: Rollouts, spec: DivergenceSpec
-) -> Distance:
-    """KL(student ‖ teacher) on the judged tokens of any rollouts; called on every process."""
-    signal: Any = checked(teacher, teacher.score(rollouts), int(rollouts.mask.sum()))
-    training = student.training
-    student.eval()
-    with accelerator.autocast():
-        states = student(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask, rollouts=rollouts)
-        found = fused_divergence(states.hidden, states.head, signal.hidden, signal.head, spec)
-    student.train(training)
-    uniform = math.log(unwrap_adapter(student).config.get_text_config().vocab_size) - found.entropy.mean().item()
-    return Distance(found.divergence.mean().item(), uniform, int(rollouts.mask.sum()), len(rollouts))
 
 
 def readable_prompts(dataset: Any) -> list[Any]:

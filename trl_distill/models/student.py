@@ -100,7 +100,7 @@ def keep_output_dtype(accelerator: Accelerator) -> None:
     Call it before the student is sharded. What the layers compute keeps its dtype, which follows from their parameters.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    policy = getattr(plugin, "mixed_precision_policy", None)
+    policy: Any = getattr(plugin, "mixed_precision_policy", None)
     if plugin is not None and hasattr(policy, "output_dtype"):  # FSDP1's policy has none
         plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 

@@ -14,7 +14,8 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from ..checks.findings import Report
-from ..checks.preflight import Examined, RunFacts, check_head, examine, in_fp32, own_completions, teacher_differs
+from ..checks.loaded import ModelChecks, check_head
+from ..checks.preflight import Examined, RunFacts, examine
 from ..checks.teachers import check_signals
 from ..config import OPDConfig
 from ..estimators import make_estimator
@@ -24,7 +25,6 @@ from ..models.properties import has_relative_positions, name_of, unwrap_adapter
 from ..models.student import add_student_forward, keep_output_dtype
 from ..reporting.summary_table import SummaryTable
 from ..reporting.wandb_run import WandbExtras
-from ..signals import HiddenStates
 from ..teachers.base import is_sharded
 from ..teachers.pool import TeacherPool
 from ..teachers.spec import TeacherSpec, load_pool
@@ -43,12 +43,14 @@ class Setup:
         estimator ([`~trl_distill.estimators.base.Estimator`]): for rollouts of the student.
         off_policy_estimator ([`~trl_distill.estimators.base.Estimator`]): for the dataset's completions.
         same_vocabulary (`bool`): whether the divergence covers all of the student's ids.
+        checks ([`~trl_distill.checks.loaded.ModelChecks`]): some are made on the first rollouts if weights are sharded.
     """
 
     pool: TeacherPool
     estimator: Estimator
     off_policy_estimator: Estimator
     same_vocabulary: bool
+    checks: ModelChecks
 
 
 def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setup:
@@ -72,31 +74,34 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
     placed = getattr(facts.student, "is_quantized", False) or getattr(facts.student, "hf_device_map", None)
     if trainer.is_deepspeed_enabled and not trainer.zero3 and not placed:
         trainer.model.to(trainer.accelerator.device)  # DeepSpeed would later; the checks call it now
-    check_head(facts.student, "student", trainer.accelerator)
-    pool = _load(trainer, specs, estimator)
     add_student_forward(facts.student, fp32_head=trainer.args.cast_lm_head_to_fp32)
     keep_output_dtype(trainer.accelerator)
-    rollouts, args = None, trainer.args
-    spec = DivergenceSpec(temperature=args.kl_temperature or args.temperature, stops=tuple(found.merged))
-    if not is_sharded(trainer.accelerator) and any(teacher.gives is HiddenStates for teacher, _ in pool.members):
-        suppressed = [] if trainer.use_vllm else trainer.generation_config.suppress_tokens or []
-        facts = replace(facts, stops=trainer.eos_token_ids)  # with those of the teachers
-        rollouts = own_completions(facts, trainer.model, trainer.accelerator, suppressed)
+    if not is_sharded(trainer.accelerator):
+        check_head(facts.student, "student", trainer.accelerator)
+    pool = _load(trainer, specs, estimator)
     for teacher, columns in pool.members:
-        names = [pool.names[i] for i in columns]
         if pool.several:
-            teacher.call_it(names[0])
+            teacher.call_it(pool.names[columns[0]])
         for callback in teacher.callbacks():
             trainer.add_callback(callback)
-        with teacher.on_device() as model:
-            if model is not None:
-                check_head(model, "teacher", trainer.accelerator)
         teacher.check()
-        several = len(pool.members) > 1
-        report.add(teacher_differs(facts, trainer.model, teacher, names, several, trainer.accelerator, rollouts, spec))
+    checks = _model_checks(trainer, facts, pool, found)
+    checks.before_training(report)
     report.stop_on_errors()
     report.warn()
-    return Setup(pool, estimator, off_policy_estimator, same_vocabulary)
+    return Setup(pool, estimator, off_policy_estimator, same_vocabulary, checks)
+
+
+def _model_checks(trainer: Any, facts: RunFacts, pool: TeacherPool, found: Examined) -> ModelChecks:
+    args = trainer.args
+    return ModelChecks(
+        facts=replace(facts, stops=trainer.eos_token_ids),  # with those of the teachers
+        student=trainer.model,
+        pool=pool,
+        accelerator=trainer.accelerator,
+        spec=DivergenceSpec(temperature=args.kl_temperature or args.temperature, stops=tuple(found.merged)),
+        suppressed=[] if trainer.use_vllm else trainer.generation_config.suppress_tokens or [],
+    )
 
 
 def facts_of(trainer: Any) -> RunFacts:
@@ -135,12 +140,6 @@ def add_reporting(trainer: Any, specs: dict[str, TeacherSpec]) -> None:
 def _estimators(trainer: Any, found: Examined) -> tuple[Estimator, Estimator]:
     """The estimators for rollouts of the student and for the dataset's completions."""
     args: OPDConfig = trainer.args
-    exact = in_fp32(trainer.model, args, trainer.accelerator)
-    if args.kl_estimator == "topk" and args.divergence == "forward_kl" and not exact:
-        raise ValueError(
-            "kl_estimator='topk' with divergence='forward_kl' takes the difference of nearly equal masses, which "
-            "16-bit logits lose. Set `cast_lm_head_to_fp32=True`, or use kl_estimator='full'."
-        )
     make = functools.partial(
         make_estimator,
         temperature=args.kl_temperature or args.temperature,

@@ -28,7 +28,7 @@ from ..heads.tiles import release_memory
 from ..objective.weights import scheduled_beta
 from ..reporting.metrics import means
 from ..reporting.tokens.callback import TokenReport
-from ..rollouts import MicroBatch, teacher_prompts
+from ..rollouts import MicroBatch, Rollouts, teacher_prompts
 from ..teachers.base import Teacher
 from ..teachers.pool import TeacherPool
 from ..teachers.spec import TeacherSpec, read_specs
@@ -118,6 +118,7 @@ class OPDTrainer(GRPOHooks):
     loss: DistillationLoss | None = None
     facts: dict[str, Any]  # names of student, teachers and rewards
     preflight: Report
+    _models_checked = False
     _terms: dict[str, torch.Tensor] = {}  # the parts of the last loss, for the file that describes a non-finite loss
 
     _tag_names = ["trl", "trl_distill", "on-policy-distillation"]
@@ -275,10 +276,19 @@ class OPDTrainer(GRPOHooks):
             self.safeguards.watch(batch)
         if self.pool is None or self.beta_at(self.state.global_step) == 0:  # a weight that has reached 0 stays 0
             return
+        self._check_models(batch)
         own = [row.get("teacher_prompt") for row in rows]
         batch |= teacher_prompts(own, batch, self.token_ids_of, self.tokenizer.pad_token_id)
         batch |= self.pool.assign(rows, batch["prompt_ids"].device)
         self.pool.score_ahead(MicroBatch.from_inputs(batch), self.mode == "train")
+
+    def _check_models(self, batch: dict[str, Any]) -> None:
+        """The checks that set-up had to leave out because weights are sharded, on the first rollouts of training."""
+        assert self.setup is not None
+        if self._models_checked or self.mode == "eval" or not self.setup.checks.wait_for_rollouts:
+            return
+        self._models_checked = True
+        self.preflight.add(*self.setup.checks.on_rollouts(Rollouts.from_inputs(batch)).findings)
 
     def rollout_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's policy loss plus beta times the divergence from the teacher, from one forward of the student."""

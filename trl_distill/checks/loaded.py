@@ -1,0 +1,224 @@
+"""Checks that run the models: LM heads against the models' own logits, and how far the student is from each teacher.
+
+With whole weights they are made before training, on a few completions of the student. Where an engine shards weights,
+all processes take part in each forward pass, and the engine is there only when training begins: then they are made on
+the first rollouts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..config import OPDConfig
+from ..data.sampling import Sampling, rollouts_of, sample_ids
+from ..heads.fused import DivergenceSpec, fused_divergence
+from ..models.properties import unwrap_adapter
+from ..rollouts import Rollouts
+from ..signals import HiddenStates
+from ..teachers.base import Teacher, is_sharded
+from ..teachers.pool import TeacherPool, checked
+from . import models as model_checks
+from .findings import Finding, Report
+from .models import Distance
+from .preflight import RunFacts, readable_prompts
+
+
+PROBE_PROMPTS = 4  # prompts that the student completes to be compared with a teacher
+PROBE_LENGTH = 32  # tokens of each of these completions
+
+
+@dataclass(frozen=True)
+class ModelChecks:
+    """
+    The checks of loaded models.
+
+    Attributes:
+        facts ([`~trl_distill.checks.preflight.RunFacts`]): the run; `stops` include those of the teachers.
+        student (`torch.nn.Module`): the model that is trained; its forward pass is extended.
+        pool ([`~trl_distill.teachers.pool.TeacherPool`]): teachers that are ready to score.
+        accelerator ([`~accelerate.Accelerator`]): the trainer's.
+        spec ([`~trl_distill.heads.fused.DivergenceSpec`]): the reverse KL, with temperature and stop tokens.
+        suppressed (`Sequence[int]`): ids that are never sampled.
+    """
+
+    facts: RunFacts
+    student: nn.Module
+    pool: TeacherPool
+    accelerator: Accelerator
+    spec: DivergenceSpec
+    suppressed: Sequence[int] = ()
+
+    @property
+    def wait_for_rollouts(self) -> bool:
+        """Whether weights are sharded, so that `on_rollouts` makes the checks that `before_training` leaves out."""
+        return is_sharded(self.accelerator)
+
+    def before_training(self, report: Report) -> None:
+        """
+        Check what can be checked now.
+
+        Args:
+            report ([`~trl_distill.checks.findings.Report`]): collects the findings.
+
+        Raises:
+            ValueError: a head does not give its model's logits.
+        """
+        if self.wait_for_rollouts:
+            report.add(Finding("models", "skipped", "Weights are sharded: heads and distance are checked in step 1."))
+            return
+        rollouts = None
+        if any(teacher.gives is HiddenStates for teacher, _ in self.pool.members):
+            rollouts = own_completions(self.facts, self.student, self.accelerator, self.suppressed)
+        self._check_teachers(rollouts, report)
+
+    def on_rollouts(self, rollouts: Rollouts) -> Report:
+        """
+        The other checks, on every process.
+
+        Args:
+            rollouts ([`~trl_distill.Rollouts`]): of this process; the first tokens of a few are used.
+
+        Returns:
+            [`~trl_distill.checks.findings.Report`]: what was found, without errors.
+
+        Raises:
+            PreflightError: a teacher is the student itself.
+            ValueError: a head does not give its model's logits.
+        """
+        report, few = Report(), rollouts.rows(slice(PROBE_PROMPTS))
+        few = Rollouts(few.input_ids, few.attention_mask, few.mask & (few.mask.cumsum(1) <= PROBE_LENGTH))
+        check_head(self.student, "student", self.accelerator)
+        self._check_teachers(few, report)
+        report.stop_on_errors()
+        report.warn()
+        return report
+
+    def _check_teachers(self, rollouts: Rollouts | None, report: Report) -> None:
+        for teacher, columns in self.pool.members:
+            with teacher.on_device() as model:
+                if model is not None:
+                    check_head(model, "teacher", self.accelerator)
+            names = [self.pool.names[i] for i in columns]
+            report.add(teacher_differs(self, teacher, names, rollouts))
+
+
+def check_head(model: nn.Module, whose: str, accelerator: Accelerator) -> None:
+    """
+    Compare logits computed from hidden states with the model's own, at three tokens.
+
+    Args:
+        model (`torch.nn.Module`): its forward pass gives hidden states (see [`~trl_distill.signals.HiddenStates`]). If
+            its weights are sharded, every process calls this at the same time.
+        whose (`str`): "student" or "teacher", for the message.
+        accelerator ([`~accelerate.Accelerator`]): the trainer's.
+
+    Raises:
+        ValueError: they differ.
+    """
+    base, training = unwrap_adapter(accelerator.unwrap_model(model)), model.training  # unwraps DeepSpeed's engine
+    device = accelerator.device if is_sharded(accelerator) else next(base.parameters()).device
+    input_ids = torch.arange(4, device=device)[None]
+    attended = torch.ones_like(input_ids)
+    probe = Rollouts(input_ids, attended, attended[:, 1:].bool())
+    with torch.no_grad(), accelerator.autocast():
+        model.eval()
+        expected = model(input_ids=input_ids, attention_mask=attended, use_cache=False).logits[0, :-1]
+        states = model(input_ids=input_ids, attention_mask=attended, rollouts=probe)
+        model.train(training)
+        with states.head.gathered() as head:
+            model_checks.check_logits(expected, head.logits(states.hidden.to(expected.device)), whose)
+
+
+def in_fp32(student: nn.Module, args: OPDConfig, accelerator: Accelerator) -> bool:
+    """Whether the student's logits are computed in fp32."""
+    head = unwrap_adapter(student).get_output_embeddings()
+    exact = accelerator.mixed_precision == "no" and head.weight.dtype == torch.float32
+    return exact or bool(args.cast_lm_head_to_fp32)
+
+
+def teacher_differs(run: ModelChecks, teacher: Teacher, names: list[str], rollouts: Rollouts | None) -> Finding:
+    """
+    Measure KL(student ‖ teacher) on rollouts. 0 usually means that the wrong model was loaded.
+
+    Args:
+        run ([`ModelChecks`]): the run.
+        teacher ([`~trl_distill.Teacher`]): ready to score.
+        names (`list[str]`): its names.
+        rollouts ([`~trl_distill.Rollouts`], *optional*): of the student. `None` if no teacher gives hidden states.
+    """
+    if teacher.gives is not HiddenStates or rollouts is None:
+        return Finding("teacher differs", "skipped", "Not measured: this teacher gives no hidden states.")
+    facts, several = run.facts, len(run.pool.members) > 1
+    args, columns = facts.args, getattr(facts.dataset, "column_names", None) or []
+    distance = measure_distance(run.student, teacher, run.accelerator, rollouts, run.spec)
+    unknown = facts.has_environments or not columns
+    explained = {
+        "it has its own prompts": "teacher_prompt" in columns,
+        "prompts are unknown before training": unknown,
+        "there is a reward": facts.has_rewards,
+        "there are other teachers": several,
+        "it follows the student": teacher.starts_equal,
+    }
+    reason = next((reason for reason, holds in explained.items() if holds), "")
+    rough = not in_fp32(run.student, args, run.accelerator)
+    name, own = ", ".join(names) if several else "", teacher.follows_student
+    known = bool(readable_prompts(facts.dataset)) and not unknown
+    return model_checks.teacher_differs(distance, reason, args.assume_different_teacher, name, own, rough, known)
+
+
+def own_completions(
+    facts: RunFacts, student: nn.Module, accelerator: Accelerator, suppressed: Sequence[int] = ()
+) -> Rollouts:
+    """
+    A few completions of the student, at the run's temperature and `top_p`. Random generators are left as they were.
+
+    Args:
+        facts ([`RunFacts`]): the run. If prompts are unknown, ids of the vocabulary take the place of one.
+        student (`torch.nn.Module`): the model that is trained; its weights are whole.
+        accelerator ([`~accelerate.Accelerator`]): the trainer's.
+        suppressed (`Sequence[int]`): ids that are never sampled.
+
+    Returns:
+        [`~trl_distill.Rollouts`]: at most 4, with up to 32 judged tokens each.
+    """
+    args, pad = facts.args, facts.tokenizer.pad_token_id
+    prompts = [ids for ids in facts.first_prompts(limit=PROBE_PROMPTS) if ids]
+    prompts = prompts or [list(range(min(PROBE_LENGTH, len(facts.tokenizer))))]
+    limit = min(PROBE_LENGTH, args.max_completion_length or PROBE_LENGTH)
+    how = Sampling(
+        limit, tuple(facts.stops), args.temperature, seed=args.seed, suppressed=tuple(suppressed), top_p=args.top_p
+    )
+    with accelerator.autocast():
+        sampled = sample_ids(student, prompts, pad, how)
+    return rollouts_of(prompts, [ids for ((ids, _),) in sampled], pad, accelerator.device)
+
+
+@torch.no_grad()
+def measure_distance(
+    student: nn.Module, teacher: Teacher, accelerator: Accelerator, rollouts: Rollouts, spec: DivergenceSpec
+) -> Distance:
+    """
+    KL(student ‖ teacher) on the judged tokens of any rollouts.
+
+    With sharded weights it is called on every process, with as many rows, and takes the tokens of all.
+    """
+    signal: Any = checked(teacher, teacher.score(rollouts), int(rollouts.mask.sum()))
+    training = student.training
+    student.eval()
+    with accelerator.autocast():
+        states = student(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask, rollouts=rollouts)
+        found = fused_divergence(states.hidden, states.head, signal.hidden, signal.head, spec)
+    student.train(training)
+    sums = torch.stack([found.divergence.sum(), found.entropy.sum(), rollouts.mask.sum(), rollouts.mask.any(1).sum()])
+    if is_sharded(accelerator):
+        sums = accelerator.reduce(sums, reduction="sum")
+    kl, entropy, tokens, completions = sums.tolist()
+    uniform = math.log(unwrap_adapter(student).config.get_text_config().vocab_size) - entropy / max(tokens, 1)
+    return Distance(kl / max(tokens, 1), uniform, int(tokens), int(completions))
