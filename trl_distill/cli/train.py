@@ -1,7 +1,7 @@
 """Distil a teacher into a student on the student's own rollouts, with or without rewards.
 
     trl-distill train --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-4B \\
-        --dataset_name prompts.jsonl --learning_rate 1e-5 --max_completion_length 1024 --output_dir out
+        --dataset_name prompts.jsonl --learning_rate 5e-5 --max_completion_length 1024 --output_dir out
 
 Several devices: `--accelerate_config zero3`, or `accelerate launch -m trl_distill.cli train ...`. No GPU: `--use_cpu
 --bf16 false`. Fits the teacher the student? `trl-distill check`, with the same arguments.
