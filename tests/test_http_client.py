@@ -82,7 +82,7 @@ REPEATED = ["pa%24sword", "pa$sword", "dXNlcjpwYSRzd29yZA", 'the"key', 'the\\"ke
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 503])
-@pytest.mark.parametrize("before", [0, 900, 930, 945, 1000])
+@pytest.mark.parametrize("before", [0, 900, 930, 945, 5000])
 def test_secrets_that_a_server_repeats_are_hidden_before_its_message_is_cut(server, caplog, status, before):
     caplog.set_level(logging.DEBUG)
     message = "x" * before + " ".join(REPEATED)
@@ -101,6 +101,7 @@ def test_secrets_that_a_server_repeats_are_hidden_before_its_message_is_cut(serv
     said = f"{error.value!r} {error.value.__cause__!r} {caplog.text}"
     assert "***" in said or before > 900
     assert not [secret for secret in REPEATED if secret[:6] in said]
+    assert len(str(error.value)) < 2000
 
 
 @pytest.mark.parametrize(
