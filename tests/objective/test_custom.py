@@ -285,3 +285,14 @@ def test_off_policy_batches_take_it_too(tmp_path, tokenizer, student, teacher):
         "distill/off_policy/trl_distill.objective.divergences.summands('forward_kl')" in key
         for key in runs[1].state.log_history[0]
     )
+
+
+def test_the_plot_of_a_run_shows_it():
+    pytest.importorskip("matplotlib")
+    from trl_distill.reporting.curves import training_figure
+
+    names = ["my_module.distance", "my.summands('jsd', alpha=0.3)"]
+    log = [{"step": i, **{f"distill/{name}": float(i) for name in names}, "distill/jsd/a.b": 1.0} for i in range(3)]
+    (panel,) = [axis for axis in training_figure({"run": log}).axes if axis.get_title(loc="left")]
+    assert panel.get_title(loc="left") == "divergence that is minimised"
+    assert [[*line.get_ydata()] for line in panel.lines] == [[0.0, 1.0, 2.0]] * 2

@@ -115,8 +115,16 @@ def _other_divergences(logs: Mapping[str, Sequence[dict[str, Any]]]) -> list[str
     """The keys of divergences without their own panel; those of single teachers among several are left out."""
     from ..objective.divergences import DIVERGENCES
 
-    keys = (f"distill/{name}" for name in DIVERGENCES if not name.endswith("_kl") or name.startswith("skewed"))
-    return [key for key in keys if any(key in row for log in logs.values() for row in log)][:2]
+    logged = dict.fromkeys(key for log in logs.values() for row in log for key in row)
+    keys = [f"distill/{name}" for name in DIVERGENCES if not name.endswith("_kl") or name.startswith("skewed")]
+    keys += [key for key in logged if is_custom(key)]
+    return [key for key in keys if key in logged][:2]
+
+
+def is_custom(key: str) -> bool:
+    """Whether a key of the log is that of a divergence of one's own, whose name is an import path."""
+    first, _, rest = key.partition("/")
+    return first == "distill" and "." in rest.split("(")[0] and "/" not in rest
 
 
 def new_figure(width: float, height: float) -> Any:

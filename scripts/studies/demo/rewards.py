@@ -129,21 +129,24 @@ def draw(results: dict[str, list[RewardRun]], teacher: float, path: Path) -> Non
     import matplotlib.pyplot as plt
 
     colours = ("#7a3b8f", "#1f5fa8", "#c05a00", "#3a7d44")
-    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
     axis.axhline(teacher, color="#555555", linestyle="--", linewidth=1.2, label=f"teacher {teacher:.1%}")
     for colour, (recipe, runs) in zip(colours, results.items(), strict=True):
         steps = [step for step, _ in runs[0].curve]
         at = list(zip(*([value for _, value in run.curve] for run in runs), strict=True))
         axis.fill_between(steps, [min(v) for v in at], [max(v) for v in at], color=colour, alpha=0.15, linewidth=0)
         mean = statistics.mean(run.accuracy for run in runs)
-        axis.plot(steps, [statistics.mean(v) for v in at], color=colour, linewidth=2, label=f"{recipe} {mean:.1%}")
-    axis.set(
-        xlabel="optimizer step (64 answers each)", ylabel="accuracy on 250 problems", ylim=(0, 1.02), xlim=(0, None)
-    )
-    axis.set_title(f"Mean and range of {len(SEEDS)} seeds; numbers: {len(SEEDS)} × 1000 held-out problems", fontsize=10)
-    axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.48))
+        dashes = (0, (4, 2)) if recipe == "distil, then RL" else "-"  # its first part is another recipe's line
+        label = f"{recipe} {mean:.1%}"
+        axis.plot(steps, [statistics.mean(v) for v in at], color=colour, linewidth=2, linestyle=dashes, label=label)
+    axis.set(xlabel="optimizer step (64 answers each)", ylabel="accuracy on 250 problems", ylim=(0, 1), xlim=(0, None))
+    axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    figure.suptitle("Accuracy over the steps: reward, teacher, both", fontsize=12)
+    what = f"{len(SEEDS)} seeds, mean and range; in the legend, at the end, on {len(SEEDS)} × 1000 held-out problems"
+    axis.set_title(what, fontsize=9, color="#555555")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
