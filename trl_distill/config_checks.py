@@ -270,7 +270,7 @@ def _warn_of_reference_beta(config: Any, has_rewards: bool) -> None:
     effect = "beside the rewards the teacher counts little" if has_rewards else "the whole loss is scaled by it"
     logger.warning(
         f"`beta` is {config.beta:g}. In GRPO scripts such a value (0.04, 0.001) is the weight of a reference model; "
-        f"here it is the teacher's, in reward per nat, and {effect}. Leave `beta` out (1.0) unless this weight is meant."
+        f"here it is the teacher's, in reward per nat, and {effect}. Leave `beta` out (1.0) unless it is meant."
     )
 
 
