@@ -111,7 +111,7 @@ class ModelChecks:
 
 def check_head(model: nn.Module, whose: str, accelerator: Accelerator) -> None:
     """
-    Compare logits computed from hidden states with the model's own, at three tokens.
+    Compare logits computed from hidden states with the model's own, at six tokens, and check that those are causal.
 
     Args:
         model (`torch.nn.Module`): its forward pass gives hidden states (see [`~trl_distill.signals.HiddenStates`]). If
@@ -120,20 +120,23 @@ def check_head(model: nn.Module, whose: str, accelerator: Accelerator) -> None:
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
 
     Raises:
-        ValueError: they differ.
+        ValueError: they differ, or depend on later tokens.
     """
     base, training = unwrap_adapter(accelerator.unwrap_model(model)), model.training  # unwraps DeepSpeed's engine
     device = accelerator.device if is_sharded(accelerator) else next(base.parameters()).device
-    input_ids = torch.arange(4, device=device)[None]
+    input_ids = torch.tensor([[0, 1, 2, 3], [0, 1, 3, 3]], device=device)  # two ends, for `check_causal`
     attended = torch.ones_like(input_ids)
     probe = Rollouts(input_ids, attended, attended[:, 1:].bool())
     with torch.no_grad(), accelerator.autocast():
         model.eval()
-        expected = model(input_ids=input_ids, attention_mask=attended, use_cache=False).logits[0, :-1]
         states = model(input_ids=input_ids, attention_mask=attended, rollouts=probe)
+        # in this order: ZeRO-3 prefetches what the forward pass before has used, here not the head, which we gather
+        expected = model(input_ids=input_ids, attention_mask=attended, use_cache=False).logits[:, :-1]
         model.train(training)
+        model_checks.check_causal(expected[:, :2], whose)
         with states.head.gathered() as head:
-            model_checks.check_logits(expected, head.logits(states.hidden.to(expected.device)), whose)
+            model_checks.check_width(states.hidden.shape[-1], head.parameters()[0].shape[-1], whose)
+            model_checks.check_logits(expected.flatten(0, 1), head.logits(states.hidden.to(expected.device)), whose)
 
 
 def in_fp32(student: nn.Module, args: OPDConfig, accelerator: Accelerator) -> bool:

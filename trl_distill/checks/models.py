@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig
 
+from ..models.properties import backbone_of
 from .findings import Finding
 
 
@@ -31,6 +32,12 @@ def check_logits(expected: torch.Tensor, computed: torch.Tensor, whose: str) -> 
     Raises:
         ValueError: they are not finite, or differ by more than rounding.
     """
+    if expected.shape != computed.shape:
+        raise ValueError(
+            f"The {whose}'s logits are of {expected.shape[-1]} ids, but its LM head has {computed.shape[-1]} rows: its "
+            "architecture leaves some out after the projection, so the divergence would be that of another "
+            "distribution. Use another model."
+        )
     _check_finite(expected, f"The {whose}'s logits are")
     _check_finite(computed, f"The {whose}'s logits, computed from its last hidden state and LM head, are")
     expected, computed = expected.float().log_softmax(-1), computed.float().log_softmax(-1)
@@ -41,6 +48,59 @@ def check_logits(expected: torch.Tensor, computed: torch.Tensor, whose: str) -> 
             f"{difference:.3g} nats on average. Its architecture transforms them in a way that this version does not "
             "know, so the divergence would be that of another distribution. Use another model."
         )
+
+
+def check_width(hidden: int, head: int, whose: str) -> None:
+    """Raise `ValueError` if the last hidden state does not have the width that the LM head takes."""
+    if hidden != head:
+        raise ValueError(
+            f"The {whose}'s LM head takes {head} values, but its last hidden state has {hidden}: there are further "
+            "layers between the two, which this version does not know. Use another model."
+        )
+
+
+def check_causal(logits: torch.Tensor, whose: str) -> None:
+    """
+    Check that logits depend on no token that comes later.
+
+    Args:
+        logits (`torch.Tensor` of shape `(2, T, V)`): the model's at the same tokens of two sequences that go on
+            differently.
+        whose (`str`): "student" or "teacher".
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    one, other = logits.float().log_softmax(-1)
+    difference = (one - other).abs().mean().item()
+    if difference > 0.002 + 0.01 * one.std().item():  # two rows of one batch are rounded the same way, or nearly so
+        raise ValueError(
+            f"The {whose} is not causal: its log-probabilities change by {difference:.2g} nats on average with the "
+            "tokens that come later, so they are no probabilities of a next token. Load an encoder with "
+            "`is_decoder=True` in its configuration, or use a causal language model."
+        )
+
+
+def check_router_loss(model: Any) -> None:
+    """
+    Check that TRL can compute the load-balancing loss of a mixture of experts, where its coefficient is not 0.
+
+    Raises:
+        ValueError: the model returns no router logits, or its configuration names its experts in another way.
+    """
+    config, device = model.config.get_text_config(), next(model.parameters()).device
+    with torch.no_grad():
+        output = backbone_of(model)(input_ids=torch.arange(4, device=device)[None], output_router_logits=True)
+    router = getattr(output, "router_logits", None)
+    named = getattr(config, "num_experts", None) and getattr(config, "num_experts_per_tok", None)
+    if router and named:
+        return
+    reason = "its configuration has no `num_experts`" if router else "it returns no router logits"
+    coefficient = getattr(config, "router_aux_loss_coef", 0)
+    raise ValueError(
+        f"The load-balancing loss of {type(model).__name__} cannot be computed ({reason}), but it is asked for "
+        f"(`router_aux_loss_coef` is {coefficient} in its configuration). Set `router_aux_loss_coef=0`."
+    )
 
 
 def _check_finite(logits: torch.Tensor, subject: str) -> None:

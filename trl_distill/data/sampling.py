@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
-from ..models.properties import has_relative_positions, unwrap_adapter
+from ..models.properties import backbone_of, has_relative_positions, unwrap_adapter
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
 from .completions import token_ids
@@ -280,7 +280,7 @@ def scorer_of(model: nn.Module, as_in_training: bool = False) -> Signals:
             absolute positions get position ids, so that padding does not matter.
     """
     base = unwrap_adapter(model)
-    takes = inspect.signature(base.base_model.forward).parameters
+    takes = inspect.signature(backbone_of(base).forward).parameters
     given = not as_in_training and not has_relative_positions(base.config) and "position_ids" in takes
 
     def answer(rollouts: Rollouts) -> HiddenStates:

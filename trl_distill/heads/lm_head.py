@@ -39,7 +39,7 @@ class LMHead:
         self._model = model
         config = model.config.get_text_config()
         self.logit_scale = logit_scale(config)
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.softcap = softcap(config)
 
     @property
     def vocab_size(self) -> int:
@@ -99,13 +99,24 @@ class FixedHead(LMHead):
 
 def logit_scale(config: Any) -> float:
     """The factor of the model's logits before the softmax; its name in the configuration differs among models."""
+    if config.model_type == "mpt":  # has a `logit_scale` that transformers does not use
+        return 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse, Falcon-H1
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)  # Granite, MiniCPM3 divide
+    for name in ("logits_scaling", "logits_mup_width_multiplier"):  # Granite, MiniCPM3 and Inkling divide
+        if getattr(config, name, None) is not None:
+            scaling = float(getattr(config, name))
+            return scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    return 1.0
+
+
+def softcap(config: Any) -> float | None:
+    """The bound `c` of the model's logits, `c · tanh(logits / c)`; `None` if there is none."""
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):  # RecurrentGemma, xLSTM
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    return None
 
 
 def check_same_device(student: torch.Tensor, teacher: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from ..heads.lm_head import LMHead
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
 from .packing import is_exact, packed_hidden, packs
-from .properties import unwrap_adapter
+from .properties import backbone_of, unwrap_adapter
 
 
 def add_teacher_forward(model: nn.Module) -> None:
@@ -55,8 +55,8 @@ def last_hidden(model: PreTrainedModel, *args: Any, **kwargs: Any) -> torch.Tens
     ids: Any = given.get("input_ids")
     attended: Any = given.get("attention_mask")
     if not args and set(given) == {"input_ids", "attention_mask"} and packs(model) and is_exact(model, ids, attended):
-        return packed_hidden(model.base_model, ids, attended)
-    return model.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        return packed_hidden(backbone_of(model), ids, attended)
+    return backbone_of(model)(*args, use_cache=False, **kwargs).last_hidden_state
 
 
 def judged_states(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .properties import has_relative_positions
+from .properties import backbone_of, has_relative_positions
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,9 @@ def packs(model: PreTrainedModel) -> bool:
     return not stateful and has_relative_positions(config)
 
 
-def packed_hidden(backbone: nn.Module, ids: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+def packed_hidden(
+    backbone: nn.Module, ids: torch.Tensor, attended: torch.Tensor, lengths: dict[str, Any] | None = None
+) -> torch.Tensor:
     """
     Last hidden states `(B, T, H)`, computed with all rows in one sequence; 0 on padding.
 
@@ -48,12 +50,15 @@ def packed_hidden(backbone: nn.Module, ids: torch.Tensor, attended: torch.Tensor
         backbone: the model without its LM head.
         ids (`torch.Tensor` of shape `(B, T)`): token ids.
         attended (`torch.Tensor` of shape `(B, T)`): 0 on padding.
+        lengths (`dict`, *optional*): see [`row_lengths`]; by default, those on accelerators and none on a CPU.
     """
     kept = attended.bool()
+    if lengths is None:
+        lengths = {} if kept.device.type == "cpu" else row_lengths(backbone, kept)
     positions = (attended.cumsum(1) - 1)[kept][None]
-    packed = backbone(
-        input_ids=ids[kept][None], position_ids=positions, use_cache=False, **_row_lengths(backbone, kept)
-    ).last_hidden_state[0]
+    packed = backbone(input_ids=ids[kept][None], position_ids=positions, use_cache=False, **lengths).last_hidden_state[
+        0
+    ]
     spread = packed.new_zeros(*ids.shape, packed.shape[-1])
     return spread.masked_scatter(kept[..., None], packed)
 
@@ -71,8 +76,8 @@ def is_exact(model: PreTrainedModel, ids: torch.Tensor, attended: torch.Tensor) 
     model.eval()  # dropout would make any two passes differ
     try:
         with torch.no_grad():
-            packed = packed_hidden(model.base_model, ids, attended)
-            padded = model.base_model(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
+            packed = packed_hidden(backbone_of(model), ids, attended)
+            padded = backbone_of(model)(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
     finally:
         model.train(training)
     kept = attended.bool()
@@ -88,10 +93,10 @@ def is_exact(model: PreTrainedModel, ids: torch.Tensor, attended: torch.Tensor) 
     return exact
 
 
-def _row_lengths(backbone: nn.Module, kept: torch.Tensor) -> dict[str, Any]:
+def row_lengths(backbone: nn.Module, kept: torch.Tensor) -> dict[str, Any]:
     """Keyword arguments with the starts of rows, if the model passes them on, so that no layer has to find them."""
     takes = inspect.signature(type(backbone).forward).parameters.values()
-    if kept.device.type == "cpu" or not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
         return {}
     lengths = kept.sum(1, dtype=torch.int32)
     lengths = lengths[lengths > 0]

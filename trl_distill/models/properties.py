@@ -9,9 +9,29 @@ from accelerate.utils import is_peft_model
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+# Rotary, and yet padding on the left changes their results: it enters a state (RecurrentGemma) or compressed blocks
+# (DeepSeek V4), attention is scaled by position (BEAM, Llama 4, Ministral 3), or a norm follows the rotation (Hunyuan).
+# tests/models/test_families.py finds further ones.
+PADDING_COUNTS = {
+    "beam",
+    "deepseek_v4",
+    "hunyuan_v1_dense",
+    "hunyuan_v1_moe",
+    "llama4_text",
+    "ministral3",
+    "recurrent_gemma",
+}
+
+
 def has_relative_positions(config: Any) -> bool:
-    """Whether a model has rotary positions, so that padding on the left does not matter."""
-    return getattr(config.get_text_config(), "rope_parameters", None) is not None
+    """Whether a model has rotary positions and nothing else that counts tokens, so that padding does not matter."""
+    text = config.get_text_config()
+    return getattr(text, "rope_parameters", None) is not None and text.model_type not in PADDING_COUNTS
+
+
+def backbone_of(model: PreTrainedModel) -> Any:
+    """The module that computes the hidden states: `base_model`, or what Llama 4 has in its place."""
+    return getattr(model, "model", model) if model.base_model is model else model.base_model
 
 
 def unwrap_adapter(model: Any) -> PreTrainedModel:

@@ -27,7 +27,7 @@ from ..heads.lm_head import LMHead
 from ..rollouts import Rollouts
 from ..signals import HiddenStates, TeacherScore
 from .hidden_states import judged_states, last_hidden, last_hidden_state, scatter, unbound_forward
-from .properties import unwrap_adapter
+from .properties import backbone_of, unwrap_adapter
 
 
 @dataclass
@@ -153,7 +153,7 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
 
 def _trl_forward(fused_forward: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
     """TRL's forward pass with log-probabilities, and its hidden states, which TRL does not return."""
-    with last_hidden_state(model.base_model) as captured:
+    with last_hidden_state(backbone_of(model)) as captured:
         fields = dict(fused_forward(model, *args, fused_lm_head=True, **kwargs))
     if not captured:
         raise ValueError(

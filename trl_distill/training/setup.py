@@ -15,6 +15,7 @@ from torch import nn
 
 from ..checks.findings import Report
 from ..checks.loaded import ModelChecks, check_head
+from ..checks.models import check_router_loss
 from ..checks.preflight import Examined, RunFacts, examine
 from ..checks.teachers import check_signals
 from ..config import OPDConfig
@@ -78,6 +79,8 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
     keep_output_dtype(trainer.accelerator)
     if not is_sharded(trainer.accelerator):
         check_head(facts.student, "student", trainer.accelerator)
+        if trainer.aux_loss_enabled:
+            check_router_loss(facts.student)
     pool = _load(trainer, specs, estimator)
     for teacher, columns in pool.members:
         if pool.several:
