@@ -85,6 +85,7 @@ RUNS = [
     pytest.param("ddp", "full rewards", marks=SLOW),
     pytest.param("ddp", "full off_policy", marks=SLOW),
     pytest.param("ddp", "full lora", marks=SLOW),
+    pytest.param("ddp", "full offload", marks=SLOW),
     pytest.param("ddp", "topk", marks=SLOW),
     pytest.param("ddp", "sampled", marks=SLOW),
     pytest.param("zero2", "full", marks=SLOW),
@@ -129,6 +130,7 @@ def test_two_processes_equal_one(models, engine, options):
         assert set(result["teacher_differs"]) <= {"ok", "warning"}  # before training, or in it if weights are sharded
         assert result["distance"] == both[0]["distance"]  # that of the tokens of all
         assert result["teacher_parameters"] == single["teacher_parameters"]
+        assert result["teacher_is_shared"] is ("offload" in chosen)  # one copy for both processes
         share = result["teacher_parameters_held"] / result["teacher_parameters"]
         assert share <= 0.51 if engine in SHARDED else share == 1
 

@@ -120,6 +120,15 @@ def watch_precision(trainer: OPDTrainer) -> dict[str, float]:
     return seen
 
 
+def in_shared_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies in memory that this process shares with others."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        (start, end), permissions = (int(x, 16) for x in line.split()[0].split("-")), line.split()[1]
+        if start <= tensor.data_ptr() < end:
+            return permissions.endswith("s")
+    return False
+
+
 @distributed_main
 def main(folder: Path, per_device_batch: int, estimator: str, options: set[str]) -> None:
     torch.set_num_threads(1)
@@ -196,6 +205,8 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         "teacher_differs": [f.level for f in trainer.preflight.findings if f.check.startswith("teacher differs")],
         "teacher_parameters_held": sum(held_here(p) for p in held),
         "teacher_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in held),
+        "teacher_is_shared": "offload" in options
+        and all(in_shared_memory(p) for p in trainer.teacher.model.model.layers.parameters()),
         "distance": [f.found for f in trainer.preflight.findings if f.check.startswith("teacher differs")],
         "precision": seen,
         "steps": [

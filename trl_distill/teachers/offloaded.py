@@ -12,13 +12,15 @@ from torch import nn
 from ..models.properties import unwrap_adapter
 from .base import is_sharded
 from .local import LocalTeacher
+from .shared_memory import is_shared, share_weights
 
 
 class OffloadedTeacher(LocalTeacher):
     """
     A model in CPU memory that is copied to the accelerator once per generation batch.
 
-    Only its LM head stays on the accelerator. Weights are never copied back: the accelerator's copy is dropped.
+    Only its LM head stays on the accelerator. Weights are never copied back: the accelerator's copy is dropped. The
+    processes of a node share the CPU memory.
     """
 
     per_generation = True
@@ -36,7 +38,10 @@ class OffloadedTeacher(LocalTeacher):
                 "`device_map`. Leave one of the two out."
             )
         device = self.accelerator.device
-        model.to("cpu")
+        if is_shared(self.accelerator):
+            share_weights(model, self.accelerator)
+        else:
+            model.to("cpu")
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
         head = {id(parameter) for parameter in base.get_output_embeddings().parameters()}  # including tied embeddings
@@ -53,9 +58,9 @@ class OffloadedTeacher(LocalTeacher):
     def _homes(self, parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """
         The CPU memory of each parameter. With a GPU it is pinned, which makes copies faster: one block per dtype, since
-        the size of every pinned block is rounded up to a power of two.
+        the size of every pinned block is rounded up to a power of two. Shared memory is pinned already.
         """
-        if self.accelerator.device.type != "cuda":
+        if self.accelerator.device.type != "cuda" or is_shared(self.accelerator):
             return [(p, p.data) for p in parameters]
         homes = []
         for dtype in {p.dtype for p in parameters}:

@@ -18,13 +18,13 @@ from ..config import OPDConfig
 from ..models.loading import load_config, load_tokenizer, load_whole
 from ..models.properties import unwrap_adapter
 from ..server_urls import without_login
+from . import sharding, shared_memory
 from .base import Teacher, as_teacher, is_sharded
 from .local import LocalTeacher
 from .offloaded import OffloadedTeacher
 from .pool import TeacherPool
 from .self_distillation import ADAPTER_OFF, AdapterOff, MovingAverage
 from .server import ServedTeacher
-from .sharding import device_map_of
 
 
 class TeacherSpec:
@@ -117,9 +117,11 @@ class NamedModel(_ModelSpec):
         """
         kwargs: dict[str, Any] = {"dtype": "auto", **_init_kwargs(self.args)}
         if accelerator.distributed_type == DistributedType.FSDP:
-            kwargs["device_map"] = device_map_of(accelerator)
+            kwargs["device_map"] = sharding.device_map_of(accelerator)
         elif is_sharded(accelerator):
             kwargs["device_map"] = None  # ZeRO-3 loads shards
+        elif self.args.teacher_offload and shared_memory.is_shared(accelerator):
+            kwargs["device_map"] = shared_memory.device_map_of(accelerator)
         elif self.args.teacher_offload:
             kwargs.setdefault("device_map", None)
         elif accelerator.num_processes > 1 or accelerator.distributed_type == DistributedType.DEEPSPEED:

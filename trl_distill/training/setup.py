@@ -72,6 +72,8 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
     if found.merged:
         _stop_at(trainer, sorted({*found.merged, *trainer.eos_token_ids}))
     estimator, off_policy_estimator = _estimators(trainer, found)
+    if not (trainer.has_rewards or trainer.has_side_terms or estimator.needs_log_probs or trainer.args.kl_discount > 0):
+        trainer.skip_old_log_probs()
     placed = getattr(facts.student, "is_quantized", False) or getattr(facts.student, "hf_device_map", None)
     if trainer.is_deepspeed_enabled and not trainer.zero3 and not placed:
         trainer.model.to(trainer.accelerator.device)  # DeepSpeed would later; the checks call it now
@@ -162,7 +164,7 @@ def _estimators(trainer: Any, found: Examined) -> tuple[Estimator, Estimator]:
 def _load(trainer: Any, specs: dict[str, TeacherSpec], estimator: Estimator) -> TeacherPool:
     """Load the teachers, and check that they give what the estimator needs."""
     args: OPDConfig = trainer.args
-    trainer.saves_padding = trainer.samples_plainly = True
+    trainer.saves_padding = trainer.is_distilling = True
     trainer.trims_prompts = has_relative_positions(unwrap_adapter(trainer.model).config)
     size = unwrap_adapter(trainer.model).config.get_text_config().vocab_size
     pool = load_pool(specs, args, trainer.accelerator, trainer.model, size)
