@@ -195,6 +195,21 @@ def test_what_reward_functions_are_called_with(tmp_path, tokenizer, prompts, stu
     assert seen == [set(_trl.REWARD_ARGUMENTS)]
 
 
+def test_log_probabilities_of_old_rollouts_may_be_left_out(grpo):
+    """`skip_old_log_probs` returns `None` where TRL asks for them, and switches vLLM's ratio off by a public name."""
+    seen, source = [], inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert source.count("self.use_vllm and self.vllm_importance_sampling_correction") == 4
+    for skips in (False, True):
+        trainer = grpo(steps_per_generation=2, gradient_accumulation_steps=1, max_steps=2)
+        assert trainer.vllm_importance_sampling_correction is True
+        if skips:
+            trainer.skip_old_log_probs()
+            assert trainer.vllm_importance_sampling_correction is False
+        trainer.loss_computed = lambda loss, inputs: seen.append("old_per_token_logps" in inputs)
+        trainer.train()
+    assert seen == [True, True, False, False]
+
+
 def test_the_policy_loss_only_calls_its_model_once(grpo):
     trainer, calls = grpo(), []
 

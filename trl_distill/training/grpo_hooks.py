@@ -59,14 +59,17 @@ class GRPOHooks(GRPOTrainer):
         leave_one_out (`bool`): whether a row's baseline leaves out its own reward.
         saves_padding (`bool`): whether micro-batches are cut to their longest row.
         trims_prompts (`bool`): whether padding on the left may be cut too.
-        samples_plainly (`bool`): whether rollouts leave the student's own `generation_config` aside, as reports do.
+        is_distilling (`bool`): whether there is a teacher. Then rollouts leave the student's own `generation_config`
+            aside, and rewards get completions with their special tokens, as in `evaluate`; otherwise all is TRL's.
     """
 
     has_rewards: bool = True
     saves_padding: bool = False
     trims_prompts: bool = False
-    samples_plainly: bool = False
+    is_distilling: bool = False
     leave_one_out: bool = False
+    _skips_old_log_probs: bool = False
+    _generating: bool = False
     num_generations: Any
     num_generations_eval: Any
     _rewards_per_func: torch.Tensor | None
@@ -97,7 +100,8 @@ class GRPOHooks(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: list, completions: list, completion_ids_list: list):
         if self.has_rewards:
-            completions = self._as_written(completions, completion_ids_list)
+            if self.is_distilling:
+                completions = self._as_written(completions, completion_ids_list)
             found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             endless = found.isinf().any(0).tolist()  # rewards of all processes, so that all of them stop
             if any(endless):
@@ -121,7 +125,7 @@ class GRPOHooks(GRPOTrainer):
         return [text if isinstance(found, str) else [{**found[0], "content": text}] for found, text in pairs]
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with without_own_settings(self.model) if self.samples_plainly else nullcontext():
+        with without_own_settings(self.model) if self.is_distilling else nullcontext():
             return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
@@ -130,13 +134,22 @@ class GRPOHooks(GRPOTrainer):
         output = self.dataset_batch(inputs)
         if output is None:
             self._rewards_per_func = None
-            output = super()._generate_and_score_completions(inputs)
+            self._generating = True
+            try:
+                output = super()._generate_and_score_completions(inputs)
+            finally:
+                self._generating = False
             if self._rewards_per_func is not None:
                 self._add_rewards(output, len(inputs))
         else:
             output |= self._counted(output)
         self.on_rollouts(inputs, output)
         return output
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        if self._generating and self._skips_old_log_probs:  # TRL leaves out of the batch what is `None`
+            return None, None, None
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """TRL's micro-batch, without padding that none of its rows needs."""
@@ -221,6 +234,15 @@ class GRPOHooks(GRPOTrainer):
             return
         kwargs = self.vllm_generation.generation_kwargs
         kwargs["stop_token_ids"] = sorted({*(kwargs.get("stop_token_ids") or []), *ids})
+
+    def skip_old_log_probs(self) -> None:
+        """
+        Leave out the forward pass for log-probabilities under the policy that wrote the rollouts; the loss reads none.
+
+        Without them there is no ratio to vLLM's sampler either, and none of TRL's `sampling/` metrics.
+        """
+        self._skips_old_log_probs = True
+        self.vllm_importance_sampling_correction = False
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """TRL's checkpoint, marked as complete at the end; older ones are deleted only then."""
