@@ -13,7 +13,7 @@ SLOW   := $(VENV)/.installed-slow
 help:
 	@echo "make demo       on-policy distillation in miniature, about 4 minutes; results in demo_output/"
 	@echo "make test       lint, type check and the fast tests"
-	@echo "make test-slow  the slow tests: two processes (DDP, DeepSpeed ZeRO-3), a second demo seed"
+	@echo "make test-slow  the slow tests: two processes (DDP, DeepSpeed, FSDP2), kernels in Triton, a second demo seed"
 	@echo "make test-stress  two processes must leave, again and again, on a busy machine; an hour"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the code"
@@ -40,6 +40,9 @@ test: lint
 $(SLOW): $(STAMP)
 	@echo "==> Installing DeepSpeed for the distributed tests (once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,deepspeed]"
+	@echo "==> Installing Triton, whose interpreter runs GPU kernels, into .venv-triton (once)"
+	@rm -rf .venv-triton
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-triton triton==3.9.0
 	@touch $(SLOW)
 
 test-slow: $(SLOW)
@@ -61,4 +64,4 @@ format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) demo_output build dist *.egg-info
+	rm -rf $(VENV) .venv-triton demo_output build dist *.egg-info
