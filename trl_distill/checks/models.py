@@ -11,8 +11,25 @@ from ..models.properties import backbone_of
 from .findings import Finding
 
 
-def check_text_only(config: PretrainedConfig, whose: str) -> None:
-    """Raise `ValueError` for vision-language models."""
+_DRAFT = "it drafts tokens from the states of another model, and computes nothing alone"
+_CODEBOOKS = "its tokens are codes of sound, several at a time"
+
+
+UNSUITABLE = {  # by `model_type`: causal models for transformers, but none that can be distilled here
+    "blt": "transformers does not generate with it",
+    "gemma4_assistant": _DRAFT,
+    "gemma4_unified_assistant": _DRAFT,
+    "musicgen": _CODEBOOKS,
+    "musicgen_melody": _CODEBOOKS,
+    "reformer": "its buckets of attention are drawn at random, and rows must have one length in training",
+}
+
+
+def check_architecture(config: PretrainedConfig, whose: str) -> None:
+    """Raise `ValueError` for vision-language models and others that cannot be student or teacher."""
+    reason = UNSUITABLE.get(config.model_type)
+    if reason is not None:
+        raise ValueError(f"The {whose} ({config.model_type}) cannot be distilled: {reason}. Use a text model.")
     if getattr(config, "vision_config", None) is not None:
         raise ValueError(
             f"The {whose} is a vision-language model ({config.model_type}). Distilling those is untested, so it "

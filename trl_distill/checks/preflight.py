@@ -51,7 +51,7 @@ def check_before_loading(model: Any, specs: dict[str, TeacherSpec], args: OPDCon
     for spec in specs.values():
         config = spec.config()
         if config is not None:
-            model_checks.check_text_only(config, "teacher")
+            model_checks.check_architecture(config, "teacher")
         same = spec.model is not None and not isinstance(model, str)
         if same and unwrap_adapter(spec.model) is unwrap_adapter(model):
             raise ValueError(
@@ -60,7 +60,7 @@ def check_before_loading(model: Any, specs: dict[str, TeacherSpec], args: OPDCon
                 f"student without its adapter by name: `teacher_model={ADAPTER_OFF!r}`."
             )
     config = student_config(model, args) if isinstance(model, str) else unwrap_adapter(model).config
-    model_checks.check_text_only(config, "student")
+    model_checks.check_architecture(config, "student")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def load(name: str, whose: str, dtype: str, device: str) -> Any:
     try:
         check_folder(name, whose, "the path")
         model = load_whole(AutoModelForCausalLM.from_pretrained, name, whose, dtype=dtype).to(device).eval()
-        model_checks.check_text_only(model.config, whose)
+        model_checks.check_architecture(model.config, whose)
         add_teacher_forward(model)
         probe = rollouts_of([[0]], [[1, 2, 3]], 0, device)
         with torch.no_grad():

@@ -31,13 +31,20 @@ def packs(model: PreTrainedModel) -> bool:
     Whether a model supports packed rows, by its configuration: any kind of FlashAttention, rotary positions, and no
     layers with a state.
     """
+    return not obstacle(model)
+
+
+def obstacle(model: PreTrainedModel) -> str:
+    """Why a model does not support packed rows, by its configuration; empty if it does."""
     attention = str(model.config._attn_implementation).replace("-", "_")
     if "flash" not in attention or attention.startswith("paged"):
-        return False
+        return "its attention is not FlashAttention"
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ())
     stateful = bool(getattr(model, "_is_stateful", False)) or bool(layers - KNOWN_LAYERS)
-    return not stateful and has_relative_positions(config)
+    if stateful:
+        return "layers with a state"
+    return "" if has_relative_positions(config) else "results depend on padding, or positions are not rotary"
 
 
 def packed_hidden(
