@@ -89,8 +89,9 @@ def _probe(family: str, result: FamilyResult) -> None:
         compare(trainer, make, inputs, result)
     left_padding(make(1), trainer.trims_prompts, result)
     result.packing = packed_rows(family, make, inputs)
-    if result.packing.startswith("WRONG"):
-        result.outcome, result.reason = FAILS, result.packing
+    for found in (result.packing, result.router):
+        if found.startswith("WRONG"):
+            result.outcome, result.reason = FAILS, found
 
 
 def models_of(family: str, result: FamilyResult) -> Any:
@@ -137,13 +138,23 @@ def trainer_of(make: Any, folder: str, result: FamilyResult) -> OPDTrainer:
         found = trainer()
         if not found.aux_loss_enabled:
             return found
-        result.router = "yes"
-        found.rollout_loss(found.model, batch()).backward()
+        result.router = router_loss(found, make, batch())
     except ValueError as refusal:
         if "router_aux_loss_coef" not in str(refusal):
             raise
         result.router = "refused: `router_aux_loss_coef=0` is needed"
     return trainer(router_aux_loss_coef=0.0)
+
+
+def router_loss(trainer: OPDTrainer, make: Any, inputs: dict[str, torch.Tensor]) -> str:
+    """Whether the load-balancing loss is added to the teacher's term as the model itself computes it."""
+    found = trainer.rollout_loss(trainer.model, trimmed(inputs, trainer.trims_prompts)).detach()
+    student, (ids, attended) = make(1).train(), whole(inputs)
+    with torch.no_grad():
+        own = student(input_ids=ids, attention_mask=attended, use_cache=False, output_router_logits=True).aux_loss
+        expected = loss_of_full_logits(student, make(2), inputs) + trainer.router_aux_loss_coef * own
+    wrong = not relative(found, expected) <= CLOSE
+    return f"WRONG: off by {relative(found, expected):.1g}" if wrong else "yes"
 
 
 def settings(folder: str, **changes: Any) -> OPDConfig:

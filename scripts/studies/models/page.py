@@ -80,8 +80,9 @@ of such a model with those from its hidden states, as for all models.
   stand-in on PyTorch takes the place of the kernels, behind transformers' own code for them, and hidden states are
   those of padded rows, whether the model finds rows by position ids or by their lengths. Where it says *no*, batches
   are padded: slower, and as right.
-- **Router**: whether the load-balancing loss of a mixture of experts can be added. TRL adds it where the configuration
-  has a `router_aux_loss_coef`; where TRL cannot compute it, the run is refused until `router_aux_loss_coef=0` is set.
+- **Router**: whether the load-balancing loss of a mixture of experts is added as the model computes it. TRL adds it
+  where the configuration has a `router_aux_loss_coef`; where TRL cannot compute it, the run is refused until
+  `router_aux_loss_coef=0` is set.
 
 | family | model | padding | packed | router |
 |---|---|---|---|---|
