@@ -45,8 +45,13 @@ def train(output_dir: str, steps: int) -> None:
     opd.main(*opd.parsed([*ARGUMENTS.split(), "--output_dir", output_dir, "--max_steps", str(steps)]))
 
 
-def attempt(context, output_dir: str, steps: int, seconds: float | None) -> int:
-    """One process, killed so many seconds after its first step began; returns the step at which it began."""
+def attempt(context, output_dir: str, steps: int, place: float | None = None, step_time: float = 0.0) -> int:
+    """
+    One process; returns the step at which it began.
+
+    It is killed after so many steps (`place`), counted as it begins them, however long each takes on a busy machine, and
+    in the middle of the last by an estimate of how long that takes.
+    """
     from trl_distill.training.checkpoints import last_complete
 
     begun = Path(output_dir, "begun")
@@ -61,12 +66,14 @@ def attempt(context, output_dir: str, steps: int, seconds: float | None) -> int:
     first = int(begun.read_text())
     if first != (int(found.rpartition("-")[2]) if found else 0):
         raise SystemExit(f"Began at step {first}, but the last complete checkpoint is {found}.")
-    if seconds is None:
+    if place is None:
         process.join()
         if process.exitcode != 0:
             raise SystemExit(f"The last attempt ended with {process.exitcode}.")
     else:
-        process.join(seconds)
+        while process.is_alive() and int(begun.read_text() or first) < first + int(place):
+            time.sleep(0.005)
+        process.join(place % 1 * step_time)
         process.kill()
         process.join()
     return first
@@ -78,15 +85,15 @@ def main(folder: Path, kills: int, steps: int) -> None:
     context.set_forkserver_preload(["trl_distill.cli.train"])
     for name in ("whole", "killed"):
         os.makedirs(name, exist_ok=True)
-    attempt(context, "whole", steps, None)
+    attempt(context, "whole", steps)
     times = [float(line) for line in Path("whole", "times").read_text().split()]
     step_time = statistics.median(b - a for a, b in itertools.pairwise(times))  # writing a checkpoint included
-    longest = (steps - 2) / kills * step_time  # all kills together leave something to do
+    longest = (steps - 2) / kills  # all kills together leave something to do
     draw = random.Random(0)
     begun = []
     while len(begun) < kills:
-        begun.append(attempt(context, "killed", steps, draw.uniform(0, longest)))
-    begun.append(attempt(context, "killed", steps, None))
+        begun.append(attempt(context, "killed", steps, draw.uniform(0, longest), step_time))
+    begun.append(attempt(context, "killed", steps))
     Path("report.json").write_text(json.dumps({"begun": begun, "step_time": step_time}))
 
 
