@@ -49,8 +49,8 @@ def attempt(context, output_dir: str, steps: int, place: float | None = None, st
     """
     One process; returns the step at which it began.
 
-    It is killed after so many steps (`place`), counted as it begins them, however long each takes on a busy machine, and
-    in the middle of the last by an estimate of how long that takes.
+    It is killed after `place` steps: whole ones are counted as it begins them, however long each takes on a busy
+    machine, and the rest is a share of `step_time`.
     """
     from trl_distill.training.checkpoints import last_complete
 
