@@ -119,13 +119,15 @@ def vllm(monkeypatch):
     calls = []
 
     class LLM:
+        refusal = ValueError
+
         def __init__(self, model):
             self.model = model
 
         def _outputs(self, kind, prompts, params, use_tqdm):
             calls.append((kind, params))
             if any("long" in str(prompt) for prompt in prompts):
-                raise ValueError("too long")
+                raise self.refusal("too long")
             return [
                 SimpleNamespace(
                     outputs=[SimpleNamespace(text=f"{p} {s.seed + i}", finish_reason="stop") for i in range(s.n)]
@@ -155,7 +157,16 @@ def test_vllm_is_asked_by_its_documented_interface(vllm):
     assert vllm[1][0] == "chat"
 
 
-def test_one_prompt_that_vllm_refuses_does_not_hurt_the_others(vllm):
+@pytest.mark.parametrize("own_errors", [False, True])
+def test_one_prompt_that_vllm_refuses_does_not_hurt_the_others(vllm, monkeypatch, own_errors):
+    """vLLM raised `ValueError` at first, and has exceptions of its own since."""
+    refusal = ValueError
+    if own_errors:
+        refusal = type("VLLMValidationError", (Exception,), {})
+        module = ModuleType("vllm.exceptions")
+        module.VLLMClientError = refusal
+        monkeypatch.setitem(sys.modules, "vllm.exceptions", module)
+    monkeypatch.setattr(sys.modules["vllm"].LLM, "refusal", refusal)
     source = VLLMSource("m", Sampling())
     found = source.complete(["a", "long", "b"], 3)
     assert found[1] == Refusal("refused by vLLM", "too long")

@@ -83,8 +83,7 @@ class TransformersSource:
 
 class VLLMSource:
     """
-    vLLM in this process. Written after its documented interface (`LLM.chat`, `LLM.generate`, `SamplingParams`) and
-    tested with a stand-in; it was not run here with vLLM itself.
+    vLLM in this process, in the dtype that it chooses: on a CPU, bfloat16 for checkpoints in fp32.
 
     Args:
         model (`str`): name or folder.
@@ -94,7 +93,7 @@ class VLLMSource:
     def __init__(self, model: str, sampling: Sampling):
         from vllm import LLM, SamplingParams
 
-        self.sampling, self._params = sampling, SamplingParams
+        self.sampling, self._params, self._refusals = sampling, SamplingParams, _refusals()
         self._llm = LLM(model=model)
 
     def complete(self, prompts: list[Text], seed: int) -> list[Answer]:
@@ -106,7 +105,7 @@ class VLLMSource:
         ask = self._llm.generate if isinstance(prompts[0], str) else self._llm.chat
         try:
             outputs = ask(prompts, params, use_tqdm=False)
-        except ValueError as error:
+        except self._refusals as error:
             if len(prompts) == 1:
                 return [Refusal("refused by vLLM", str(error))]
             # one prompt may be too long; alone each shows whether it is the one
@@ -115,3 +114,12 @@ class VLLMSource:
 
     def close(self) -> None:
         del self._llm
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What vLLM raises for a prompt that it does not accept; `ValueError` before it had exceptions of its own."""
+    try:
+        from vllm.exceptions import VLLMClientError
+    except ImportError:
+        return (ValueError,)
+    return (ValueError, VLLMClientError)
