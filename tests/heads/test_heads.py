@@ -313,7 +313,7 @@ def test_no_tensor_of_the_size_of_the_logits(tmp_path, tokenizer, prompts, monke
         monkeypatch.setattr(few_ids, name, value)
     monkeypatch.setattr(tiles, "ON_CPU", replace(tiles.ON_CPU, tile=8 * 2000))
     student, teacher = (make_model(seed=seed, vocab_size=2000) for seed in (1, 2))
-    inputs = batch(rows=8, prompt=4, completion=24)
+    inputs = batch(rows=16, prompt=4, completion=48)  # many more tokens than the log compares the models at
     judged = int(inputs["completion_mask"].sum())
     limit = judged * 2000
     naive = copy.deepcopy(student), copy.deepcopy(teacher)
