@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist hands its terminal's width on; what is printed would hang on it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+if "TRACKIO_DIR" not in os.environ:  # TRL imports trackio, which reads it once; the user's own runs stay as they are
+    os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
+    atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 import pytest
 import torch

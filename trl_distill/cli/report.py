@@ -5,8 +5,8 @@
 
 The student writes a completion of each prompt, and the page shows its tokens by their KL to the teacher, with what both
 would rather have written. `--compare_with out/checkpoint-500` judges the same completions for a second student;
-`--completions dataset` judges the dataset's own; `--reward_funcs module.function` adds rewards; `--report_to wandb`
-logs the page too. During training: `trl_distill.TokenReport`. See docs/report.md.
+`--completions dataset` judges the dataset's own; `--reward_funcs module.function` adds rewards; `--report_to trackio`
+(or `wandb`) logs the page too. During training: `trl_distill.TokenReport`. See docs/report.md.
 
 Left out on purpose: several devices, and models that do not fit on one.
 """
@@ -39,7 +39,7 @@ from ..models.properties import unwrap_adapter
 from ..reporting.tokens import Summary, TokenTable, page
 from ..reporting.tokens.collect import labels_of, scored, with_rewards
 from ..reporting.tokens.table import Completion, summary
-from ..reporting.wandb_run import log_to_wandb
+from ..reporting.trackers import TRACKERS, log_page_alone
 from .arguments import CommandParser, errors_without_traceback, finite, template_kwargs
 from .models import (
     check_fit,
@@ -80,7 +80,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto", help="of both models; the checkpoint's own by default")
     add("--output", type=Path, default=Path("token_report.html"))
-    add("--report_to", choices=["none", "wandb"], default="none")
+    add("--report_to", choices=["none", *TRACKERS], default="none")
     options = parser.parse_args(words)
     for name in ("num_prompts", "num_generations", "max_completion_length", "batch_size", "temperature"):
         if getattr(options, name) <= 0:
@@ -200,15 +200,12 @@ def main(words: list[str] | None = None) -> None:
 
 
 def write(table: TokenTable, options: argparse.Namespace) -> None:
-    """The page to its file, perhaps to wandb, and a last line that says where it lies."""
+    """The page to its file, perhaps to a tracker, and a last line that says where it lies."""
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(page(table), encoding="utf-8")
-    if options.report_to == "wandb":
-        import wandb
-
-        wandb.init(config={"student": table.students[0], "teacher": table.teacher, **table.settings})
-        log_to_wandb(options.output, "reports/tokens", {})
-        wandb.finish()
+    if options.report_to != "none":
+        facts = {"student": table.students[0], "teacher": table.teacher, **table.settings}
+        log_page_alone(options.report_to, options.output, "reports/tokens", facts)
     of_all = summary(table.completions)
     console.print(
         f"{of_all.completions} completions, {of_all.tokens} tokens, {of_all.kl or 0:.3f} nats per token from the "

@@ -1,7 +1,7 @@
 """The figure of a training run, or of several: their metrics over the optimizer steps.
 
-It needs matplotlib (extra `demo`), which is imported on first use. `trl-distill plot` and the callback for wandb use
-it; figures of sweeps are in `sweeps/figures.py`.
+It needs matplotlib (extra `demo`), which is imported on first use. `trl-distill plot` and the callbacks for trackers
+use it; figures of sweeps are in `sweeps/figures.py`.
 """
 
 from __future__ import annotations

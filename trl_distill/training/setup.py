@@ -25,7 +25,7 @@ from ..heads.fused import DivergenceSpec
 from ..models.properties import has_relative_positions, name_of, unwrap_adapter
 from ..models.student import add_student_forward, keep_output_dtype
 from ..reporting.summary_table import SummaryTable
-from ..reporting.wandb_run import WandbExtras
+from ..reporting.trackers import add_trackers
 from ..teachers.base import is_sharded
 from ..teachers.pool import TeacherPool
 from ..teachers.spec import TeacherSpec, load_pool
@@ -130,7 +130,7 @@ def facts_of(trainer: Any) -> RunFacts:
 
 
 def add_reporting(trainer: Any, specs: dict[str, TeacherSpec]) -> None:
-    """Add the summary table, and for wandb a plot; note the names of student, teachers and rewards."""
+    """Add the summary table, and a plot for trackers; note the names of student, teachers and rewards."""
     trainer.facts = {
         "student": name_of(trainer.model),
         "teachers": {name: spec.name for name, spec in specs.items()},
@@ -138,8 +138,7 @@ def add_reporting(trainer: Any, specs: dict[str, TeacherSpec]) -> None:
     }
     if not trainer.args.disable_tqdm:
         trainer.add_callback(SummaryTable())
-    if "wandb" in trainer.args.report_to:
-        trainer.add_callback(WandbExtras(trainer.facts))
+    add_trackers(trainer, trainer.facts)
 
 
 def _estimators(trainer: Any, found: Examined) -> tuple[Estimator, Estimator]:

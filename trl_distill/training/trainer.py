@@ -28,6 +28,7 @@ from ..heads.tiles import release_memory
 from ..objective.weights import scheduled_beta
 from ..reporting.metrics import means
 from ..reporting.tokens.callback import TokenReport
+from ..reporting.trackers import close_last
 from ..rollouts import MicroBatch, Rollouts, teacher_prompts
 from ..teachers.base import Teacher
 from ..teachers.pool import TeacherPool
@@ -337,6 +338,7 @@ class OPDTrainer(GRPOHooks):
     def on_run_start(self, checkpoint: str | None) -> None:
         self.turns.load(checkpoint)
         self._bind_reports()  # including those added since construction
+        close_last(self)
         for teacher, _ in self.pool.members if self.pool is not None and checkpoint else ():
             teacher.load(str(checkpoint))
 

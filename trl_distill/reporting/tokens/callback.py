@@ -19,7 +19,7 @@ from ...data.rewards import RewardFunction
 from ...data.sampling import SampledCompletion, Sampling, preserving_state, sample_completions, scorer_of
 from ...signals import HiddenStates
 from ...teachers.base import is_sharded
-from ..wandb_run import log_to_wandb
+from ..trackers import log_page
 from .collect import labels_of, scored, with_rewards
 from .page import page
 from .table import Completion, TokenTable
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 class TokenReport(TrainerCallback):
     """
-    Writes `output_dir/reports/step-000100.html` and so on, and logs it to wandb, if used, as "reports/tokens".
+    Writes `output_dir/reports/step-000100.html` and so on, and logs it to wandb or Trackio as "reports/tokens".
 
     ```python
     >>> trainer = OPDTrainer(..., callbacks=[TokenReport(every=100)])
@@ -147,8 +147,7 @@ class TokenReport(TrainerCallback):
             partial = path.with_suffix(".partial")
             partial.write_text(text, encoding="utf-8")
             os.replace(partial, path)
-            if "wandb" in args.report_to:
-                log_to_wandb(path, "reports/tokens", {"train/global_step": step})
+            log_page(args.report_to, path, "reports/tokens", {"train/global_step": step})
         except Exception as error:
             logger.warning(f"The token report of step {step} could not be made: {error}", exc_info=True)
 
