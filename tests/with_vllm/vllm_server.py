@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
 import urllib.request
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class Server:
         module = "vllm.entrypoints.openai.api_server"
         where = ("--host", "127.0.0.1", "--port", str(self.port))
         what = ("--model", str(model), "--served-model-name", name, "--dtype", "float32", "--max-model-len", "64")
-        self.words = [sys.executable, "-m", module, *where, *what, *options]
+        alone = ("--distributed-executor-backend", "uni")  # without one more process for the worker
+        self.words = [sys.executable, "-m", module, *where, *what, *alone, *options]
         self._running: AbstractContextManager[Any] | None = None
 
     def start(self) -> None:
@@ -60,8 +62,10 @@ class Server:
             time.sleep(0.5)
 
     def kill(self) -> None:
-        """Kill it with all that it has started."""
+        """Kill it with all that it has started: its processes rename themselves, and lose the mark of `processes`."""
         if self._running is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             self._running.__exit__(None, None, None)
             self._output.close()
             self._running = None
