@@ -135,9 +135,26 @@ def test_two_processes_equal_one(models, engine, options):
         assert share <= 0.51 if engine in SHARDED else share == 1
 
 
+@pytest.mark.parametrize("engine", SHARDED)
+@pytest.mark.parametrize(("fault", "message"), [("same", "nothing to learn"), ("scaled", "logits")])
+@pytest.mark.slow
+def test_models_are_checked_on_the_first_rollouts_if_they_are_sharded(models, engine, fault, message):
+    with pytest.raises(AssertionError, match=message):  # of the process that has ended, with its output
+        on_two(engine, models, "full", fault)
+
+
+@pytest.mark.slow
+def test_rollouts_without_judged_tokens_show_nothing(models):
+    """As a base model writes them at first: all are cut off, and masked."""
+    for result in on_two("fsdp2", models, "full", "masked"):
+        assert "error" not in result["teacher_differs"]
+        assert len(result["steps"]) == 3
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize(
-    "options", ["full rewards", "topk rewards", "full lora rewards", "full lora adapter_off rewards"]
+    "options",
+    ["full rewards", "topk rewards", "topk rewards fp32_head", "full lora rewards", "full lora adapter_off rewards"],
 )
 @pytest.mark.slow
 def test_in_16_bits_only_products_are_rounded(models, engine, options):

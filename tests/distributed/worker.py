@@ -143,6 +143,10 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         "ema",
         "bf16",
         "adapter_off",
+        "same",
+        "scaled",
+        "masked",
+        "fp32_head",
     }
     if unknown:
         raise SystemExit(f"There is no option {unknown}.")
@@ -179,6 +183,9 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
             teacher_offload="offload" in options,
             teacher_ema=0.8 if "ema" in options else None,
             bf16="bf16" in options,
+            cast_lm_head_to_fp32="fp32_head" in options,
+            mask_truncated_completions="masked" in options,
+            max_completion_length=1 if "masked" in options else 8,
             assume_different_teacher="adapter_off" in options,
             max_grad_norm=1e9,
             save_strategy="steps" if "save" in options else "no",

@@ -18,6 +18,7 @@ from trl_distill.heads.fused import DivergenceSpec, ExpectedSlopes, fused_diverg
 from trl_distill.heads.lm_head import LMHead
 from trl_distill.heads.tiles import TileSizes
 from trl_distill.models.student import ForwardPlan
+from trl_distill.objective import divergences
 
 
 N = 7
@@ -143,6 +144,21 @@ def test_fp16_loses_no_slope(given, slope):
     for ours, exact in zip(*found, strict=True):
         assert ours.isfinite().all()
         assert relative_error(ours, exact) < 5e-3 or slope == 0
+
+
+def test_a_derivative_beyond_fp16_is_formed_again_with_the_loss_scale(given, monkeypatch):
+    """A divergence may have any derivative; of the loss, the loss scale keeps it in range."""
+    hidden, head, teacher_hidden, teacher_head, ids = given
+    summands = divergences.summands
+    monkeypatch.setattr(divergences, "summands", lambda *args: 1e5 * summands(*args))
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
+            form = DivergenceSpec("forward_kl")
+            out = fused_divergence(hidden, head, teacher_hidden, teacher_head, form, ids, ExpectedSlopes(torch.ones(N)))
+        found.append(torch.autograd.grad(1e-4 * out.divergence.sum(), [hidden, head.parameters()[0]]))
+    for ours, exact in zip(*found, strict=True):
+        assert relative_error(ours, exact) < 5e-3
 
 
 def test_a_second_backward_pass_is_right_too(given):

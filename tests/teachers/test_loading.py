@@ -63,8 +63,6 @@ def test_where_a_teacher_is_loaded(tmp_path, monkeypatch, distributed, device, s
 def test_a_teacher_for_which_no_memory_is_left(monkeypatch, tmp_path):
     monkeypatch.setattr(shared_memory, "FOLDERS", (str(tmp_path),))
     monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    message = shared_memory._folder_with_room(make_model())
-    assert message.startswith("!")
-    assert "has 0.0 GB" in message
-    assert "--shm-size" in message
+    with pytest.raises(ValueError, match=r"has 0\.0 GB.*--shm-size"):
+        shared_memory._new_file(make_model())
     assert not list(tmp_path.iterdir())

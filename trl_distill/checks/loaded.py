@@ -32,6 +32,7 @@ from .preflight import RunFacts, readable_prompts
 
 PROBE_PROMPTS = 4  # prompts that the student completes to be compared with a teacher
 PROBE_LENGTH = 32  # tokens of each of these completions
+LEAST_TOKENS = 8  # tokens of all processes, below which rollouts show nothing
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,17 @@ class ModelChecks:
             rollouts = own_completions(self.facts, self.student, self.accelerator, self.suppressed)
         self._check_teachers(rollouts, report)
 
-    def on_rollouts(self, rollouts: Rollouts) -> Report:
+    def on_rollouts(self, rollouts: Rollouts, own: bool = True) -> Report | None:
         """
         The other checks, on every process.
 
         Args:
             rollouts ([`~trl_distill.Rollouts`]): of this process; the first tokens of a few are used.
+            own (`bool`): whether the student wrote them.
 
         Returns:
-            [`~trl_distill.checks.findings.Report`]: what was found, without errors.
+            [`~trl_distill.checks.findings.Report`], *optional*: what was found, without errors. `None` if too few
+            tokens are judged, such as where completions that were cut off are masked: try again with other rollouts.
 
         Raises:
             PreflightError: a teacher is the student itself.
@@ -94,19 +97,21 @@ class ModelChecks:
         """
         report, few = Report(), rollouts.rows(slice(PROBE_PROMPTS))
         few = Rollouts(few.input_ids, few.attention_mask, few.mask & (few.mask.cumsum(1) <= PROBE_LENGTH))
+        if self.accelerator.reduce(few.mask.sum(), reduction="sum") < LEAST_TOKENS:
+            return None
         check_head(self.student, "student", self.accelerator)
-        self._check_teachers(few, report)
+        self._check_teachers(few, report, "of the student's own" if own else "of the dataset")
         report.stop_on_errors()
         report.warn()
         return report
 
-    def _check_teachers(self, rollouts: Rollouts | None, report: Report) -> None:
+    def _check_teachers(self, rollouts: Rollouts | None, report: Report, whose: str = "of the student's own") -> None:
         for teacher, columns in self.pool.members:
             with teacher.on_device() as model:
                 if model is not None:
                     check_head(model, "teacher", self.accelerator)
             names = [self.pool.names[i] for i in columns]
-            report.add(teacher_differs(self, teacher, names, rollouts))
+            report.add(teacher_differs(self, teacher, names, rollouts, whose))
 
 
 def check_head(model: nn.Module, whose: str, accelerator: Accelerator) -> None:
@@ -146,7 +151,9 @@ def in_fp32(student: nn.Module, args: OPDConfig, accelerator: Accelerator) -> bo
     return exact or bool(args.cast_lm_head_to_fp32)
 
 
-def teacher_differs(run: ModelChecks, teacher: Teacher, names: list[str], rollouts: Rollouts | None) -> Finding:
+def teacher_differs(
+    run: ModelChecks, teacher: Teacher, names: list[str], rollouts: Rollouts | None, whose: str
+) -> Finding:
     """
     Measure KL(student ‖ teacher) on rollouts. 0 usually means that the wrong model was loaded.
 
@@ -154,13 +161,14 @@ def teacher_differs(run: ModelChecks, teacher: Teacher, names: list[str], rollou
         run ([`ModelChecks`]): the run.
         teacher ([`~trl_distill.Teacher`]): ready to score.
         names (`list[str]`): its names.
-        rollouts ([`~trl_distill.Rollouts`], *optional*): of the student. `None` if no teacher gives hidden states.
+        rollouts ([`~trl_distill.Rollouts`], *optional*): `None` if no teacher gives hidden states.
+        whose (`str`): who wrote them, such as "of the student's own".
     """
     if teacher.gives is not HiddenStates or rollouts is None:
         return Finding("teacher differs", "skipped", "Not measured: this teacher gives no hidden states.")
     facts, several = run.facts, len(run.pool.members) > 1
     args, columns = facts.args, getattr(facts.dataset, "column_names", None) or []
-    distance = measure_distance(run.student, teacher, run.accelerator, rollouts, run.spec)
+    distance = measure_distance(run.student, teacher, run.accelerator, rollouts, run.spec)._replace(whose=whose)
     unknown = facts.has_environments or not columns
     explained = {
         "it has its own prompts": "teacher_prompt" in columns,

@@ -215,15 +215,17 @@ class Distance(NamedTuple):
         uniform (`float`): KL(student ‖ uniform) on the same tokens, that is, from a teacher that knows nothing.
         tokens (`int`): number of tokens.
         completions (`int`): number of completions that they are from.
+        whose (`str`): who wrote these.
     """
 
     kl: float
     uniform: float
     tokens: int
     completions: int
+    whose: str = "of the student's own"
 
     def __str__(self) -> str:
-        of = f"the first {self.tokens} tokens of {self.completions} completions of the student's own"
+        of = f"the first {self.tokens} tokens of {self.completions} completions {self.whose}"
         return f"KL(student ‖ teacher) is {self.kl:.3g} nats per token on {of}"
 
 

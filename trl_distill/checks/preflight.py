@@ -76,7 +76,7 @@ class RunFacts:
         stops (`list[int]`): ids that end a completion.
         dataset (`Any`): training dataset.
         eval_datasets (`dict[str, Any]`): evaluation datasets by name.
-        tokenize (`Callable`): turns prompts into token ids, as in training.
+        tokenize (`Callable`): turns prompts, with their rows' tools, into token ids, as in training.
         has_rewards (`bool`): whether there are rewards.
         has_environments (`bool`): whether environments write prompts, which are then unknown beforehand.
         generate_every (`int`): micro-steps per generation batch.
@@ -91,7 +91,7 @@ class RunFacts:
     stops: list[int]
     dataset: Any
     eval_datasets: dict[str, Any]
-    tokenize: Callable[[list[Any]], list[list[int]]]
+    tokenize: Callable[[list[Any], list[Any]], list[list[int]]]
     has_rewards: bool
     has_environments: bool
     generate_every: int
@@ -100,8 +100,8 @@ class RunFacts:
 
     def first_prompts(self, limit: int) -> list[list[int]]:
         """Token ids of the first prompts; empty if they are unknown before training."""
-        prompts = [] if self.has_environments else readable_prompts(self.dataset)[:limit]
-        return self.tokenize(prompts) if prompts else []
+        rows = [] if self.has_environments else readable_prompts(self.dataset)[:limit]
+        return self.tokenize([prompt for prompt, _ in rows], [tools for _, tools in rows]) if rows else []
 
     def counted_prompts(self) -> list[Prompts]:
         """All prompts that can be read before training, tokenised and looked at, those of teachers included."""
@@ -122,7 +122,7 @@ class RunFacts:
     @property
     def conversational(self) -> bool:
         """Whether prompts go through a chat template, as far as is known."""
-        return not any(isinstance(prompt, str) for prompt in readable_prompts(self.dataset)[:1])
+        return not any(isinstance(prompt, str) for prompt, _ in readable_prompts(self.dataset)[:1])
 
 
 @dataclass
@@ -200,7 +200,7 @@ def _examine_teacher(facts: RunFacts, spec: TeacherSpec, found: Examined, prompt
     args, report, config, tokenizer = facts.args, found.report, spec.config(), spec.tokenizer()
     report.add(
         tokenizer_checks.same_tokenizer(facts.tokenizer, tokenizer, args.assume_same_tokenizer, spec.served),
-        tokenizer_checks.chat_templates(facts.tokenizer, tokenizer, facts.conversational),
+        tokenizer_checks.chat_templates(facts.tokenizer, tokenizer, facts.conversational, facts.template_kwargs),
     )
     if config is not None:
         text = config.get_text_config()
@@ -224,8 +224,10 @@ def _examine_completions(facts: RunFacts, report: Report) -> None:
     report.add(setting_checks.completions(cut, len(found), limit, len(rows)))
 
 
-def readable_prompts(dataset: Any) -> list[Any]:
-    """The first prompts of a dataset, if they can be read without consuming it; else none."""
+def readable_prompts(dataset: Any) -> list[tuple[Any, Any]]:
+    """The first prompts of a dataset with their rows' tools, if they can be read without consuming it; else none."""
     if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
         return []
-    return [prompt for prompt in dataset[:FIRST_ROWS]["prompt"] if prompt]
+    rows = dataset[:FIRST_ROWS]
+    pairs = zip(rows["prompt"], rows.get("tools") or [None] * len(rows["prompt"]), strict=True)
+    return [(prompt, tools) for prompt, tools in pairs if prompt]

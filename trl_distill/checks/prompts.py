@@ -75,7 +75,7 @@ def count(
     dataset: Any,
     name: str,
     column: str,
-    tokenize: Callable[[list[Any]], list[list[int]]],
+    tokenize: Callable[[list[Any], list[Any]], list[list[int]]],
     bos: int | None,
     stops: Iterable[int],
     quiet: bool = True,
@@ -87,7 +87,7 @@ def count(
         dataset: a `Dataset`; of anything else nothing can be read without consuming it.
         name (`str`): its name, for messages.
         column (`str`): "prompt" or "teacher_prompt". Empty prompts are passed over.
-        tokenize (`Callable`): turns prompts into ids, as in training.
+        tokenize (`Callable`): turns prompts, with their rows' tools, into ids, as in training.
         bos (`int`, *optional*): id of the BOS token.
         stops (`Iterable[int]`): ids that end a turn.
         quiet (`bool`): whether to show no progress bar; there is one if it takes longer than a few seconds.
@@ -99,15 +99,17 @@ def count(
         return None
     limit = min(len(dataset), MOST_ROWS)
     shown = name if column == "prompt" else f"`{column}` in {name}"
-    found, dataset = Prompts(shown, column, len(dataset), limit), dataset.select_columns([column])
+    columns = [name for name in (column, "tools") if name in dataset.column_names]
+    found, dataset = Prompts(shown, column, len(dataset), limit), dataset.select_columns(columns)
     with tqdm(total=limit, desc=f"Counting tokens of {name}", delay=PATIENCE, disable=quiet, leave=False) as bar:
         for start in range(0, limit, BATCH):
-            prompts = dataset[start : min(start + BATCH, limit)][column]
-            rows = [(start + i, prompt) for i, prompt in enumerate(prompts) if prompt]
-            ids = tokenize([prompt for _, prompt in rows]) if rows else []
-            for (row, _), tokens in zip(rows, ids, strict=True):
+            read = dataset[start : min(start + BATCH, limit)]
+            tools = read.get("tools") or [None] * len(read[column])
+            rows = [(start + i, *row) for i, row in enumerate(zip(read[column], tools, strict=True)) if row[0]]
+            ids = tokenize([prompt for _, prompt, _ in rows], [own for *_, own in rows]) if rows else []
+            for (row, *_), tokens in zip(rows, ids, strict=True):
                 found.add(row, tokens, bos, stops)
-            bar.update(len(prompts))
+            bar.update(len(read[column]))
     return found
 
 

@@ -16,6 +16,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from .rows import tools_of
+
 
 def is_on_policy(generation: int, lmbda: float) -> bool:
     """
@@ -62,7 +64,7 @@ def token_ids(
     Ids of a row's prompt, and of its completion up to its first stop token, which is added if there is none.
 
     Args:
-        row (`dict`): "prompt" and "completion", both text or both messages.
+        row (`dict`): "prompt" and "completion", both text or both messages; optionally "tools", for the template.
         tokenizer: the student's.
         stops (`list[int]`): ids that end a completion; the tokenizer's `eos_token_id` is added if none occurs.
         limit (`int`, *optional*): maximum tokens of a completion, stop token included; longer ones are cut.
@@ -78,7 +80,8 @@ def token_ids(
         )
     prefix, answer, special = row["prompt"], row["completion"], True
     if not isinstance(prefix, str):
-        prefix, answer = _rendered(prefix, answer, tokenizer, template_kwargs or {})
+        tools = {"tools": tools_of(row["tools"])} if row.get("tools") else {}
+        prefix, answer = _rendered(prefix, answer, tokenizer, {**(template_kwargs or {}), **tools})
         special = False  # the template has written special tokens
     prompt, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for text in (prefix, prefix + answer))
     if not prompt:

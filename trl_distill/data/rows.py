@@ -7,6 +7,7 @@ write instead. What else a run needs, such as completions, is checked in `checks
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any
 
@@ -224,3 +225,8 @@ def _converted(kind: Any) -> Any:
         return kind
     rest = {name: value for name, value in fields.items() if name not in ("from", "value", "role", "content")}
     return List({"role": Value("string"), "content": Value("string"), **rest})
+
+
+def tools_of(tools: Any) -> list[Any] | None:
+    """A row's `tools` in the form for chat templates; in TRL's datasets it is a list or JSON text."""
+    return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None

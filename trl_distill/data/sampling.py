@@ -6,7 +6,6 @@ Models and random number generators are restored afterwards, and a model's own g
 from __future__ import annotations
 
 import inspect
-import json
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from ..models.properties import backbone_of, has_relative_positions, unwrap_adap
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
 from .completions import token_ids
+from .rows import tools_of
 
 
 Signals = Callable[[Rollouts], HiddenStates]
@@ -100,11 +100,6 @@ def without_own_settings(model: Any) -> Iterator[None]:
         base.generation_config = own
 
 
-def tools_of(tools: Any) -> list[Any] | None:
-    """A row's `tools` in the form for chat templates; in TRL's datasets it is a list or JSON text."""
-    return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
-
-
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Any,
@@ -158,7 +153,8 @@ def answer_texts(
     special = {*tokenizer.all_special_ids, *(token for token, text in added if text.special)}
     dropped = {*stops, tokenizer.pad_token_id} & special
     kept = [[token for token in ids if token not in dropped] for ids in completions]
-    return [str(tokenizer.decode(ids, skip_special_tokens=False)) for ids in kept]
+    exact = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}  # Llama 3 asks for the clean-up
+    return [str(tokenizer.decode(ids, **exact)) for ids in kept]
 
 
 def sample_ids(model: Any, prompts: Sequence[list[int]], pad: int, how: Sampling) -> list[list[tuple[list[int], bool]]]:

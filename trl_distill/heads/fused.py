@@ -21,7 +21,7 @@ from .lm_head import LMHead, check_same_device
 from .tiles import Projection, TileMemory, parts, tiles
 
 
-LARGEST_SLOPE = 256.0  # a token's derivatives by logits then stay below 65504, the largest fp16, up to 255 nats
+LARGEST_SLOPE = 16.0  # a token's derivatives by logits then stay below 65504, the largest fp16, up to 4000 nats
 GRADIENT_TOLERANCE = 1e-5  # relative difference up to which a gradient counts as the expected one
 
 
@@ -159,6 +159,8 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, grad, grad_log_q, *_):
         *tensors, slope, slope_log_q = ctx.saved_tensors
         grads, ctx.formed = ctx.formed, None
+        if grads is not None and ctx.dtype == torch.float16 and not grads.are_finite:
+            grads = None  # a larger derivative than fp16 has; those of the given gradient carry the loss scale
         given = [None if g is None else g.float() for g in (grad, grad_log_q)]
         if grads is None:
             grads, rest = Gradients.wanted_by(ctx.needs_input_grad), given

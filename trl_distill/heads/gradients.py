@@ -35,6 +35,12 @@ class Gradients:
         if self.bias is not None:
             self.bias += found.sum(0)
 
+    @property
+    def are_finite(self) -> bool:
+        return all(
+            bool(tensor.isfinite().all()) for tensor in (self.hidden, self.weight, self.bias) if tensor is not None
+        )
+
     def scale(self, factor: float) -> None:
         for tensor in (self.hidden, self.weight, self.bias) if factor != 1.0 else ():
             if tensor is not None:

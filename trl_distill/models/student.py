@@ -28,6 +28,7 @@ from ..rollouts import Rollouts
 from ..signals import HiddenStates, TeacherScore
 from .hidden_states import judged_states, last_hidden, last_hidden_state, scatter, unbound_forward
 from .properties import backbone_of, unwrap_adapter
+from .quantised import keep_differentiable
 
 
 @dataclass
@@ -120,6 +121,7 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
     """
     base = unwrap_adapter(model)
     LMHead(base)  # raises if there is none that can be used
+    keep_differentiable(model)
     fused_forward = unbound_forward(base)
 
     @functools.wraps(fused_forward)
@@ -142,11 +144,13 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
         else:
             kwargs.pop("labels", None)
             hidden, fields = last_hidden(self, *args, **kwargs), {}
-        in_fp32: Any = torch.autocast(hidden.device.type, enabled=False) if fp32_head else nullcontext()
-        with in_fp32, LMHead(self).gathered() as head:
-            if fused_lm_head and how.log_probs == "here":
-                fields = _log_probs(hidden, head, rollouts, how.temperature, fp32_head)
-            return _measure(hidden, head, rollouts, scores.content, how, fields, fp32_head)
+        with LMHead(self).gathered() as head:
+            # FSDP2 has rounded the head itself; the teacher's is then rounded alike, or the two would differ by that
+            exact = fp32_head and head.parameters()[0].dtype == torch.float32
+            with torch.autocast(hidden.device.type, enabled=False) if exact else nullcontext():
+                if fused_lm_head and how.log_probs == "here":
+                    fields = _log_probs(hidden, head, rollouts, how.temperature, exact)
+                return _measure(hidden, head, rollouts, scores.content, how, fields, exact)
 
     base.forward = types.MethodType(forward, base)
 

@@ -22,13 +22,19 @@ def sharded(model: nn.Module, accelerator: Accelerator) -> Any:
     meta device in some processes (see [`device_map_of`]), they get the main process's weights, one tensor at a time.
 
     Raises:
-        ValueError: FSDP version 1 is used.
+        ValueError: FSDP version 1 is used, or weights are kept in CPU memory.
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version == 1:
         raise ValueError(
             "FSDP version 1 flattens the teacher's LM head, which the divergence needs as a matrix. Set "
             "`fsdp_version: 2` in the accelerate configuration."
+        )
+    if plugin.cpu_offload:
+        raise ValueError(
+            "FSDP2 is asked to keep weights in CPU memory (`fsdp_offload_params`), where the LM heads, which are used "
+            "outside of their own forward pass, would stay. Set `fsdp_offload_params: false`; to save memory use "
+            "ZeRO-3 with offload (`zero3_offload`) or a served teacher."
         )
     on_meta = torch.tensor(float(any(p.is_meta for p in model.parameters())), device=accelerator.device)
     if accelerator.reduce(on_meta, reduction="sum") == 0:
@@ -41,7 +47,7 @@ def sharded(model: nn.Module, accelerator: Accelerator) -> Any:
     base.tie_weights()  # the move has made two parameters of one
     shard_layers(model, accelerator)
     prepared = prepare_fsdp(model, accelerator)
-    model.to_empty(device="cpu" if plugin.cpu_offload else accelerator.device)
+    model.to_empty(device=accelerator.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(model, weights, options=options)
     for name, value in buffers.items():
@@ -70,7 +76,6 @@ def shard_layers(model: nn.Module, accelerator: Accelerator) -> None:
             mesh=None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)],
             reshard_after_forward=True,
             mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
-            **({"offload_policy": plugin.cpu_offload} if plugin.cpu_offload else {}),
         )
 
 

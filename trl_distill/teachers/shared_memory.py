@@ -44,12 +44,17 @@ def share_weights(model: nn.Module, accelerator: Accelerator) -> None:
     Raises:
         ValueError: no folder has room for the weights.
     """
-    path = _folder_with_room(model) if accelerator.is_local_main_process else ""
+    path, failure = "", ""
+    if accelerator.is_local_main_process:
+        try:
+            path = _new_file(model)
+        except (OSError, ValueError) as error:  # the others learn of it, instead of waiting
+            failure = str(error)
     places: list[Any] = [None] * accelerator.num_processes
-    dist.all_gather_object(places, (socket.gethostname(), path))
-    own = next(path for host, path in places if path and host == socket.gethostname())
-    if own.startswith("!"):
-        raise ValueError(own[1:])
+    dist.all_gather_object(places, (socket.gethostname(), path, failure))
+    if failures := [failure for *_, failure in places if failure]:
+        raise ValueError(failures[0])
+    own = next(path for host, path, _ in places if path and host == socket.gethostname())
     if not accelerator.is_local_main_process:
         model.to_empty(device="cpu")  # takes no memory: none of it is ever written
         unwrap_adapter(model).tie_weights()
@@ -75,8 +80,8 @@ def share_weights(model: nn.Module, accelerator: Accelerator) -> None:
         _pin(block)
 
 
-def _folder_with_room(model: nn.Module) -> str:
-    """A new file's path; a message that begins with "!" if there is no room."""
+def _new_file(model: nn.Module) -> str:
+    """Path of a new file, in a folder that has room for the weights. Raises `ValueError` if there is none."""
     needed = _bytes_of([*model.parameters(), *model.buffers()])
     free = {folder: shutil.disk_usage(folder).free for folder in FOLDERS if os.path.isdir(folder)}
     for folder, room in free.items():
@@ -85,8 +90,8 @@ def _folder_with_room(model: nn.Module) -> str:
             os.close(handle)
             return path
     rooms = ", ".join(f"{folder} has {room / 1e9:.1f} GB" for folder, room in free.items())
-    return (
-        f"!`teacher_offload=True` keeps the teacher in memory that the processes of a node share: {needed / 1e9:.1f} "
+    raise ValueError(
+        f"`teacher_offload=True` keeps the teacher in memory that the processes of a node share: {needed / 1e9:.1f} "
         f"GB, but {rooms}. Enlarge /dev/shm (in Docker: `--shm-size`), or set TMPDIR to a folder with room."
     )
 
@@ -101,7 +106,7 @@ def _bytes_of(tensors: list[torch.Tensor]) -> int:
 
 
 def _pin(block: torch.UntypedStorage) -> None:
-    """Page-lock the memory, which makes copies to a GPU faster.."""
+    """Page-lock the memory, which makes copies to a GPU faster."""
     status = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes(), 0)
     if int(status) != 0:
         logger.warning(f"The teacher's memory could not be page-locked (status {status}): copies will be slower.")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from ..data.rows import tools_of
 from ..data.sampling import answer_texts, without_own_settings
 from ..errors import CheckpointError, NonFiniteLossError
 from ..objective.weights import leave_one_out
@@ -70,6 +72,7 @@ class GRPOHooks(GRPOTrainer):
     leave_one_out: bool = False
     _skips_old_log_probs: bool = False
     _generating: bool = False
+    _rows_tools: list[Any] | None = None
     num_generations: Any
     num_generations_eval: Any
     _rewards_per_func: torch.Tensor | None
@@ -128,6 +131,31 @@ class GRPOHooks(GRPOTrainer):
         with without_own_settings(self.model) if self.is_distilling else nullcontext():
             return super()._generate_single_turn(*args, **kwargs)
 
+    def _tokenize_prompts(self, prompts: list) -> Any:
+        """TRL's, except that rows with tools of their own (a column `tools`) are rendered with them."""
+        rows = self._rows_tools or []
+        if len(rows) != len(prompts) or not any(rows):
+            return super()._tokenize_prompts(prompts)
+        everyone, ids = self.tools, [[0]] * len(prompts)
+        try:
+            for kind in {json.dumps(tools) for tools in rows}:
+                members = [i for i, tools in enumerate(rows) if json.dumps(tools) == kind]
+                self.tools = rows[members[0]] or everyone
+                rendered = super()._tokenize_prompts([prompts[i] for i in members])[0]
+                for i, own in zip(members, rendered, strict=True):
+                    ids[i] = own
+        finally:
+            self.tools = everyone
+        return ids, None, {}
+
+    @contextmanager
+    def _with_tools_of(self, rows: list[Any]) -> Iterator[None]:
+        self._rows_tools = [tools_of(tools) for tools in rows] if self.is_distilling else None
+        try:
+            yield
+        finally:
+            self._rows_tools = None
+
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's rollouts, with leave-one-out advantages and each row's reward."""
         self._fresh = True
@@ -136,7 +164,8 @@ class GRPOHooks(GRPOTrainer):
             self._rewards_per_func = None
             self._generating = True
             try:
-                output = super()._generate_and_score_completions(inputs)
+                with self._with_tools_of([row.get("tools") for row in inputs]):
+                    output = super()._generate_and_score_completions(inputs)
             finally:
                 self._generating = False
             if self._rewards_per_func is not None:
@@ -311,9 +340,10 @@ class GRPOHooks(GRPOTrainer):
         """Whether environments write or extend the prompts, which are then unknown before an episode begins."""
         return self.environment_factories is not None
 
-    def token_ids_of(self, prompts: list[Any]) -> list[list[int]]:
-        """Prompts, text or messages, as TRL renders and tokenises them for generation."""
-        return self._tokenize_prompts(prompts)[0]
+    def token_ids_of(self, prompts: list[Any], tools: list[Any] | None = None) -> list[list[int]]:
+        """Prompts, text or messages, as they are rendered and tokenised for generation; each with its row's `tools`."""
+        with self._with_tools_of(tools or []):
+            return self._tokenize_prompts(prompts)[0]
 
     @property
     def has_side_terms(self) -> bool:

@@ -66,6 +66,7 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
     Raises:
         ValueError: something does not fit. Errors that the preflight collects are raised together as `PreflightError`.
     """
+    trainer.is_distilling = True
     facts = facts_of(trainer)
     found = examine(facts, specs, report)
     same_vocabulary = _stay_inside_vocabulary(trainer, found.vocab_size)
@@ -163,7 +164,7 @@ def _estimators(trainer: Any, found: Examined) -> tuple[Estimator, Estimator]:
 def _load(trainer: Any, specs: dict[str, TeacherSpec], estimator: Estimator) -> TeacherPool:
     """Load the teachers, and check that they give what the estimator needs."""
     args: OPDConfig = trainer.args
-    trainer.saves_padding = trainer.is_distilling = True
+    trainer.saves_padding = True
     trainer.trims_prompts = has_relative_positions(unwrap_adapter(trainer.model).config)
     size = unwrap_adapter(trainer.model).config.get_text_config().vocab_size
     pool = load_pool(specs, args, trainer.accelerator, trainer.model, size)

@@ -6,6 +6,7 @@ This file decides the order of the steps. The loss is in `loss.py`, setup in `se
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -279,7 +280,8 @@ class OPDTrainer(GRPOHooks):
             return
         self._check_models(batch)
         own = [row.get("teacher_prompt") for row in rows]
-        batch |= teacher_prompts(own, batch, self.token_ids_of, self.tokenizer.pad_token_id)
+        tokenize = functools.partial(self.token_ids_of, tools=[row.get("tools") for row in rows])
+        batch |= teacher_prompts(own, batch, tokenize, self.tokenizer.pad_token_id)
         batch |= self.pool.assign(rows, batch["prompt_ids"].device)
         self.pool.score_ahead(MicroBatch.from_inputs(batch), self.mode == "train")
 
@@ -288,8 +290,10 @@ class OPDTrainer(GRPOHooks):
         assert self.setup is not None
         if self._models_checked or self.mode == "eval" or not self.setup.checks.wait_for_rollouts:
             return
-        self._models_checked = True
-        self.preflight.add(*self.setup.checks.on_rollouts(Rollouts.from_inputs(batch)).findings)
+        found = self.setup.checks.on_rollouts(Rollouts.from_inputs(batch), own="row_weight" not in batch)
+        if found is not None:
+            self._models_checked = True
+            self.preflight.add(*found.findings)
 
     def rollout_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's policy loss plus beta times the divergence from the teacher, from one forward of the student."""

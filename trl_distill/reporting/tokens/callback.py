@@ -168,7 +168,8 @@ class TokenReport(TrainerCallback):
         teacher, device = trainer.pool.teachers[self._name], trainer.accelerator.device
         completions: list[Completion] = []
         written: list[SampledCompletion] = []
-        prompts = trainer.token_ids_of([row["prompt"] for row in self._rows])
+        tools = [row.get("tools") for row in self._rows]
+        prompts = trainer.token_ids_of([row["prompt"] for row in self._rows], tools)
         with preserving_state(trainer.model), trainer.accelerator.autocast():
             size = max(1, self.batch_size // self.num_generations)
             for start in range(0, len(self._rows), size):
@@ -193,8 +194,8 @@ class TokenReport(TrainerCallback):
         )
 
     def _ids_of(self, prompt: Any, tools: Any = None) -> list[int]:
-        """As in training, where tools are the trainer's, not a row's."""
-        return self._trainer.token_ids_of([prompt])[0]
+        """As in training."""
+        return self._trainer.token_ids_of([prompt], [tools])[0]
 
 
 def _name(owner: Any) -> str:
