@@ -23,7 +23,7 @@ class LMHead:
         model ([`~transformers.PreTrainedModel`]): a causal language model.
 
     Raises:
-        ValueError: the model has no output layer, or there is an adapter on it.
+        ValueError: the model has no output layer, there is an adapter on it, or it is quantised.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -36,6 +36,7 @@ class LMHead:
                 "without the adapter. Merge the adapter (`model.merge_and_unload()`) or leave `lm_head` out of its "
                 "`target_modules`."
             )
+        check_not_quantised(layer)
         self._model = model
         config = model.config.get_text_config()
         self.logit_scale = logit_scale(config)
@@ -95,6 +96,18 @@ class FixedHead(LMHead):
 
     def parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self._weight, self._bias
+
+
+def check_not_quantised(layer: Any) -> None:
+    """Raise `ValueError` for an output layer whose weight is no plain matrix of at least 16 bits per value."""
+    weight: Any = getattr(layer, "weight", None)  # none in the layers of some quantisers
+    plain = isinstance(weight, torch.Tensor) and type(weight.data) in (torch.Tensor, DTensor)
+    if not plain or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise ValueError(
+            f"The LM head is quantised ({type(layer).__name__}, {type(weight).__name__}), but the divergence is "
+            "computed from its weight. Leave it in 16 or 32 bits, as transformers does by default: keep `lm_head` in "
+            "`llm_int8_skip_modules` (bitsandbytes), and leave out `include_input_output_embeddings` (torchao)."
+        )
 
 
 def logit_scale(config: Any) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from .._trl import create_model_from_path, get_config_model_id
 from ..config import OPDConfig
@@ -116,6 +116,8 @@ class NamedModel(_ModelSpec):
         `teacher_model_init_kwargs` say otherwise; in CPU memory with `teacher_offload`.
         """
         kwargs: dict[str, Any] = {"dtype": "auto", **_init_kwargs(self.args)}
+        if "gguf_file" in kwargs:  # TRL looks for the architecture in a `config.json`
+            kwargs["architecture"] = AutoModelForCausalLM
         if accelerator.distributed_type == DistributedType.FSDP:
             kwargs["device_map"] = sharding.device_map_of(accelerator)
         elif is_sharded(accelerator):
@@ -273,8 +275,9 @@ def student_config(name_or_path: str, args: OPDConfig) -> PretrainedConfig:
 
 
 def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of a model's keyword arguments that say where and how to download it."""
-    names = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+    """Those of a model's keyword arguments that say where its files are and how to download them."""
+    names = {"revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "force_download", "proxies"}
+    names |= {"gguf_file"}  # which holds the configuration and the tokenizer, too
     return {name: value for name, value in kwargs.items() if name in names}
 
 
