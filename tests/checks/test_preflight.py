@@ -82,6 +82,7 @@ def other_special():
         (lambda: tokenizer_checks.vocabulary(make_tokenizer(), 29, 29), "ok", "29 rows each"),
         (lambda: tokenizer_checks.vocabulary(make_tokenizer(), 32, 40), "ok", "32 rows against the teacher's 40"),
         (lambda: tokenizer_checks.vocabulary(make_tokenizer(), 29, 20), "error", "ends at 19"),
+        (lambda: tokenizer_checks.vocabulary(make_tokenizer(), 28, 28), "ok", "28 rows each"),  # 29 ids, as Gemma 3's
         (lambda: tokenizer_checks.stop_tokens(make_tokenizer(), {1}, {1}, True), "ok", "Both end with '<eos>' (1)"),
         (lambda: tokenizer_checks.stop_tokens(make_tokenizer(), {1}, {1, 28}, True), "ok", "compared as one class"),
         (lambda: tokenizer_checks.stop_tokens(make_tokenizer(), {1}, {28}, False), "warning", "completions would grow"),
@@ -96,6 +97,14 @@ def other_special():
             "differs from its own",
         ),
         (lambda: tokenizer_checks.chat_templates(with_template("x"), make_tokenizer()), "ok", "The teacher has none"),
+        (
+            lambda: tokenizer_checks.chat_templates(
+                with_template("{{ mode or 'x' }}"), with_template("x"), template_kwargs={"mode": "z"}
+            ),
+            "warning",
+            "differs from its own",
+        ),
+        (lambda: tokenizer_checks.chat_templates(make_tokenizer(), with_template("x")), "skipped", "in the student's"),
         (
             lambda: tokenizer_checks.chat_templates(with_template("x"), with_template("y"), False),
             "warning",

@@ -101,8 +101,12 @@ def _differing_special_tokens(student: PreTrainedTokenizerBase, teacher: PreTrai
 def vocabulary(
     tokenizer: PreTrainedTokenizerBase, student_size: int, teacher_size: int, assume_same: bool = False
 ) -> Finding:
-    """Every id that the tokenizer can produce needs a row in the teacher's embedding; padding rows may differ."""
-    needed = max(tokenizer.get_vocab().values()) + 1
+    """
+    Whether the teacher has every id that the student can be given or write; padding rows may differ.
+
+    A tokenizer may have ids that neither model has, such as the image token of text-only Gemma 3 models.
+    """
+    needed = min(max(tokenizer.get_vocab().values()) + 1, student_size)
     if needed > teacher_size and not assume_same:
         return Finding(
             "vocabulary",
@@ -145,9 +149,20 @@ PROBE_CONVERSATION = [
 
 
 def chat_templates(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, conversational: bool = True
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase | None,
+    conversational: bool = True,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> Finding:
-    """Whether both render a conversation the same way; the teacher gets prompts in the student's template."""
+    """
+    Whether both render a conversation the same way; the teacher gets prompts in the student's template.
+
+    Args:
+        student: the student's tokenizer.
+        teacher: the teacher's tokenizer, or `None` if unknown.
+        conversational (`bool`): whether prompts are messages.
+        template_kwargs (`dict`, *optional*): keyword arguments of the student's template, and of the teacher's here.
+    """
     if not conversational and getattr(teacher, "chat_template", None) and getattr(student, "chat_template", None):
         return Finding(
             "chat template",
@@ -160,15 +175,10 @@ def chat_templates(
     if teacher is None or getattr(teacher, "chat_template", None) is None:
         return Finding("chat template", "ok", "The teacher has none; it gets prompts in the student's.")
 
-    def rendered(tokenizer: Any) -> str:
-        for messages in (PROBE_CONVERSATION, PROBE_CONVERSATION[1:]):  # some templates allow no system message
-            try:
-                return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            except Exception:  # templates are programs and may raise anything
-                continue
-        return ""
-
-    of_student, of_teacher = rendered(student), rendered(teacher)
+    of_student, of_teacher = _probe(student, template_kwargs), _probe(teacher, template_kwargs)
+    if of_student is None or of_teacher is None:
+        whose = "student's" if of_student is None else "teacher's"
+        return Finding("chat template", "skipped", f"A test conversation could not be rendered in the {whose}.")
     if of_student == of_teacher:
         return Finding("chat template", "ok", "Both render a conversation the same way.")
     return Finding(
@@ -179,3 +189,15 @@ def chat_templates(
         "Distil in the format that the teacher was trained on: give the student's tokenizer its template "
         "(`processing_class.chat_template`), thinking mode included (`chat_template_kwargs`).",
     )
+
+
+def _probe(tokenizer: Any, template_kwargs: dict[str, Any] | None) -> str | None:
+    """A short conversation in a tokenizer's chat template; `None` if it cannot be rendered."""
+    for messages in (PROBE_CONVERSATION, PROBE_CONVERSATION[1:]):  # some templates allow no system message
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **(template_kwargs or {})
+            )
+        except Exception:  # templates are programs and may raise anything
+            continue
+    return None
