@@ -147,7 +147,7 @@ def test_a_server_that_is_killed_and_started_again(server, make, tmp_path):
     assert len(killed) > 1
     with pytest.raises(TeacherUnavailable) as stopped:
         broken.train()
-    assert psutil.wait_procs(killed, timeout=60)[1] == []
+    assert not [process for process in killed if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert re.search(r"Training stopped after step 1\. Everything so far is in .*checkpoint-1", str(stopped.value))
 
     server.start()
