@@ -6,6 +6,8 @@ import copy
 import io
 import json
 import pickle
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -47,6 +49,98 @@ def test_what_is_a_secret(setting, shown):
     before = copy.deepcopy(setting)
     assert redacted(setting) == shown
     assert setting == before
+
+
+JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abc-DEF_1"
+
+
+@dataclass(frozen=True)
+class Login:
+    user: str
+    api_key: str
+
+
+class Pair(NamedTuple):
+    user: str
+    token: str
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        # names
+        *[
+            ({name: SECRET}, {name: "***"})
+            for name in [
+                *["sig", "signature", "jwt", "pat", "auth_header", "tokens", "api_key_1", "hf_token_read", "hubToken"],
+                *["HF_TOKEN", "X-Amz-Security-Token", "AWS_SECRET_ACCESS_KEY", "db_password_2", "key"],
+            ]
+        ],
+        # queries
+        (f"https://a.blob/x?sv=1&sig={SECRET}", "https://a.blob/x?sv=1&sig=***"),
+        (f"https://a/x?X-Amz-Signature={SECRET}&X-Amz-Date=1", "https://a/x?X-Amz-Signature=***&X-Amz-Date=1"),
+        # forms
+        *[
+            (f"it is {key} here", "it is *** here")
+            for key in [
+                *["gsk_aB3dE6gH9jK2mN5pQ8", "AIzaSyA1b2C3d4E5f6G7-h8_i9", "xoxb-1234567890-abcDEF", JWT],
+                *["nvapi-aB3dE6gH9jK2mN5pQ8", "glpat-aB3dE6gH9jK2mN5pQ8"],
+            ]
+        ],
+        # texts
+        (f"X-Api-Key: {SECRET}", "X-Api-Key: ***"),
+        (f"a --hub_token {SECRET} --seed 3", "a --hub_token *** --seed 3"),
+        (f"a --hub_token={SECRET} --seed 3", "a --hub_token=*** --seed 3"),
+        (f'a --hub_token "{SECRET} b" --seed 3', 'a --hub_token "***" --seed 3'),
+        (f"Authorization: Bearer {SECRET}", "Authorization: Bearer ***"),
+        (f"authorization: token {SECRET}", "authorization: ***"),
+        (f"Cookie: a={SECRET}; b={SECRET}", "Cookie: ***"),
+        (f"connect(password={SECRET!r}, port=3)", "connect(password='***', port=3)"),
+        (["--api_key", SECRET, "--seed", "3"], ["--api_key", "***", "--seed", "3"]),
+        (("-H", f"X-Api-Key: {SECRET}"), ("-H", "X-Api-Key: ***")),
+        # JSON
+        (json.dumps({"api_key": SECRET, "n": 2}), '{"api_key": "***", "n": 2}'),
+        (json.dumps([{"a": json.dumps({"token": SECRET})}]), json.dumps([{"a": '{"token": "***"}'}])),
+        ('body {"api_key": "' + SECRET + '", "n": 2}', 'body {"api_key": "***", "n": 2}'),
+        (r'body {\"api_key\": \"' + SECRET + r'\"}', r'body {\"api_key\": \"***\"}'),
+        # objects
+        ({"a": [Login("me", SECRET)]}, {"a": [Login("me", "***")]}),
+        (Pair("me", SECRET), Pair("me", "***")),
+        (frozenset([f"token={SECRET}"]), frozenset(["token=***"])),
+        ({"token": SECRET.encode()}, {"token": "***"}),
+    ],
+)  # fmt: skip
+def test_every_place_of_a_secret(setting, shown):
+    before = copy.deepcopy(setting)
+    assert redacted(setting) == shown
+    assert setting == before
+    assert redacted(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *[
+            {name: "text"}
+            for name in [
+                *["max_completion_tokens", "max_tokens", "num_tokens", "max_new_tokens", "prompt_tokens", "eos_token"],
+                *["pad_token", "additional_special_tokens", "pad_token_id", "stop_token_ids", "tokenizer"],
+                *["tokenizer_name", "tokenizer_class", "teacher_tokenizer_name_or_path", "num_input_tokens_seen"],
+                *["include_num_input_tokens_seen", "num_assistant_tokens_schedule", "tokens_per_second"],
+                *["average_tokens_across_devices", "teacher_api_key_env", "num_key_value_heads", "keyboard", "author"],
+                *["path", "pattern", "design", "sigma", "assigned", "signal", "pass_at_k", "compatible", "passes"],
+            ]
+        ],
+        *["https://host:8000/v1?max_tokens=5&page=2#top", "https://huggingface.co/org/model-1.5B", "vllm:org/model"],
+        *["/data/tokens/run-1/checkpoint-20", "C:\\models\\key", "http://localhost:8000/v1#model", "s3://bucket/part=a"],
+        *["Key: the first token is 3.", "max_tokens: 5, eos_token=<eos>", "the token of --seed 3", "token: $HF_TOKEN"],
+        *["a --hub_token --seed 3", "token=None", '{"eos_token":   "<eos>"}', "[not JSON", "{}", "[1, 2]"],
+        [["--max_tokens", "5"], ["--eos_token", "<eos>"], ("--api_key", "$KEY")],
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_no_secret_is_shown(setting):
+    assert redacted(setting) == setting
 
 
 NAMES = st.sampled_from(
