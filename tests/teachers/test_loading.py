@@ -8,8 +8,9 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from helpers import config, make_model
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
-from trl_distill.teachers import shared_memory, spec
+from trl_distill.teachers import sharding, shared_memory, spec
 
 
 MAIN, OTHER = True, False
@@ -66,3 +67,11 @@ def test_a_teacher_for_which_no_memory_is_left(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"has 0\.0 GB.*--shm-size"):
         shared_memory._new_file(make_model())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("policy", "refused"), [(CPUOffloadPolicy(), True), (OffloadPolicy(), False)])
+def test_fsdp2_must_not_keep_weights_in_cpu_memory(policy, refused):
+    plugin = SimpleNamespace(fsdp_version=2, cpu_offload=policy)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), device="cpu", reduce=None)
+    with pytest.raises(ValueError if refused else TypeError, match="fsdp_offload_params" if refused else "callable"):
+        sharding.sharded(make_model(), accelerator)

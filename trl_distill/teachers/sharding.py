@@ -9,6 +9,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from .._trl import prepare_fsdp
 from ..models.properties import unwrap_adapter
@@ -30,7 +31,7 @@ def sharded(model: nn.Module, accelerator: Accelerator) -> Any:
             "FSDP version 1 flattens the teacher's LM head, which the divergence needs as a matrix. Set "
             "`fsdp_version: 2` in the accelerate configuration."
         )
-    if plugin.cpu_offload:
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):  # without offloading it is another policy
         raise ValueError(
             "FSDP2 is asked to keep weights in CPU memory (`fsdp_offload_params`), where the LM heads, which are used "
             "outside of their own forward pass, would stay. Set `fsdp_offload_params: false`; to save memory use "
