@@ -197,6 +197,31 @@ def test_a_wrong_number_of_scores_is_an_error(returned, message, tokenizer):
         scores(written("a", "b"), [lambda completions, **_: returned], tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("returned", "kind"),
+    [([[1.0], [0.0]], "list"), ([(1.0, {}), (0.0, {})], "tuple"), ([{"score": 1}] * 2, "dict"), (["1", "0.5"], "str")],
+    ids=repr,
+)
+def test_scores_that_are_dropped_are_named_once(returned, kind, tokenizer, caplog):
+    def odd(completions, **kwargs):
+        return returned
+
+    for _ in range(2):
+        assert scores(written("a", "b"), [odd], tokenizer) == {"odd": [None, None]}
+    (record,) = [one for one in caplog.records if "'odd'" in one.message]
+    assert f"such as {returned[0]!r} of type {kind}" in record.message
+
+
+def test_none_and_nan_are_dropped_without_a_warning(tokenizer, caplog):
+    scores(written("a", "b"), [lambda completions, **_: [None, math.nan]], tokenizer)
+    assert "finite" not in caplog.text
+
+
+def test_a_set_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="returned a set"):
+        scores(written("a", "b"), [lambda completions, **_: {1.0, 0.0}], tokenizer)
+
+
 def test_an_async_function_that_fails_is_named(tokenizer):
     async def torn(completions, **kwargs):
         raise KeyError("answers")

@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import logging
 import os
 import sys
 import threading
@@ -19,6 +20,9 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from .._trl import REWARD_ARGUMENTS
 from .sampling import SampledCompletion, answer_texts
+
+
+logger = logging.getLogger(__name__)
 
 
 def import_reward(path: str) -> Callable:
@@ -96,6 +100,9 @@ RewardFunction = Callable[..., Any]
 LARGEST = float(np.finfo(np.float32).max)  # training keeps rewards in fp32
 
 
+_WARNED: set[tuple[str, int]] = set()  # functions whose dropped scores were named
+
+
 def name_of_reward(function: Any) -> str:
     """A reward function's name as in TRL: the function's own, also of a partial one, or an object's class."""
     while isinstance(function, functools.partial):
@@ -105,7 +112,9 @@ def name_of_reward(function: Any) -> str:
 
 def as_score(value: Any) -> float | None:
     """
-    One score as a number; `None`, as in training, for what is not a finite number in fp32.
+    One score as a number; `None` for what is not a finite number in fp32.
+
+    In training, `None` and NaN are no score, too, but an infinite reward ends the run.
 
     Args:
         value: a number, a boolean, or an array or tensor with one element. Text is not a number.
@@ -138,7 +147,8 @@ def call_reward(
         `list[float | None]`: a finite number for each completion, or `None` for no score, see [`as_score`].
 
     Raises:
-        ValueError: the function fails, or does not return one value for each completion.
+        ValueError: the function fails, returns a set, which has no order, or does not return one value for each
+            completion.
     """
     name = name or name_of_reward(function)
     try:
@@ -154,12 +164,41 @@ def call_reward(
             f"The reward function {name!r} failed: {type(error).__name__}: {error}. It was given {given_to}, and "
             f"completions such as {first!r:.100}."
         ) from error
+    if isinstance(found, set | frozenset):
+        raise ValueError(
+            f"The reward function {name!r} returned a set, {found!r:.100}. It has no order, so it cannot be told which "
+            "completion a score belongs to. Return a list."
+        )
     if values is None or len(values) != completions:
         raise ValueError(
             f"The reward function {name!r} returned {found!r:.100} for {completions} completions. Return a list with "
             "a number, or `None`, for each of them."
         )
-    return [as_score(value) for value in values]
+    numbers = [as_score(value) for value in values]
+    dropped = [value for value, number in zip(values, numbers, strict=True) if number is None and not _is_none(value)]
+    if dropped and (name, id(function)) not in _WARNED:
+        _WARNED.add((name, id(function)))
+        logger.warning(
+            f"The reward function {name!r} returned {len(dropped)} of {completions} scores that are no finite numbers, "
+            f"such as {_shown(dropped[0])} of type {type(dropped[0]).__name__}. They count as no score. Return a "
+            "`float` for each completion, or `None`."
+        )
+    return numbers
+
+
+def _is_none(value: Any) -> bool:
+    """Whether a function says that it has no score: `None` or NaN."""
+    try:
+        return value is None or bool(value != value)
+    except Exception:  # arrays, and a user's object
+        return False
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.100}"
+    except Exception:  # a user's object
+        return "a value"
 
 
 def _accepted(function: RewardFunction, given: dict[str, Any]) -> dict[str, Any]:
