@@ -35,7 +35,19 @@ def test_numbers_that_are_read(label, written, score):
         *["10^-3", "10\u00b2", "1\u00bd", "\u00bd", "1 \u00d7 10\u207b\u00b3", "1 x 10^-3", "1 * 10", "2*3", "0x1F"],
         *["\u0663", "\uff11", "nan", "inf", "-inf", "1e400", "one", "N/A", "N/A (1)", "~1", "\u22481", "<1", ">= 1"],
         *["about 1", "not 1", "1 for a right answer", "1\u00b10.1", "--1", "\u20131", "~~1~~ 0", "[1", "(1]", "?", ""],
-        *["\n- 1", "\n1. It is right", "**1**/10", "1 (3 of 4 steps)", "1, 5", "1; 0", "\\boxed{1}", "1e", "5k", "1:2"],
+        *[
+            "\n- 1",
+            "\n1. It is right",
+            "**1**/10",
+            "1 (3 of 4 steps)",
+            "1, 5",
+            "1; 0",
+            "\\boxed{1",
+            "\\boxed{1}/2",
+            "1e",
+            "5k",
+            "1:2",
+        ],
     ],
 )
 @pytest.mark.parametrize("label", ["Score: ", "**Score:** "])
@@ -73,7 +85,7 @@ QUESTION = JUDGE_PROMPT.format(prompt="What is 1 + 2?", completion='It is 4.\nSc
 @pytest.mark.parametrize(
     "answer",
     [
-        *['I should end with "Score: 1" for a right answer', 'They want "Score: 1" or "Score: 0".', "> Score: 1"],
+        *['I should end with "Score: 1" for a right answer', 'They want "Score: 1" or "Score: 0".'],
         *['The task: end with one line: "Score: 1" for a right answer, "Score: 0" for a wrong one.', "Scores: 1, 0"],
         *['Then end with one line:\n"Score: 1"', "You ask me to end with one line:\nScore: 0", 'It says:\n"Score: 1'],
         *["Write one of\nScore: 1\nScore: 0", "Score: 0\nbut my final score is 1", "Score: 1\nScore for style: 3"],
@@ -112,3 +124,26 @@ def test_what_is_quoted_or_open_is_no_verdict(answer):
 )
 def test_a_verdict_after_other_words_counts(answer, score):
     assert read_verdict(answer, QUESTION) == score
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *["Score: 1; no, wait: zero", "Score: 1 (no - zero)", "Score: 1, unless units count", "Score: 0.5, maybe more"],
+        *["Score: 1\n\nWait, that is wrong. Revised rating: zero.", "It would be wrong to write: ok. Score: 1"],
+        *["Score: 1. Actually it is wrong.", "Score:\n1\nNo, it is wrong."],
+    ],
+)
+def test_what_is_withdrawn_in_words_is_no_verdict(answer):
+    assert read_verdict(answer) is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *["> Score: 1", "| Score: 1 |", "<answer>Score: 1</answer>", "Score: \\boxed{1}", "Score: 1 \u2713"],
+        *["Wait, is it zero? No, it is right.\nScore: 1", "Score: 1, since no step is wrong."],
+    ],
+)
+def test_verdicts_in_ordinary_dress(answer):
+    assert read_verdict(answer) == 1.0

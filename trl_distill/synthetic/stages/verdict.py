@@ -15,50 +15,75 @@ from typing import Any
 _MARKS = r"[*_`]*"  # emphasis of Markdown
 
 
+# "Score:", "score =", "**Score**:", not "Scores:" or "Underscore:"
 _LABEL = re.compile(r"(?<![^\W_])score[*_`\"]{0,3}[^\S\n]*[:=：]{1,2}", re.IGNORECASE)
 
 
+# the word "score" or "scores" anywhere
 _MENTION = re.compile(r"(?<![^\W_])scores?(?![^\W_])", re.IGNORECASE)
 
 
-_BEFORE = re.compile(  # a verdict begins its line or follows a whole sentence
-    rf"(?:.*[.!?。！？][*_`)\]\"'”’]*\s+|\s*(?:[-*•]\s+|\#{{1,6}}\s+)?){_MARKS}"
+# what may stand before it in its line: a whole sentence, or marks of a quote, table, list, heading or tag, and then
+# words such as "So my final"
+_BEFORE = re.compile(
+    rf"(?:.*[.!?。！？][*_`)\]\"'”’]*\s+|\s*(?:>\s*)*(?:\|\s*)?(?:<\w+>\s*)?(?:[-*•]\s+|\#{{1,6}}\s+)?){_MARKS}"
     r"(?:(?:so|therefore|thus|hence|my|the|final|overall|total|verdict|answer|judge?ment|conclusion)[*_`]*[,:]?[*_`]*\s+)*"
     rf"{_MARKS}(?P<quote>[\"'“‘]?){_MARKS}",
     re.IGNORECASE,
 )
 
 
+# a line that speaks of what one might write: "It would be wrong to write: ok. Score: 1"
+_SUPPOSED = re.compile(r"\b(?:writ(?:e|ing)|say(?:ing)?|reply(?:ing)?|answering)\b[^\n]*:", re.IGNORECASE)
+
+
+# words after a number that may take it back
+_WITHDRAWN = re.compile(
+    r"\b(?:wait|actually|unless|maybe|perhaps|zero|none|revis\w*|correction|scratch)\b|\bno\b\s*[,;:.!\-\u2013\u2014]",
+    re.IGNORECASE,
+)
+
+
+# a number in ASCII digits, perhaps in brackets, emphasis or \boxed{}
 _NUMBER = re.compile(
-    rf"\s*{_MARKS}\s*{_MARKS}(?P<open>[\[({{<]{{0,2}}){_MARKS}"
+    rf"\s*{_MARKS}\s*{_MARKS}(?P<open>\\boxed\{{|[\[({{<]{{0,2}}){_MARKS}"
     r"(?P<sign>[-+\u2212]?)[^\S\n]*(?P<digits>(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+\u2212]?[0-9]+)?)"
 )
 
 
-_SENTENCE = re.compile(
-    r"(?:[.!,;]\s|\s+[(\[]|\s+[-\u2013\u2014]\s)"
-)  # what an explanation after the number begins with
+# what an explanation after the number begins with
+_SENTENCE = re.compile(r"(?:[.!,;]\s|\s+[(\[]|\s+[-\u2013\u2014]\s)")
 
 
+# the end of a line after a number: a full stop, a table's bar, closing tags or a tick
+_END = re.compile(rf"\s*[.!]?{_MARKS}\s*(?:\||(?:</\w+>\s*)+|[✓✔✅☑]\ufe0f?)?\s*")
+
+
+# words that make the number a part of another scale
 _SCALE = re.compile(r"%|‰|\bout of\b|\bper ?cent\b|\bhal(?:f|ves)\b", re.IGNORECASE)
 
 
+# all that stands between two scores of a list: "1 or", "1, "
 _OPTION = re.compile(r"\W*?([-+\u2212]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+))[\W_]*(?:or|and|to)?[\W_]*", re.IGNORECASE)
 
 
+# thoughts begin
 _THOUGHT = re.compile(r"<think(?:ing)?>|<thought>|<reasoning>|\[THINK\]|\u25c1think\u25b7", re.IGNORECASE)
 
 
+# thoughts end
 _THOUGHT_END = re.compile(
     r"</think(?:ing)?>|</thought>|</reasoning>|\[/THINK\]|\u25c1/think\u25b7|<\|channel\|>final<\|message\|>",
     re.IGNORECASE,
 )
 
 
+# what must close each sign that was opened
 _CLOSING = {"[": "]", "(": ")", "{": "}", "<": ">", '"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "": ""}
 
 
-_OBJECT = re.compile(r"(?:^|\n)\s*(\{[^{}]*\})\s*(?:```)?\s*$")  # at the end, on lines of its own
+# a JSON object at the end, on lines of its own
+_OBJECT = re.compile(r"(?:^|\n)\s*(\{[^{}]*\})\s*(?:```)?\s*$")
 
 
 QUOTED = 16  # characters before "Score:" from which an answer that shares them with the question repeats it
@@ -106,9 +131,13 @@ def _at(text: str, label: re.Match[str]) -> tuple[float | None, int]:
         end = _line_end(text, end + skipped)
         tail = text[label.end() : end].strip(" \t\r\n*_`")
     number = _NUMBER.match(tail)
-    if before is None or number is None or (alone and re.match(r"[-+*]\s", tail)):  # a list's item is not a sign
+    if (
+        before is None or _SUPPOSED.search(before[0]) or number is None or (alone and re.match(r"[-+*]\s", tail))
+    ):  # a list's item is not a sign
         return None, end
-    rest = _without_closing(tail[number.end() :], number["open"], before["quote"])
+    if _WITHDRAWN.search(tail[number.end() :] + text[end:]):
+        return None, end
+    rest = _without_closing(tail[number.end() :], number["open"].removeprefix("\\boxed"), before["quote"])
     if rest is None or not (_ends(rest) or (_explains(rest) and not alone and not before["quote"])):
         return None, end
     score = float(f"{number['sign']}{number['digits']}".replace("\u2212", "-"))
@@ -131,7 +160,7 @@ def _without_closing(rest: str, opened: str, quote: str) -> str | None:
 
 
 def _ends(rest: str) -> bool:
-    return re.fullmatch(rf"\s*[.!]?{_MARKS}\s*", rest) is not None
+    return _END.fullmatch(rest) is not None
 
 
 def _explains(rest: str) -> bool:

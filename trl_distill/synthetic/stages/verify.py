@@ -48,7 +48,7 @@ JUDGE_PROMPT = """You are given a question and an answer to it. Judge whether th
 Think it through, then end with one line: "Score: 1" for a right answer, "Score: 0" for a wrong one."""
 
 
-READING = "2"  # of a judge's answers; scores that were read in another way are made again
+READING = "3"  # of a judge's answers; scores that were read in another way are made again
 
 
 class Scorer(Protocol):
