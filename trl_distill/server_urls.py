@@ -66,7 +66,7 @@ def without_login(text: str) -> str:
 
 
 _LOGIN = re.compile(
-    r"\b([a-z][a-z0-9+.\-]*://)"
+    r"\b([a-z][a-z0-9+.\-]{0,15}://)"  # bounded: each word of a long text might begin a scheme
     r"(?:[^/?#\s]*|[^/?#\s:@]*:(?!\d*(?:[/?#\s]|$))[^\s\"'<>]*)@",  # after a colon that no port follows, any sign
     re.IGNORECASE,
 )
