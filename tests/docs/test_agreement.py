@@ -41,4 +41,4 @@ def test_metrics_say_what_the_parts_of_the_loss_hold():
     (loss,) = re.findall(r"^\| `distill/loss` \|.*", text, re.MULTILINE)
     (policy,) = re.findall(r"^\| `policy_loss` \|.*", text, re.MULTILINE)
     assert "already multiplied by beta" in loss
-    assert "near 0 on fresh rollouts" in policy
+    assert "minus the mean advantage on fresh rollouts" in policy

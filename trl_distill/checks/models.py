@@ -202,7 +202,9 @@ def context_length(
         "error",
         f"{which} has {longest_prompt} tokens and completions up to {completion}, but the {whose} has {context} "
         "positions.",
-        f"Lower `max_completion_length` to {max(context - longest_prompt, 0)}, or drop the longest prompts.",
+        f"Lower `max_completion_length` to {context - longest_prompt}, or drop the longest prompts."
+        if longest_prompt < context
+        else f"The prompt alone does not fit: drop such prompts, or use a {whose} with more positions.",
     )
 
 

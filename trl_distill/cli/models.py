@@ -47,9 +47,16 @@ def check_teacher(tokenizer: Any, teacher: str, model: Any, student: Any) -> Non
     sizes = [unwrap_adapter(m).config.get_text_config().vocab_size for m in (student, model)]
     for finding in (tokenizer_checks.same_tokenizer(tokenizer, theirs), tokenizer_checks.vocabulary(tokenizer, *sizes)):
         if finding.level == "error":
-            raise SystemExit(str(finding))
+            raise SystemExit(
+                f"Student {_folder_of(student)!r}, teacher {teacher!r}: {finding.found} The divergence compares "
+                "probabilities id by id. Use models with the same tokenizer."
+            )
         if finding.level == "warning":
             console.print(str(finding), style="yellow")
+
+
+def _folder_of(model: Any) -> str:
+    return str(unwrap_adapter(model).config.name_or_path)
 
 
 def check_second_student(tokenizer: Any, name: str, model: Any) -> None:

@@ -42,6 +42,7 @@ def complete(text: str, facts: dict[str, Any], args: OPDConfig) -> str:
         origin += f", distilled from {' and '.join(map(_linked, teachers))} on its own completions"
     rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(facts, args).items())
     table = f"### Distillation\n\n| setting | value |\n|---|---|\n{rows}\n"
+    text = text.replace('model="None"', 'model="path/to/this/model"')  # TRL knows the name of pushed models only
     text = ORIGIN.sub(lambda _: f"{origin}.", text, count=1) if ORIGIN.search(text) else f"{text}\n{origin}.\n"
     return text.replace(BEFORE, f"{table}\n{BEFORE}", 1) if BEFORE in text else f"{text}\n{table}"
 
