@@ -14,7 +14,7 @@ VLLM   := .venv-vllm
 help:
 	@echo "make demo       on-policy distillation in miniature, about 4 minutes; results in demo_output/"
 	@echo "make test       lint, type check and the fast tests"
-	@echo "make test-slow  the slow tests: two processes (DDP, DeepSpeed, FSDP2), kernels in Triton, a second demo seed"
+	@echo "make test-slow  the slow tests: two processes (DDP, DeepSpeed, FSDP2), kernels in Triton, quantisers, a second demo seed"
 	@echo "make test-vllm  vLLM itself on the CPU, in an environment of its own ($(VLLM), 2.7 GB): rollouts, teachers, generate"
 	@echo "make test-stress  two processes must leave, again and again, on a busy machine; an hour"
 	@echo "make lint       ruff and mypy"
@@ -39,12 +39,15 @@ test: lint
 	@echo "==> Running the fast tests"
 	@$(PYTEST) -m "not slow" -n $(WORKERS) $(PYTEST_ARGS)
 
-$(SLOW): $(STAMP)
-	@echo "==> Installing DeepSpeed for the distributed tests (once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,deepspeed]"
+$(SLOW): $(STAMP) tests/quantised/requirements.txt
+	@echo "==> Installing DeepSpeed for the distributed tests, and Jupyter's kernel for the notebook (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,deepspeed,notebook]"
 	@echo "==> Installing Triton, whose interpreter runs GPU kernels, into .venv-triton (once)"
 	@rm -rf .venv-triton
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-triton triton==3.9.0
+	@echo "==> Installing quantisers that run on a CPU into .venv-quantised (once)"
+	@rm -rf .venv-quantised
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-quantised -r tests/quantised/requirements.txt
 	@touch $(SLOW)
 
 test-slow: $(SLOW)
