@@ -16,14 +16,15 @@ from trl_distill import OPDTrainer
 
 
 @pytest.fixture(scope="session")
-def _loaded():
+def tokenizer_of():
+    """A tokenizer by its family's name, for tests that do not change it."""
     return functools.cache(lambda name: AutoTokenizer.from_pretrained(folder_of(name)))
 
 
 @pytest.fixture
-def tokenizer_of(_loaded):
-    """A tokenizer by its family's name; what a test does to it is gone afterwards."""
-    return functools.cache(lambda name: copy.deepcopy(_loaded(name)))
+def own_tokenizer_of(tokenizer_of):
+    """A copy that the test, and the trainers in it, may change."""
+    return functools.cache(lambda name: copy.deepcopy(tokenizer_of(name)))
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def saved_teacher(tmp_path):
 
 
 @pytest.fixture
-def make_trainer(tmp_path, tokenizer_of):
+def make_trainer(tmp_path, own_tokenizer_of):
     """A trainer for prompts; the teacher is a tiny model without a tokenizer if none is given."""
 
     def make(name: str, prompts: list, teacher=None, columns=None, **settings) -> OPDTrainer:
@@ -49,7 +50,7 @@ def make_trainer(tmp_path, tokenizer_of):
             teacher_model=tiny_model(name, seed=2) if teacher is None else teacher,
             args=config(tmp_path / "out", max_steps=1, **settings),
             train_dataset=Dataset.from_dict({"prompt": prompts, **(columns or {})}),
-            processing_class=tokenizer_of(name),
+            processing_class=own_tokenizer_of(name),
         )
 
     return make

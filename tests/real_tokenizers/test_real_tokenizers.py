@@ -70,8 +70,8 @@ def test_a_teacher_with_another_tokenizer_is_refused(make_trainer, saved_teacher
 
 
 @pytest.mark.parametrize("name", CHAT)
-def test_bos_is_doubled_where_template_and_tokenizer_both_add_it(make_trainer, tokenizer_of, name):
-    tokenizer = tokenizer_of(name)
+def test_bos_is_doubled_where_template_and_tokenizer_both_add_it(make_trainer, own_tokenizer_of, name):
+    tokenizer = own_tokenizer_of(name)
     text = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     finding = findings_of(make_trainer(name, [text] * 8))["prompt ids"]
     if name != "gemma3":  # the others' tokenizers, as they are here, leave BOS to the template
@@ -124,8 +124,8 @@ def test_thinking_is_rendered_as_asked_for(make_trainer, tokenizer_of):
     assert tokenizer.decode(completion) == f"{thought}<|im_end|>"
 
 
-def test_a_teachers_template_is_compared_in_the_mode_of_the_run(tokenizer_of):
-    student, teacher = tokenizer_of("qwen3"), tokenizer_of("llama3")
+def test_a_teachers_template_is_compared_in_the_mode_of_the_run(own_tokenizer_of):
+    student, teacher = own_tokenizer_of("qwen3"), own_tokenizer_of("llama3")
     teacher.chat_template = student.chat_template.split("{%- if enable_thinking is defined")[0] + "{%- endif %}"
     assert chat_templates(student, teacher).level == "ok"
     assert chat_templates(student, teacher, template_kwargs={"enable_thinking": False}).level == "warning"
