@@ -144,7 +144,7 @@ def test_an_async_function_where_a_loop_runs_already(tokenizer):
         (np.complex128(1), None),
         ([1.0], None),
         ({"score": 1.0}, None),
-        (object(), None),
+        pytest.param(object(), None, id="object"),
     ],
     ids=repr,
 )

@@ -202,7 +202,9 @@ def one_by_one(function, log_q, log_p):
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("expected_slope", [False, True])
-@pytest.mark.parametrize("function", [total_variation, hellinger, difference, Power(2)], ids=str)
+@pytest.mark.parametrize(
+    "function", [total_variation, hellinger, difference, Power(2)], ids=lambda f: getattr(f, "__name__", "object")
+)
 def test_value_and_gradients_against_autograd_on_whole_logits(function, expected_slope, merged, monkeypatch):
     monkeypatch.setattr(tiles, "ON_CPU", replace(tiles.ON_CPU, tile=2 * VOCAB))
     monkeypatch.setattr("trl_distill.estimators.full.has_triton", lambda *_: True)  # no form that TRL's kernel has

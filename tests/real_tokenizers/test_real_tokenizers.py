@@ -63,7 +63,7 @@ def test_a_pair_with_one_tokenizer_passes_and_trains(make_trainer, saved_teacher
     assert 0 < loss < math.inf
 
 
-@pytest.mark.parametrize(("student", "teacher"), zip(FAMILIES, [*list(FAMILIES)[1:], "qwen3"], strict=True))
+@pytest.mark.parametrize(("student", "teacher"), list(zip(FAMILIES, [*list(FAMILIES)[1:], "qwen3"], strict=True)))
 def test_a_teacher_with_another_tokenizer_is_refused(make_trainer, saved_teacher, student, teacher):
     with pytest.raises(PreflightError, match=r"The tokenizers of student \(\d+ ids\) and teacher \(\d+\) differ in"):
         make_trainer(student, prompts_of(student), saved_teacher(teacher))
