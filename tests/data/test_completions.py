@@ -352,4 +352,4 @@ def test_a_completion_of_several_messages(make):
 def test_a_completion_that_is_cut_is_said_beforehand(make):
     (finding,) = [f for f in make(max_completion_length=3).preflight.findings if f.check == "completions"]
     assert finding.level == "warning"
-    assert "20 of 32 completions" in finding.found
+    assert "20 of all 32 completions" in finding.found
