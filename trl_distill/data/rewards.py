@@ -100,7 +100,7 @@ RewardFunction = Callable[..., Any]
 LARGEST = float(np.finfo(np.float32).max)  # training keeps rewards in fp32
 
 
-_WARNED: set[tuple[str, int]] = set()  # functions whose dropped scores were named
+_WARNED: dict[tuple[str, int], Any] = {}  # functions whose dropped scores were named; kept, so that no id comes twice
 
 
 def name_of_reward(function: Any) -> str:
@@ -177,7 +177,7 @@ def call_reward(
     numbers = [as_score(value) for value in values]
     dropped = [value for value, number in zip(values, numbers, strict=True) if number is None and not _is_none(value)]
     if dropped and (name, id(function)) not in _WARNED:
-        _WARNED.add((name, id(function)))
+        _WARNED[name, id(function)] = function
         logger.warning(
             f"The reward function {name!r} returned {len(dropped)} of {completions} scores that are no finite numbers, "
             f"such as {_shown(dropped[0])} of type {type(dropped[0]).__name__}. They count as no score. Return a "
