@@ -4,8 +4,8 @@
     python -m scripts.studies.pictures gap pareto     # these
 
 Pictures of claims come from docs/results/*.json, and their lines in docs/results.md are written again; variance and the
-Pareto plot from docs/results/pictures/, growth from a table of docs/benchmarks.md. Left out: demo.png and rewards.png,
-whose runs write them (`scripts/demo.py`), and report.png, a screenshot.
+Pareto plot from docs/results/pictures/, growth from a table of docs/benchmarks.md, rewards from the README's table.
+Left out: demo.png, which `scripts/demo.py` writes, and report.png, a screenshot.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import argparse
 import csv
 import functools
 import json
+import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,10 +74,50 @@ def pareto_in_words(points: list[Point]) -> str:
     return f"Reward against KL to the teacher per token. {'; '.join(parts)}."
 
 
+def rewards_on_page(text: str) -> tuple[float, dict[str, tuple[list[float], float]]]:
+    """From the README's table: the teacher's accuracy, and by recipe the accuracies of its seeds, in %, and the KL."""
+    rows = re.findall(r"^\| ([^|]+) \| [\d.]+% \(([^)]+)\) \| ?([\d.]*) ?\|$", text, re.MULTILINE)
+    accuracies = {name: [float(value) for value in values.split(", ")] for name, values, _ in rows}
+    teacher = statistics.mean(accuracies.pop("teacher"))
+    kls = {name: float(kl) for name, _, kl in rows if kl and name != "teacher"}
+    named = {re.split(r":|, at |, `", name)[0]: (accuracies[name], kl) for name, kl in kls.items()}
+    return teacher, named
+
+
+def rewards(docs: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    teacher, recipes = rewards_on_page((docs.parent / "README.md").read_text())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    colour = "#1f5fa8"
+    for place, (accuracies, kl) in enumerate(recipes.values()):
+        mean = statistics.mean(accuracies)
+        left.barh(place, mean, color=colour, alpha=0.35, height=0.6)
+        left.plot(accuracies, [place] * len(accuracies), "o", color=colour, markersize=5)
+        left.annotate(f"{mean:.1f} %", (1, place), xytext=(2, place), va="center", fontsize=9)
+        right.barh(place, kl, color=colour, alpha=0.35, height=0.6)
+        right.annotate(f"{kl:.3f}", (kl, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+    left.axvline(teacher, color="#555555", linestyle="--", linewidth=1.2)
+    left.set(xlim=(0, 105), xlabel="accuracy on 1000 held-out problems, %", yticks=range(len(recipes)))
+    left.set_yticklabels(list(recipes))
+    left.invert_yaxis()
+    left.set_title(f"bars: mean of three seeds, dots: seeds, dashed: teacher ({teacher:.1f} %)", fontsize=9)
+    right.set(xlim=(0, 0.5), xlabel="KL to the teacher, nats per token")
+    figure.suptitle("Reward, teacher, or both: after 500 steps of 64 answers", fontsize=12)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", alpha=0.25)
+    figure.savefig(docs / "images" / "rewards.png", dpi=130)
+    plt.close(figure)
+
+
 def pictures(docs: Path) -> dict[str, Callable[[], None]]:
     """What draws each picture, by name."""
     claims = {path.stem: functools.partial(claim_picture, path, docs) for path in (docs / "results").glob("*.json")}
-    others = {"growth": growth, "variance": variance, "pareto": pareto}
+    others = {"growth": growth, "variance": variance, "pareto": pareto, "demo rewards": rewards}
     return {**claims, **{name: functools.partial(draw, docs) for name, draw in others.items()}}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,9 @@ def test_a_curve_that_ends_early_says_why():
 @pytest.fixture(scope="module")
 def redrawn(tmp_path_factory) -> Path:
     """The docs, with all pictures drawn again."""
-    docs = tmp_path_factory.mktemp("docs")
+    docs = tmp_path_factory.mktemp("page") / "docs"
+    docs.mkdir()
+    shutil.copy(DOCS.parent / "README.md", docs.parent)
     for path in ("results.md", "benchmarks.md"):
         shutil.copy(DOCS / path, docs)
     shutil.copytree(DOCS / "results", docs / "results")
@@ -191,3 +194,14 @@ def test_growth_begins_at_zero_and_shows_every_point(tmp_path, shown):
     for panel in figure.axes:
         assert panel.get_xlim()[0] == panel.get_ylim()[0] == 0
         assert max(y for line in panel.lines for y in line.get_ydata()) <= panel.get_ylim()[1]
+
+
+def test_the_readmes_rewards_are_those_of_its_table():
+    text = (pictures.DOCS.parent / "README.md").read_text()
+    teacher, recipes = pictures.rewards_on_page(text)
+    assert list(recipes) == ["reward only", "teacher only", "both", "distil, then RL"]
+    assert f"the teacher has {teacher:.1f}%" in text
+    for accuracies, kl in recipes.values():
+        assert len(accuracies) == 3
+        assert f"{statistics.mean(accuracies):.1f}%" in text.split("![Accuracy after 500 steps")[1].split("]")[0]
+        assert f"{kl:.3f}"[1:] in text.split("![Accuracy after 500 steps")[1].split("]")[0]
