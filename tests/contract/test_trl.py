@@ -80,6 +80,7 @@ def test_attributes_exist(grpo):
     assert not trainer.has_environments
     assert trainer._entropy_bonus_enabled is False
     assert trainer.aux_loss_enabled is False
+    assert not trainer.tools  # what prompts are rendered with; replaced by a row's own while it is rendered
     assert trainer.generation_config.suppress_tokens is None
     assert trainer.generation_kwargs["max_new_tokens"] == trainer.max_completion_length
     assert trainer.loss_type == "dapo"

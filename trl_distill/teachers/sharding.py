@@ -19,8 +19,8 @@ def sharded(model: nn.Module, accelerator: Accelerator) -> Any:
     """
     Shard a frozen model, so that a forward pass gathers one layer at a time.
 
-    TRL shards its reference model at the root alone, so that all of it is gathered at once. If the model is on the
-    meta device in some processes (see [`device_map_of`]), they get the main process's weights, one tensor at a time.
+    TRL shards its reference model at the root alone, so that all of it is gathered at once. Processes in which the
+    model is on the meta device (see [`device_map_before_sharding`]) get the main process's weights, tensor by tensor.
 
     Raises:
         ValueError: FSDP version 1 is used, or weights are kept in CPU memory.
@@ -57,7 +57,7 @@ def sharded(model: nn.Module, accelerator: Accelerator) -> Any:
     return prepared
 
 
-def device_map_of(accelerator: Accelerator) -> Any:
+def device_map_before_sharding(accelerator: Accelerator) -> Any:
     """
     Where each process loads a model that is about to be sharded, as `device_map` of `from_pretrained`: the main process
     into CPU memory, the others nowhere, so that the host holds it once and not once for each process.

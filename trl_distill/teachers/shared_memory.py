@@ -30,7 +30,7 @@ def is_shared(accelerator: Accelerator) -> bool:
     return accelerator.num_processes > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
 
 
-def device_map_of(accelerator: Accelerator) -> Any:
+def device_map_before_sharing(accelerator: Accelerator) -> Any:
     """Where each process loads a model that is about to be shared, as `device_map` of `from_pretrained`."""
     return None if accelerator.is_local_main_process or not is_shared(accelerator) else "meta"
 

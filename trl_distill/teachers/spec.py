@@ -119,11 +119,11 @@ class NamedModel(_ModelSpec):
         if "gguf_file" in kwargs:  # TRL looks for the architecture in a `config.json`
             kwargs["architecture"] = AutoModelForCausalLM
         if accelerator.distributed_type == DistributedType.FSDP:
-            kwargs["device_map"] = sharding.device_map_of(accelerator)
+            kwargs["device_map"] = sharding.device_map_before_sharding(accelerator)
         elif is_sharded(accelerator):
             kwargs["device_map"] = None  # ZeRO-3 loads shards
         elif self.args.teacher_offload and shared_memory.is_shared(accelerator):
-            kwargs["device_map"] = shared_memory.device_map_of(accelerator)
+            kwargs["device_map"] = shared_memory.device_map_before_sharing(accelerator)
         elif self.args.teacher_offload:
             kwargs.setdefault("device_map", None)
         elif accelerator.num_processes > 1 or accelerator.distributed_type == DistributedType.DEEPSPEED:
