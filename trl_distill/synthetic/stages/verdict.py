@@ -1,7 +1,8 @@
-"""Reads a judge's verdict: the number after the last "Score:" of its answer, or none where anything is in doubt.
+"""Reads a judge's verdict: what stands after the last "Score:" or "Verdict:" of its answer, or none if it is in doubt.
 
 A verdict that is missing costs one completion; one that is misread spoils the dataset without a word. So a fraction, a
-range, a percentage or an instruction that the judge repeats is not a verdict. Asking the judge is left to `verify.py`.
+range, a percentage or an instruction that the judge repeats is not a verdict. Scores of one answer and choices between
+two are read by the same rules. Asking the judge is left to `judge.py`.
 """
 
 from __future__ import annotations
@@ -9,18 +10,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 
 _MARKS = r"[*_`]*"  # emphasis of Markdown
-
-
-# "Score:", "score =", "**Score**:", not "Scores:" or "Underscore:"
-_LABEL = re.compile(r"(?<![^\W_])score[*_`\"]{0,3}[^\S\n]*[:=：]{1,2}", re.IGNORECASE)
-
-
-# the word "score" or "scores" anywhere
-_MENTION = re.compile(r"(?<![^\W_])scores?(?![^\W_])", re.IGNORECASE)
 
 
 # what may stand before it in its line: a whole sentence, or marks of a quote, table, list, heading or tag, and then
@@ -44,11 +39,8 @@ _WITHDRAWN = re.compile(
 )
 
 
-# a number in ASCII digits, perhaps in brackets, emphasis or \boxed{}
-_NUMBER = re.compile(
-    rf"\s*{_MARKS}\s*{_MARKS}(?P<open>\\boxed\{{|[\[({{<]{{0,2}}){_MARKS}"
-    r"(?P<sign>[-+\u2212]?)[^\S\n]*(?P<digits>(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+\u2212]?[0-9]+)?)"
-)
+# what a number or a choice begins with: brackets, emphasis or \boxed{}
+_OPENING = rf"\s*{_MARKS}\s*{_MARKS}(?P<open>\\boxed\{{|[\[({{<]{{0,2}}){_MARKS}"
 
 
 # what an explanation after the number begins with
@@ -61,10 +53,6 @@ _END = re.compile(rf"\s*[.!]?{_MARKS}\s*(?:\||(?:</\w+>\s*)+|[✓✔✅☑]\ufe0
 
 # words that make the number a part of another scale
 _SCALE = re.compile(r"%|‰|\bout of\b|\bper ?cent\b|\bhal(?:f|ves)\b", re.IGNORECASE)
-
-
-# all that stands between two scores of a list: "1 or", "1, "
-_OPTION = re.compile(r"\W*?([-+\u2212]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+))[\W_]*(?:or|and|to)?[\W_]*", re.IGNORECASE)
 
 
 # thoughts begin
@@ -89,6 +77,62 @@ _OBJECT = re.compile(r"(?:^|\n)\s*(\{[^{}]*\})\s*(?:```)?\s*$")
 QUOTED = 16  # characters before "Score:" from which an answer that shares them with the question repeats it
 
 
+@dataclass(frozen=True)
+class Form:
+    """
+    What a judge is asked to end with.
+
+    Args:
+        word (`str`): what stands before the colon, in lower case.
+        value (`str`): pattern of what may stand after it.
+        number (`Callable[[str], float]`): the number that a value stands for.
+        other (`str`): pattern of a value in other words, which takes the verdict back if it follows.
+    """
+
+    word: str
+    value: str
+    number: Callable[[str], float]
+    other: str
+
+    @property
+    def label(self) -> str:
+        """Pattern of "Score:", "score =", "**Score**:", not of "Scores:" or "Underscore:"."""
+        return rf"(?<![^\W_]){self.word}[*_`\"]{{0,3}}[^\S\n]*[:=：]{{1,2}}"
+
+    def match(self, text: str) -> re.Match[str] | None:
+        """The value with which a text begins, perhaps in brackets, emphasis or \\boxed{}."""
+        return re.match(_OPENING + rf"(?P<value>{self.value})", text, re.IGNORECASE)
+
+    def option(self, text: str) -> str | None:
+        """The value, if it is all that stands between two verdicts of a list: "1 or", "1, "."""
+        found = re.fullmatch(rf"\W*?({self.value})[\W_]*(?:or|and|to)?[\W_]*", text, re.IGNORECASE)
+        return found[1] if found else None
+
+    def mentions(self, line: str) -> bool:
+        """Whether a line speaks of a verdict with a value."""
+        return re.search(rf"(?<![^\W_]){self.word}s?(?![^\W_])", line, re.IGNORECASE) is not None and self.changes(line)
+
+    def changes(self, text: str) -> bool:
+        """Whether another value may stand in a text."""
+        return any(sign.isnumeric() for sign in text) or re.search(self.other, text, re.IGNORECASE) is not None
+
+
+SCORE = Form(
+    "score",
+    r"[-+\u2212]?[^\S\n]*(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+\u2212]?[0-9]+)?",
+    lambda value: float("".join(value.split()).replace("\u2212", "-")),
+    r"(?!)",
+)
+
+
+def _choice(value: str) -> float:
+    last = value.split()[-1].casefold()
+    return {"1": 1.0, "2": -1.0, "tie": 0.0}[last]
+
+
+CHOICE = Form("verdict", r"(?:answer\s+)?(?:[12]|tie)(?!\w)", _choice, r"\b(?:tie[ds]?|draw|both|equal\w*|neither)\b")
+
+
 def read_verdict(answer: str, question: str = "") -> float | None:
     """
     The score in a judge's answer.
@@ -100,26 +144,45 @@ def read_verdict(answer: str, question: str = "") -> float | None:
     Returns:
         `float`, *optional*: the number that is written, exactly; `None` if there is none, or it is in doubt.
     """
+    return read_form(answer, question, SCORE)
+
+
+def read_choice(answer: str, question: str = "") -> int | None:
+    """
+    The choice between two answers in a judge's answer, which ends with "Verdict: 1", "Verdict: 2" or "Verdict: tie".
+
+    Args:
+        answer, question (`str`): see [`read_verdict`].
+
+    Returns:
+        `int`, *optional*: 1 if the first is better, -1 if the second is, 0 for a tie; `None` if it is in doubt.
+    """
+    found = read_form(answer, question, CHOICE)
+    return None if found is None else int(found)
+
+
+def read_form(answer: str, question: str, form: Form) -> float | None:
+    """A verdict of some form; see [`read_verdict`]."""
     text = _THOUGHT_END.split(answer)[-1]
     if _THOUGHT.search(text):
         return None  # it has not come to an end of its thoughts
     if found := _OBJECT.search(text):
-        score = _from_json(found[1])
+        score = _from_json(found[1], form)
         return None if score is None or _repeats(text, found.start(1), question, r"\{") else score
-    labels = list(_LABEL.finditer(text))
+    labels = list(re.finditer(form.label, text, re.IGNORECASE))
     if not labels:
         return None
-    score, end = _at(text, labels[-1])
-    if score is None or _is_mentioned(text[end:]) or _repeats(text, labels[-1].start(), question):
+    score, end = _at(text, labels[-1], form)
+    if score is None or _is_mentioned(text[end:], form) or _repeats(text, labels[-1].start(), question, form.label):
         return None
     if len(labels) > 1:  # scores one after the other are a list of what may be written
-        option = _OPTION.fullmatch(text[labels[-2].end() : labels[-1].start()])
-        if option and float(option[1].replace("\u2212", "-")) != score:
+        option = form.option(text[labels[-2].end() : labels[-1].start()])
+        if option and form.number(option) != score:
             return None
     return score
 
 
-def _at(text: str, label: re.Match[str]) -> tuple[float | None, int]:
+def _at(text: str, label: re.Match[str], form: Form) -> tuple[float | None, int]:
     """The number after a label, if that is a verdict, and where its line ends."""
     start = text.rfind("\n", 0, label.start()) + 1
     before = _BEFORE.fullmatch(text[start : label.start()])
@@ -130,7 +193,7 @@ def _at(text: str, label: re.Match[str]) -> tuple[float | None, int]:
         skipped = len(text[end:]) - len(text[end:].lstrip())
         end = _line_end(text, end + skipped)
         tail = text[label.end() : end].strip(" \t\r\n*_`")
-    number = _NUMBER.match(tail)
+    number = form.match(tail)
     if (
         before is None or _SUPPOSED.search(before[0]) or number is None or (alone and re.match(r"[-+*]\s", tail))
     ):  # a list's item is not a sign
@@ -138,9 +201,9 @@ def _at(text: str, label: re.Match[str]) -> tuple[float | None, int]:
     if _WITHDRAWN.search(tail[number.end() :] + text[end:]):
         return None, end
     rest = _without_closing(tail[number.end() :], number["open"].removeprefix("\\boxed"), before["quote"])
-    if rest is None or not (_ends(rest) or (_explains(rest) and not alone and not before["quote"])):
+    if rest is None or not (_ends(rest) or (_explains(rest, form) and not alone and not before["quote"])):
         return None, end
-    score = float(f"{number['sign']}{number['digits']}".replace("\u2212", "-"))
+    score = form.number(number["value"])
     return score if math.isfinite(score) else None, end
 
 
@@ -163,30 +226,32 @@ def _ends(rest: str) -> bool:
     return _END.fullmatch(rest) is not None
 
 
-def _explains(rest: str) -> bool:
+def _explains(rest: str, form: Form) -> bool:
     """Whether a text after a number only says why it is given, and does not change it."""
-    numeric = any(sign.isnumeric() for sign in rest)
-    return _SENTENCE.match(rest) is not None and not numeric and _SCALE.search(rest) is None
+    return _SENTENCE.match(rest) is not None and not form.changes(rest) and _SCALE.search(rest) is None
 
 
-def _is_mentioned(text: str) -> bool:
-    """Whether a line speaks of a score with a number again."""
-    return any(_MENTION.search(line) and any(sign.isnumeric() for sign in line) for line in text.splitlines())
+def _is_mentioned(text: str, form: Form) -> bool:
+    """Whether a line speaks of a verdict with a value again."""
+    return any(form.mentions(line) for line in text.splitlines())
 
 
-def _from_json(text: str) -> float | None:
-    """The number "score" of a JSON object."""
+def _from_json(text: str, form: Form) -> float | None:
+    """The verdict of a JSON object: its number "score", or its "verdict"."""
     try:
         found: Any = json.loads(text)
-        values = [value for name, value in found.items() if name.casefold() == "score"]
-        if len(values) != 1 or type(values[0]) not in (int, float):
+        values = [value for name, value in found.items() if name.casefold() == form.word]
+        if len(values) != 1:
             return None
-        return float(values[0]) if math.isfinite(values[0]) else None
+        if form is CHOICE:
+            said = str(values[0]) if type(values[0]) in (int, str) else ""
+            return form.number(said) if re.fullmatch(form.value, said, re.IGNORECASE) else None
+        return float(values[0]) if type(values[0]) in (int, float) and math.isfinite(values[0]) else None
     except (ValueError, OverflowError):
         return None
 
 
-def _repeats(answer: str, place: int, question: str, label: str = _LABEL.pattern) -> bool:
+def _repeats(answer: str, place: int, question: str, label: str) -> bool:
     """Whether what leads to a score stands in the question as well, and is not a whole sentence."""
     words = _plain(answer[:place])
     if len(words) < QUOTED or words.endswith((".", "!", "?")):
