@@ -59,8 +59,9 @@ def test_wrong_settings(changes, message):
 
 
 def test_every_setting_is_documented():
+    documented = "".join(kind.__dict__.get("__doc__") or "" for kind in GenerateConfig.__mro__)
     for field in fields(GenerateConfig):
-        assert f"        {field.name} (" in (GenerateConfig.__doc__ or ""), field.name
+        assert f"        {field.name} (" in documented, field.name
         assert field.metadata["help"], field.name
 
 

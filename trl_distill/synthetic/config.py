@@ -14,6 +14,7 @@ from typing import Any
 from ..redaction import redacted
 from ..server_urls import without_login
 from .address import Address, parse_address
+from .settings import filters
 
 
 KEEP = ("all", "correct", "best")
@@ -27,11 +28,12 @@ FIXED = (
     *("dataset_name", "dataset_config", "dataset_split", "max_prompts", "new_prompts", "new_prompts_seeds"),
     *("teacher_model_name_or_path", "teacher_models", "teacher_assignment", "completions_per_prompt"),
     *("max_completion_length", "temperature", "top_p", "batch_size", "chunk_size", "seed", "request_options"),
+    *filters.FIXED,
 )
 
 
 @dataclass(repr=False)
-class GenerateConfig:
+class GenerateConfig(filters.FilterSettings):
     """
     Settings of `scripts/generate.py`.
 
@@ -179,6 +181,7 @@ class GenerateConfig:
                 setattr(self, name, _json(name, value))
         if isinstance(self.reward_funcs, str):
             self.reward_funcs = [self.reward_funcs]
+        self.read_filter_lists()
         for fault in self._faults():
             raise ValueError(fault)
 
@@ -217,6 +220,7 @@ class GenerateConfig:
             )
         yield from self._verification_faults()
         yield from self._human_faults()
+        yield from self.filter_faults()
 
     def _endpoint_faults(self):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):  # not shown: it may be the key

@@ -1,0 +1,1 @@
+"""Settings of the data engine by topic; `GenerateConfig` inherits them all."""
