@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from trl_distill.synthetic import Completion, GenerateConfig, pipeline
+from trl_distill.synthetic.sources.base import seeds_of
 from trl_distill.synthetic.work_folder import seed_of
 
 
@@ -25,7 +26,8 @@ class FunctionTeacher:
 
     def complete(self, prompts, seed):
         self.asked += prompts
-        return [self._one(prompt, seed_of(seed, prompt)) for prompt in prompts]
+        seeds = seeds_of(seed, len(prompts))
+        return [self._one(prompt, seed_of(own, prompt)) for prompt, own in zip(prompts, seeds, strict=True)]
 
     def _one(self, prompt, seed):
         said = [self.answer(prompt, seed + i) for i in range(self.n)]

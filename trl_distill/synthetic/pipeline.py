@@ -16,9 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from .. import foreign_text
 from ..data.json_rows import InputRow
 from .config import FIXED, GenerateConfig
+from .plan import make_plan, scores_folder
 from .sources.base import Sampling
 from .sources.load import check_source, load_source
-from .stages.chunks import ChunkStage, CompleteStage, ScoreStage
+from .stages.chunks import ChunkStage
 from .stages.dedup import check_installed
 from .stages.finish import DatasetBuilder, publish
 from .stages.human import check_human
@@ -143,17 +144,12 @@ class Pipeline:
         NewPrompts(config, self.work, load).run(lambda made: self.progress.update(task, completed=made))
 
     def _complete_and_score(self) -> str | None:
-        """All completions, then all scores; the folder of the scores, which is another for another verifier."""
-        config, prompts, scorer = self.config, Prompts(self.work), self.scorer
-        for index, (name, address) in enumerate(config.teachers.items()):
-            load = partial(load_source, address, Sampling.from_config(config), config)
-            self._show(CompleteStage(config, self.work, prompts, load, index, name))
-        if scorer is None:
-            return None
-        folder = f"scores-{digest(scorer.identity(), size=6).hex()}"
-        for index, name in enumerate(config.teachers):
-            self._show(ScoreStage(self.work, prompts, lambda: scorer, folder, index, name))
-        return folder
+        """Make the files of all stages; the folder of the scores, which is another for another verifier."""
+        prompts, scorer = Prompts(self.work), self.scorer
+        for layer in make_plan(self.config, self.work, prompts, scorer, load_source):
+            for stage in layer:
+                self._show(stage)
+        return scores_folder(scorer) if scorer is not None else None
 
     def _show(self, stage: ChunkStage[Any]) -> None:
         """Run a stage with a progress bar in prompts."""

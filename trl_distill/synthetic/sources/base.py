@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,12 +28,27 @@ class AllRefusedError(TeacherAnswerError):
         self.answers = answers
 
 
+Seeds = int | Sequence[int]
+
+
+def seeds_of(seed: Seeds, count: int) -> list[int]:
+    """A seed for each of `count` prompts; see [`Source.complete`]."""
+    seeds = list(range(seed, seed + count)) if isinstance(seed, int) else list(seed)
+    assert len(seeds) == count, f"{len(seeds)} seeds for {count} prompts"
+    return seeds
+
+
 class Source(Protocol):
     """Completes prompts."""
 
-    def complete(self, prompts: list[Text], seed: int) -> list[Answer]:
+    def complete(self, prompts: list[Text], seed: Seeds) -> list[Answer]:
         """
         Completions of each prompt, or why there are none; as many answers as prompts.
+
+        Args:
+            prompts (`list`): texts or messages.
+            seed (`int` or `list[int]`): a seed for each prompt; a single number is the first one's, the next has one
+                more. A model that samples whole batches takes that of a batch's first prompt.
 
         Raises:
             TeacherUnavailable: no answer for a reason that may pass.

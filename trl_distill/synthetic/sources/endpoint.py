@@ -23,7 +23,7 @@ from ..address import Address
 from ..records import Answer, Completion, Refusal
 from ..text import Text
 from .answers import ErrorInsideError, UnusableError, read_completions
-from .base import AllRefusedError, Sampling
+from .base import AllRefusedError, Sampling, Seeds, seeds_of
 
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ class EndpointSource:
         endpoint = Endpoint.from_config(address, config, list(_secrets(options, redacted(options))))
         return cls(endpoint, sampling, options)
 
-    def complete(self, prompts: list[Text], seed: int) -> list[Answer]:
-        calls = [partial(self._one, prompt, seed + i) for i, prompt in enumerate(prompts)]
+    def complete(self, prompts: list[Text], seed: Seeds) -> list[Answer]:
+        calls = [partial(self._one, *each) for each in zip(prompts, seeds_of(seed, len(prompts)), strict=True)]
         answers: list[Answer] = self.endpoint.all(calls)
         check_some_usable(answers, "the endpoint")
         refused = [answer for answer in answers if isinstance(answer, Refusal)]

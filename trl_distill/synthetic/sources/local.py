@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ...data import sampling
 from ..records import Answer, Completion, Refusal
 from ..text import Text
-from .base import Sampling
+from .base import Sampling, Seeds, seeds_of
 
 
 class TransformersSource:
@@ -41,13 +41,14 @@ class TransformersSource:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def complete(self, prompts: list[Text], seed: int) -> list[Answer]:
+    def complete(self, prompts: list[Text], seed: Seeds) -> list[Answer]:
+        seeds = seeds_of(seed, len(prompts))
         encoded = [sampling.prompt_ids(self.tokenizer, prompt) for prompt in prompts]
         answers: list[Answer] = [self._refusal(len(ids)) or [] for ids in encoded]
         possible = [i for i, answer in enumerate(answers) if not isinstance(answer, Refusal)]
         for start in range(0, len(possible), self.batch_size):
             chosen = possible[start : start + self.batch_size]
-            found = self._write([encoded[i] for i in chosen], seed + start)
+            found = self._write([encoded[i] for i in chosen], seeds[start])
             for i, completions in zip(chosen, found, strict=True):
                 answers[i] = completions
         return answers
@@ -96,11 +97,11 @@ class VLLMSource:
         self.sampling, self._params, self._refusals = sampling, SamplingParams, _refusals()
         self._llm = LLM(model=model)
 
-    def complete(self, prompts: list[Text], seed: int) -> list[Answer]:
-        s = self.sampling
+    def complete(self, prompts: list[Text], seed: Seeds) -> list[Answer]:
+        s, seeds = self.sampling, seeds_of(seed, len(prompts))
         how = {"n": s.n, "max_tokens": s.max_tokens, "temperature": s.temperature, "top_p": s.top_p}
         # the stop token is left out all the same; thoughts and tool calls stay
-        params = [self._params(**how, seed=seed + i, skip_special_tokens=False) for i in range(len(prompts))]
+        params = [self._params(**how, seed=one, skip_special_tokens=False) for one in seeds]
         # `generate` for text, `chat` for messages, which applies the template
         ask = self._llm.generate if isinstance(prompts[0], str) else self._llm.chat
         try:
@@ -109,7 +110,7 @@ class VLLMSource:
             if len(prompts) == 1:
                 return [Refusal("refused by vLLM", str(error))]
             # one prompt may be too long; alone each shows whether it is the one
-            return [self.complete([prompt], seed + i)[0] for i, prompt in enumerate(prompts)]
+            return [self.complete([prompt], [one])[0] for prompt, one in zip(prompts, seeds, strict=True)]
         return [[Completion(o.text, o.finish_reason or "length") for o in output.outputs] for output in outputs]
 
     def close(self) -> None:

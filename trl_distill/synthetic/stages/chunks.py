@@ -1,7 +1,8 @@
 """Stages that make one file for each chunk of prompts: a teacher's completions, and their scores.
 
-A file that is there is complete and is not made again. Each is made with a seed of its own, so a run that was killed
-begins again with the chunk that it was at, and comes to the same rows.
+A file that is there is complete and is not made again. Seeds are derived from prompts and teachers, never from the
+order of work, so a run that was killed begins again with the chunks that it was at, and comes to the same rows. A model
+in this process samples whole batches, so there the chunk is the unit: its file depends on its prompts alone.
 """
 
 from __future__ import annotations
@@ -40,13 +41,23 @@ class ChunkStage(Generic[Worker]):
         folder (`str`): the stage's folder in the work folder.
         index (`int`): the teacher's number, its folder in there.
         teacher (`str`): the teacher's name.
+        remote (`bool`, *optional*, defaults to `False`): whether the worker only waits for servers, so that it may work
+            on several chunks at once, in threads. Others hold a model in memory, and one of them works at a time.
     """
 
     label: str  # for the progress bar
 
     def __init__(
-        self, work: WorkFolder, prompts: Prompts, load: Callable[[], Worker], folder: str, index: int, teacher: str
+        self,
+        work: WorkFolder,
+        prompts: Prompts,
+        load: Callable[[], Worker],
+        folder: str,
+        index: int,
+        teacher: str,
+        remote: bool = False,
     ):
+        self.remote = remote
         self.work, self.prompts, self.load = work, prompts, load
         self.folder, self.index, self.teacher = folder, index, teacher
 
@@ -75,7 +86,7 @@ class CompleteStage(ChunkStage[Source]):
 
     Args:
         config (`GenerateConfig`): which prompts each teacher completes, and the seed.
-        work, prompts, load, index, teacher: see [`ChunkStage`]; `load` gives the teacher.
+        work, prompts, load, index, teacher, remote: see [`ChunkStage`]; `load` gives the teacher.
     """
 
     def __init__(
@@ -86,20 +97,21 @@ class CompleteStage(ChunkStage[Source]):
         load: Callable[[], Source],
         index: int,
         teacher: str,
+        remote: bool = False,
     ):
-        super().__init__(work, prompts, load, "completions", index, teacher)
+        super().__init__(work, prompts, load, "completions", index, teacher, remote)
         self.config, self.label = config, f"completions of {teacher}"
 
     def rows(self, worker: Source, number: int) -> Iterator[dict[str, Any]]:
         rows = [row for row in self.prompts.chunk(number) if self._asks(row)]
-        seed = seed_of(self.config.seed, number, self.index)
-        answers = self._answers(worker, [row.prompt for row in rows], seed, number) if rows else []
+        seeds = [seed_of(self.config.seed, self.teacher, row.id) for row in rows]
+        answers = self._answers(worker, [row.prompt for row in rows], seeds, number) if rows else []
         for row, answer in zip(rows, answers, strict=True):
             yield PromptAnswer(row.id, answer).as_dict()
 
-    def _answers(self, worker: Source, prompts: list[Text], seed: int, number: int) -> list[Answer]:
+    def _answers(self, worker: Source, prompts: list[Text], seeds: list[int], number: int) -> list[Answer]:
         try:
-            return worker.complete(prompts, seed)
+            return worker.complete(prompts, seeds)
         except AllRefusedError as error:
             if not any(self._has_completion(earlier) for earlier in range(number)):
                 raise
@@ -122,14 +134,21 @@ class ScoreStage(ChunkStage[Scorer]):
     The scores of one teacher's completions.
 
     Args:
-        work, prompts, load, folder, index, teacher: see [`ChunkStage`]; `load` gives the verifier, and `folder` belongs
-            to it, so that another verifier's scores are not taken for its own.
+        work, prompts, load, folder, index, teacher, remote: see [`ChunkStage`]; `load` gives the verifier, and `folder`
+            belongs to it, so that another verifier's scores are not taken for its own.
     """
 
     def __init__(
-        self, work: WorkFolder, prompts: Prompts, load: Callable[[], Scorer], folder: str, index: int, teacher: str
+        self,
+        work: WorkFolder,
+        prompts: Prompts,
+        load: Callable[[], Scorer],
+        folder: str,
+        index: int,
+        teacher: str,
+        remote: bool = False,
     ):
-        super().__init__(work, prompts, load, folder, index, teacher)
+        super().__init__(work, prompts, load, folder, index, teacher, remote)
         self.label = f"scores of {teacher}"
 
     def rows(self, worker: Scorer, number: int) -> Iterator[dict[str, Any]]:

@@ -112,7 +112,9 @@ class NewPrompts:
             examples = min(self.config.new_prompts_seeds, len(pool))
             asked = [self._question(draw.sample(pool, examples)) for _ in range(self.config.chunk_size)]
             try:
-                answers = self.worker.complete(asked, seed_of(self.config.seed, "round", number))
+                answers = self.worker.complete(
+                    asked, [seed_of(self.config.seed, "round", number, i) for i in range(len(asked))]
+                )
             except AllRefusedError as error:
                 if number == 0:
                     raise
