@@ -8,7 +8,6 @@ surroundings. What is looked at, and when, is left to the caller.
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
