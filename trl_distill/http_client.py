@@ -1,15 +1,15 @@
 """One HTTP client with retries, for the served teacher and for the endpoints of the data engine.
 
 It sends a request to one of several servers that serve the same, again and with growing pauses while the fault may
-pass, and several requests at once until one fails. What an answer means is left to the caller, who also says what its
-users call the settings. Passwords and keys stand in no message, whatever a server repeats; headers are never printed.
+pass, and several requests at once until one fails. Threads and connections last as long as the client. What an answer
+means is left to the caller, who also says what its users call the settings. Passwords and keys stand in no message,
+whatever a server repeats; headers are never printed.
 """
 
 from __future__ import annotations
 
 import base64
 import email.utils
-import itertools
 import json
 import logging
 import math
@@ -17,8 +17,11 @@ import random
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -57,12 +60,23 @@ PASSING = (408, 409, 425, 429)  # statuses after which another attempt may succe
 LONGEST_MESSAGE = 1000  # characters of what a server says
 
 
+LOOK_EVERY = 0.2  # seconds between two looks at whether the caller has given up
+
+
+given_up: ContextVar[threading.Event | None] = ContextVar("given_up", default=None)
+"""An event that ends [`HTTPClient.all`] in the context that sets it, for callers that work in several threads."""
+
+
 class PassingError(Exception):
     """A failure after which another attempt may succeed; `retry_after` is what the server asks to wait, in seconds."""
 
     def __init__(self, message: str, retry_after: float = 0.0):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class GivenUpError(Exception):
+    """The caller's event [`given_up`] was set while answers were waited for."""
 
 
 class NoAnswerError(Exception):
@@ -112,6 +126,36 @@ class Settings:
         ).rstrip()
 
 
+class UnderWay:
+    """The requests that are under way at each URL, of all clients in this process."""
+
+    def __init__(self) -> None:
+        self._changed, self._counts = threading.Condition(), Counter[str]()
+
+    @contextmanager
+    def at_one_of(self, urls: Sequence[str], most: int) -> Iterator[str]:
+        """
+        The URL with the fewest requests, of equals the first, for one more; waits while all have `most`.
+
+        Args:
+            urls (`list[str]`): to choose from.
+            most (`int`): requests under way at one URL.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: any(self._counts[url] < most for url in urls))
+            url = min(urls, key=self._counts.__getitem__)
+            self._counts[url] += 1
+        try:
+            yield url
+        finally:
+            with self._changed:
+                self._counts[url] -= 1
+                self._changed.notify()
+
+
+UNDER_WAY = UnderWay()
+
+
 class HTTPClient:
     """
     Connections to servers that serve the same.
@@ -121,15 +165,22 @@ class HTTPClient:
         servers (`list[ServerURL]`): all that will be asked, for their logins. One in a URL counts before `api_key`.
         api_key (`str`, *optional*): sent as a bearer token. White space at its ends is taken off.
         secrets (`Sequence[str]`, *optional*): what else no message may show, such as keys in the bodies of requests.
+        balanced (`bool`, *optional*, defaults to `False`): ask the server with the fewest requests under way, instead
+            of the first; `concurrency` is then the limit at each of them, over all clients in this process.
 
     Raises:
         ValueError: the key cannot be sent in a header.
     """
 
     def __init__(
-        self, settings: Settings, servers: Sequence[ServerURL], api_key: str | None = None, secrets: Sequence[str] = ()
+        self,
+        settings: Settings,
+        servers: Sequence[ServerURL],
+        api_key: str | None = None,
+        secrets: Sequence[str] = (),
+        balanced: bool = False,
     ):
-        self.settings = settings
+        self.settings, self.balanced = settings, balanced
         key = clean_key(api_key, settings.key_advice)
         logins = [server.login for server in servers if server.login]
         self._logins = {server.base: httpx.BasicAuth(*server.login) for server in servers if server.login}
@@ -137,11 +188,14 @@ class HTTPClient:
         hidden = {form for secret in (key, *(login[1] for login in logins), *sent, *secrets) for form in _forms(secret)}
         self._secrets = sorted(hidden, key=len, reverse=True)  # one may be the beginning of another
         self._failed: dict[str, float] = {}  # URL: when it failed last, by time.monotonic()
-        self._client = httpx.Client(
-            timeout=httpx.Timeout(settings.timeout, connect=min(settings.timeout, LONGEST_CONNECT)),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency),
-            headers={"Authorization": f"Bearer {key}"} if key else None,
+        self._threads = ThreadPoolExecutor(
+            settings.concurrency * (len(servers) if balanced else 1), thread_name_prefix="requests"
         )
+        self._own = threading.local()  # a client for each thread: one that is shared costs more with each connection
+        self._opened: list[httpx.Client] = []
+        self._closed = threading.Event()
+        self._certificates = httpx.create_ssl_context() if any(s.base.startswith("https") for s in servers) else True
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def ask(
         self,
@@ -171,18 +225,20 @@ class HTTPClient:
         """
         start, halt = time.monotonic(), halt or threading.Event()
         urls = self.in_turn(urls)
-        turn, settings = itertools.cycle(urls), self.settings
+        settings, untried = self.settings, list[str]()
 
         def attempt() -> T:
-            url = next(turn)
+            untried[:] = untried or urls
             if halt.is_set():
-                raise PassingError(f"{url}: given up, because another request failed")
-            try:
-                content = self._send(url, path, body)
-            except PassingError:
-                self._failed[url] = time.monotonic()
-                raise
-            self._failed.pop(url, None)
+                raise PassingError(f"{untried[0]}: given up, because another request failed")
+            with self._chosen(untried) as url:
+                untried.remove(url)
+                try:
+                    content = self._send(url, path, body)
+                except PassingError:
+                    self._failed[url] = time.monotonic()
+                    raise
+                self._failed.pop(url, None)
             try:
                 return read(url + path, content)
             except Exception as error:
@@ -211,6 +267,10 @@ class HTTPClient:
 
         Each call is given an event and passes it to [`ask`]. The first error sets it, which ends the pauses of the
         others and lets no further call begin, and is raised without waiting for requests under way.
+
+        Raises:
+            GivenUpError: the event in [`given_up`] was set.
+            RuntimeError: the client was closed.
         """
         halt, errors = threading.Event(), list[BaseException]()
 
@@ -222,25 +282,63 @@ class HTTPClient:
                 halt.set()
                 raise
 
-        pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="requests")
+        if self._closed.is_set():
+            raise RuntimeError("This client was closed, so nothing can be asked any more.")
+        outer = given_up.get()
+        futures = [self._threads.submit(guarded, call) for call in calls]
         try:
-            futures = [pool.submit(guarded, call) for call in calls]
-            wait(futures, return_when=FIRST_EXCEPTION)
+            waiting: Any = futures
+            while waiting and not errors:
+                _, waiting = wait(waiting, LOOK_EVERY if outer else None, FIRST_EXCEPTION)
+                if outer and outer.is_set():
+                    raise GivenUpError("Given up, because work beside it failed.")
             if errors:
                 raise errors[0]
             return [future.result() for future in futures]
         finally:
             halt.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in futures:
+                future.cancel()
+
+    @contextmanager
+    def _chosen(self, urls: list[str]) -> Iterator[str]:
+        """The URL to ask next, of those that were not asked in this round."""
+        if not self.balanced:
+            yield urls[0]
+            return
+        healthy = [url for url in urls if not self._failed_recently(url)]
+        with UNDER_WAY.at_one_of(healthy or urls[:1], self.settings.concurrency) as url:
+            yield url
 
     def in_turn(self, urls: Sequence[str]) -> list[str]:
         """The URLs in their order, those that failed lately last."""
-        now = time.monotonic()
-        return sorted(urls, key=lambda url: now - self._failed.get(url, -math.inf) < FAILED_RECENTLY_SECONDS)
+        return sorted(urls, key=self._failed_recently)
+
+    def _failed_recently(self, url: str) -> bool:
+        return time.monotonic() - self._failed.get(url, -math.inf) < FAILED_RECENTLY_SECONDS
 
     def close(self) -> None:
         """Close the connections. Nothing can be asked afterwards."""
-        self._client.close()
+        self._closed.set()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for client in self._opened:
+            client.close()
+
+    @property
+    def _client(self) -> httpx.Client:
+        """This thread's connections."""
+        if not hasattr(self._own, "client"):
+            timeout = self.settings.timeout
+            self._own.client = httpx.Client(
+                timeout=httpx.Timeout(timeout, connect=min(timeout, LONGEST_CONNECT)),
+                limits=httpx.Limits(max_connections=None),
+                headers=self._headers,
+                verify=self._certificates,
+            )
+            self._opened.append(self._own.client)
+            if self._closed.is_set():  # meanwhile
+                self._own.client.close()
+        return self._own.client
 
     def _warn(self, state: RetryCallState) -> None:
         error = state.outcome and state.outcome.exception()
@@ -256,8 +354,9 @@ class HTTPClient:
 
     def _send(self, base: str, path: str, body: dict[str, Any] | None) -> bytes:
         url, auth = base + path, self._logins.get(base, httpx.USE_CLIENT_DEFAULT)
+        client = self._client
         try:
-            response = self._client.request("GET" if body is None else "POST", url, json=body, auth=auth)
+            response = client.request("GET" if body is None else "POST", url, json=body, auth=auth)
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise PassingError(self.hidden(f"{url}: {type(error).__name__} {error}".rstrip())) from error
         status = response.status_code

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..redaction import redacted
-from ..server_urls import without_login
 from .address import Address, parse_address
-from .settings import filters
+from .settings import engine, filters, judge
 
 
 KEEP = ("all", "correct", "best")
@@ -29,11 +28,12 @@ FIXED = (
     *("teacher_model_name_or_path", "teacher_models", "teacher_assignment", "completions_per_prompt"),
     *("max_completion_length", "temperature", "top_p", "batch_size", "chunk_size", "seed", "request_options"),
     *filters.FIXED,
+    *engine.FIXED,
 )
 
 
 @dataclass(repr=False)
-class GenerateConfig(filters.FilterSettings):
+class GenerateConfig(engine.EngineSettings, filters.FilterSettings, judge.JudgeSettings):
     """
     Settings of `scripts/generate.py`.
 
@@ -83,9 +83,7 @@ class GenerateConfig(filters.FilterSettings):
         reward_funcs (`list[str]`, *optional*): import paths of reward functions; a single one need not be a list. The
             score is their mean.
         reward_model (`str`, *optional*): name or folder of a sequence-classification model with one label.
-        judge (`str`, *optional*): `http://host:port/v1#model`, a model that scores completions.
-        judge_prompt (`str`, *optional*): file with the question put to the judge; `{prompt}`, `{completion}` and the
-            dataset's columns are filled in. The answer must end with "Score: <number>".
+        judge (`str`, *optional*): a model that judges completions; see [`JudgeSettings`].
 
     > Parameters that control what is kept
 
@@ -153,8 +151,6 @@ class GenerateConfig(filters.FilterSettings):
     reward_model: str | None = field(
         default=None, metadata={"help": "Verifier: a sequence-classification model with one label."}
     )
-    judge: str | None = field(default=None, metadata={"help": "Verifier: `http://host:port/v1#model`."})
-    judge_prompt: str | None = field(default=None, metadata={"help": "File with the question put to the judge."})
     keep: str = field(default="all", metadata={"help": "`all`, `correct` or `best`."})
     correct_from: float = field(default=1.0, metadata={"help": "Score from which a completion is correct."})
     pairs: bool = field(
@@ -213,6 +209,7 @@ class GenerateConfig(filters.FilterSettings):
                     "." if high == _MANY else f" and {high}."
                 )
         yield from self._endpoint_faults()
+        yield from self.engine_faults()
         if self.temperature == 0 and self.completions_per_prompt > 1:
             yield (
                 f"`completions_per_prompt={self.completions_per_prompt}` at `temperature=0` would be the same "
@@ -234,15 +231,14 @@ class GenerateConfig(filters.FilterSettings):
 
     def _verification_faults(self):
         kinds = [name for name in ("reward_funcs", "reward_model", "judge") if getattr(self, name)]
-        if len(kinds) > 1:
-            yield f"Both `{kinds[0]}` and `{kinds[1]}` say who verifies. Keep one."
+        if len(kinds) > 1 and not (kinds == ["reward_funcs", "judge"] and self.judge_check):
+            yield f"Both `{kinds[0]}` and `{kinds[1]}` say who verifies. Keep one." + (
+                " Functions that only check the judge need labelled rows, `--judge_check`." if "judge" in kinds else ""
+            )
         if not kinds and (self.keep != "all" or self.pairs):
             asked = "pairs" if self.pairs else f"keep={self.keep!r}"
             yield f"`{asked}` needs scores. Add `--reward_funcs`, `--reward_model` or `--judge`."
-        if self.judge_prompt and not self.judge:
-            yield "`judge_prompt` is given, but there is no `judge` to ask."
-        if self.judge and parse_address(self.judge).kind != "endpoint":
-            yield f"`judge` is {without_login(self.judge)!r}; write it as `http://host:port/v1#model`."
+        yield from self.judge_faults()
         if self.pairs and self.keep == "best":
             yield "`pairs` takes the best and the worst of each prompt by itself. Leave `keep` out, or use `correct`."
         if self.pairs and self.completions_per_prompt * (len(self.teachers) if self.asks_all else 1) < 2:
@@ -266,7 +262,10 @@ class GenerateConfig(filters.FilterSettings):
         """Where each teacher is, by the name that its rows carry."""
         if self.teacher_models:
             assert isinstance(self.teacher_models, dict)
-            return {name: parse_address(str(where)) for name, where in self.teacher_models.items()}
+            return {
+                name: parse_address(where if isinstance(where, list) else str(where))
+                for name, where in self.teacher_models.items()
+            }
         address = parse_address(self.teacher_model_name_or_path or "")
         return {address.short_name: address}
 
@@ -297,6 +296,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_repetition": (0, 1),
     "near_duplicates": (0, 1),
     "human_share": (0, 1),
+    "judge_comparisons": (1, _MANY),
     "correct_from": (-_MANY, _MANY),
 }
 

@@ -5,7 +5,8 @@ What the stages do, and how each can be interrupted, is in the modules named aft
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from .. import foreign_text
 from ..data.json_rows import InputRow
 from .config import FIXED, GenerateConfig
-from .plan import make_plan, scores_folder
+from .plan import Layer, make_plan, scores_folder
+from .scheduler import Scheduler, chunks_at_once
+from .settings import engine
 from .sources.base import Sampling
 from .sources.load import check_source, load_source
 from .stages.chunks import ChunkStage
+from .stages.contamination import benchmarks_digest, load_benchmarks
 from .stages.dedup import check_installed
+from .stages.difficulty import check_difficulty_model
 from .stages.finish import DatasetBuilder, publish
 from .stages.human import check_human
 from .stages.ingest import Ingest, Prompts, read_rows
+from .stages.judge_check import load_check
+from .stages.judge_stages import CheckStage, judge_findings
+from .stages.language import check_language
 from .stages.new_prompts import NewPrompts
-from .stages.verify import load_scorer
+from .stages.verify import RewardFunctions, load_scorer
 from .work_folder import WorkFolder, digest, file_digest, read_json
 
 
-FREE = ("output_dir", "overwrite", "concurrency", "timeout", "retries", "api_key_env")  # rows do not depend on these
+FREE = ("output_dir", "overwrite", "concurrency", "timeout", "retries", "api_key_env", *engine.FREE)  # not the rows
 
 
 def run_pipeline(config: GenerateConfig, console: Console | None = None) -> dict[str, Any]:
@@ -75,11 +83,16 @@ class Pipeline:
         if done := self._finished(fingerprint):
             return done
         check_installed(self.config.near_duplicates)
+        check_language(self.config.language or ())
+        check_difficulty_model(self.config.difficulty_model)
         for address in self.config.teachers.values():
             check_source(address)
+        self.benchmarks = load_benchmarks(self.config)
         with self.work.locked(), self.progress:
             fixed = {name: settings[name] for name in FIXED}
-            self.work.check_settings({**fixed, "dataset_digest": _digest(self.config)})
+            defaults = {field.name: field.default for field in fields(self.config) if field.name in FIXED}
+            digests = {"dataset_digest": _digest(self.config), "benchmarks_digest": benchmarks_digest(self.config)}
+            self.work.check_settings({**fixed, **digests}, defaults)
             self._read()
             self._check_inputs()
             if self.config.new_prompts:
@@ -93,7 +106,9 @@ class Pipeline:
         """Of everything that the rows depend on; local files by their contents."""
         human = self.config.human_data
         identity = self.scorer.identity() if self.scorer is not None else []
-        inputs = [_digest(self.config), file_digest(Path(human)) if human and Path(human).is_file() else None]
+        inputs = [_digest(self.config), *(_file(name) for name in (human, self.config.judge_check))]
+        if self.config.benchmarks:
+            inputs.append(benchmarks_digest(self.config))
         return digest(settings, identity, inputs).hex()
 
     def _finished(self, fingerprint: str) -> dict[str, Any] | None:
@@ -123,7 +138,7 @@ class Pipeline:
                 self.progress.advance(task)
 
         routed = config.teachers if config.teacher_assignment == "column" else None
-        Ingest(self.work, config.chunk_size, routed).run(shown(), config.max_prompts)
+        Ingest(self.work, config.chunk_size, routed, self.benchmarks).run(shown(), config.max_prompts)
         total = Prompts(self.work).stages[0].seen
         self.progress.update(task, total=total, completed=total)
 
@@ -132,8 +147,12 @@ class Pipeline:
         prompts = Prompts(self.work)
         if self.scorer is not None:
             self.scorer.needs(prompts.columns)
+        self.check = load_check(self.config, self.scorer, RewardFunctions)
         if self.config.human_data:
             check_human(self.config.human_data, prompts.text)
+
+        if self.check is not None:
+            self._show(CheckStage(self.work, self.check))
 
     def _make_prompts(self) -> None:
         config = self.config
@@ -141,25 +160,31 @@ class Pipeline:
         first = next(iter(config.teachers.values()))
         sampling = Sampling(1, config.max_completion_length, config.temperature, config.top_p)
         load = partial(load_source, first, sampling, config)
-        NewPrompts(config, self.work, load).run(lambda made: self.progress.update(task, completed=made))
+        new = NewPrompts(config, self.work, load, self.benchmarks)
+        new.run(lambda made: self.progress.update(task, completed=made))
 
     def _complete_and_score(self) -> str | None:
         """Make the files of all stages; the folder of the scores, which is another for another verifier."""
         prompts, scorer = Prompts(self.work), self.scorer
-        for layer in make_plan(self.config, self.work, prompts, scorer, load_source):
-            for stage in layer:
-                self._show(stage)
+        layers = make_plan(self.config, self.work, prompts, scorer, load_source)
+        at_once = chunks_at_once(self.config.concurrency, self.config.chunk_size)
+        Scheduler(layers, range(len(prompts)), at_once, self._bars(layers, prompts.total)).run()
         return scores_folder(scorer) if scorer is not None else None
 
-    def _show(self, stage: ChunkStage[Any]) -> None:
-        """Run a stage with a progress bar in prompts."""
-        total, size = stage.prompts.total, self.config.chunk_size
-        task = self.progress.add_task(stage.label, total=total)
-        stage.run(lambda chunks: self.progress.update(task, completed=min(chunks * size, total)))
+    def _bars(self, layers: list[Layer], total: int) -> Callable[[ChunkStage[Any], int], None]:
+        """A progress bar in prompts for each stage; what tells them how many chunks are finished."""
+        size = self.config.chunk_size
+        bars = {stage: self.progress.add_task(stage.label, total=total) for layer in layers for stage in layer}
+        return lambda stage, chunks: self.progress.update(bars[stage], completed=min(chunks * size, total))
 
     def _build(self, scores: str | None, settings: dict[str, Any], fingerprint: str) -> None:
         task = self.progress.add_task("filtering", total=len(Prompts(self.work)))
-        builder = DatasetBuilder(self.config, self.work, scores, lambda: self.progress.advance(task))
+        builder = DatasetBuilder(
+            *(self.config, self.work, scores, lambda: self.progress.advance(task)), benchmarks=self.benchmarks
+        )
+        builder.findings = judge_findings(
+            self.work, Prompts(self.work), list(self.config.teachers), self.scorer, self.check
+        )
         builder.build(settings, fingerprint)
 
 
@@ -172,3 +197,8 @@ def _digest(config: GenerateConfig) -> str | None:
     """Of a local file of prompts."""
     path = Path(config.dataset_name)
     return file_digest(path) if path.is_file() else None
+
+
+def _file(name: str | None) -> str | None:
+    """The digest of a file, if there is one."""
+    return file_digest(Path(name)) if name and Path(name).is_file() else None

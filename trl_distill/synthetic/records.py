@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .text import Text, as_completion
@@ -20,6 +20,8 @@ class Candidate:
         teacher (`str`): who wrote it.
         score (`float`, *optional*): of the verifier.
         columns (`dict`): the dataset's other columns.
+        aspects (`dict[str, float]`): the judge's scores of aspects.
+        difficulty (`dict[str, float | None]`): the columns of its difficulty, where that was measured.
     """
 
     prompt: Text
@@ -28,12 +30,20 @@ class Candidate:
     teacher: str
     score: float | None
     columns: dict[str, Any]
+    aspects: dict[str, float] = field(default_factory=dict)
+    difficulty: dict[str, float | None] = field(default_factory=dict)
 
     def as_row(self, scored: bool) -> dict[str, Any]:
         """The row of the final dataset."""
         row = {"prompt": self.prompt, "completion": as_completion(self.text, self.prompt), **self.columns}
         row["teacher"] = self.teacher
-        return {**row, "score": self.score} if scored else row
+        if scored:
+            row |= {"score": self.score, **self.aspect_columns()}
+        return {**row, **self.difficulty}
+
+    def aspect_columns(self, prefix: str = "") -> dict[str, float]:
+        """The columns of the aspects' scores."""
+        return {f"{prefix}score_{name}": score for name, score in self.aspects.items()}
 
 
 @dataclass(frozen=True)
@@ -42,10 +52,17 @@ class Completion:
     Attributes:
         text (`str`): without the stop token.
         stop_reason (`str`): "stop" for an end of its own, "length" at the limit, or what else an endpoint says.
+        reasoning (`str`, *optional*): what the endpoint gave beside the text; `None` where it is not kept.
     """
 
     text: str
     stop_reason: str
+    reasoning: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The completion as JSON; `asdict` is slower, and this is called for each."""
+        row = {"text": self.text, "stop_reason": self.stop_reason}
+        return row if self.reasoning is None else {**row, "reasoning": self.reasoning}
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,19 @@ class Refusal:
 Answer = list[Completion] | Refusal
 
 
-Score = float | Refusal
+@dataclass(frozen=True)
+class AspectScores:
+    """
+    Attributes:
+        score (`float`): the weighted mean.
+        aspects (`dict[str, float]`): of each aspect.
+    """
+
+    score: float
+    aspects: dict[str, float]
+
+
+Score = float | AspectScores | Refusal
 
 
 @dataclass(frozen=True)
@@ -126,7 +155,7 @@ class PromptScores:
 
     Attributes:
         id (`int`): of the prompt.
-        scores (`list[float | Refusal]`): of each completion, or why there is none.
+        scores (`list[float | AspectScores | Refusal]`): of each completion, or why there is none.
     """
 
     id: int
@@ -134,18 +163,25 @@ class PromptScores:
 
     def as_dict(self) -> dict[str, Any]:
         """The scores as a line of JSON holds them."""
-        return {"id": self.id, "scores": [asdict(s) if isinstance(s, Refusal) else s for s in self.scores]}
+        return {"id": self.id, "scores": [s if isinstance(s, float | int) else asdict(s) for s in self.scores]}
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> PromptScores:
-        return cls(found["id"], [Refusal(**s) if isinstance(s, dict) else s for s in found["scores"]])
+        return cls(found["id"], [_score(score) for score in found["scores"]])
+
+
+def _score(found: Any) -> Score:
+    """A score from JSON."""
+    if not isinstance(found, dict):
+        return found
+    return Refusal(**found) if "kind" in found else AspectScores(**found)
 
 
 def answer_as_dict(answer: Answer) -> dict[str, Any]:
     """An answer as JSON: its completions, or its refusal."""
     if isinstance(answer, Refusal):
         return {"refusal": asdict(answer)}
-    return {"completions": [asdict(completion) for completion in answer]}
+    return {"completions": [completion.as_dict() for completion in answer]}
 
 
 def answer_from_dict(found: dict[str, Any]) -> Answer:

@@ -57,10 +57,14 @@ class WorkFolder:
         finally:
             lock.release()
 
-    def check_settings(self, settings: dict[str, Any]) -> None:
+    def check_settings(self, settings: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
         """
         Note the settings that the stored answers depend on, or compare them with those noted before. While no model
         has answered, nothing can be lost: other settings then start over.
+
+        Args:
+            settings (`dict`): as JSON can hold them.
+            defaults (`dict`, *optional*): stand for what was not noted: an older version did not have the setting.
 
         Raises:
             ValueError: they differ.
@@ -69,7 +73,7 @@ class WorkFolder:
         settings = json.loads(json.dumps(settings))
         if not path.exists():
             return write_json(path, settings)
-        before = read_json(path)
+        before = {**json.loads(json.dumps(defaults or {})), **read_json(path)}
         changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         if changed and not any(next(self.path.glob(made), None) for made in ANSWERS):
             for name in ("prompts", "new_prompts"):
@@ -87,6 +91,13 @@ class WorkFolder:
         """Path of a chunk's file: folders, then a number."""
         *folders, number = parts
         return self.path.joinpath(*map(str, folders), f"{number:06}.jsonl")
+
+    def chunks(self, *folders: str | int) -> set[int]:
+        """The numbers of the chunks whose files are in a folder."""
+        folder = self.path.joinpath(*map(str, folders))
+        if not folder.exists():
+            return set()
+        return {int(path.stem) for path in folder.iterdir() if path.suffix == ".jsonl"}
 
     @contextmanager
     def folder(self, name: str) -> Iterator[Path]:

@@ -87,8 +87,9 @@ def _completion(choice: Any) -> Completion:
         raise ValueError("a choice holds an error")
     if reason is None:
         raise ValueError("no `finish_reason` says whether it is whole")
-    message, text = choice.get("message"), choice.get("text")
+    message, text, reasoning = choice.get("message"), choice.get("text"), ""
     if isinstance(message, dict):
+        reasoning = _reasoning(message)
         text = _text(message.get("content"))
         if text is None and message.get("refusal"):
             reason = "refusal"
@@ -98,7 +99,18 @@ def _completion(choice: Any) -> Completion:
         text = ""  # a filter or the like took it away, and would again
     if not isinstance(text, str):
         raise ValueError("a choice has no text")
-    return Completion(text.encode(errors="replace").decode(), reason)
+    return Completion(text.encode(errors="replace").decode(), reason, reasoning or None)
+
+
+def _reasoning(message: dict[str, Any]) -> str:
+    """What a message gives beside its text: as a field (vLLM, SGLang, DeepSeek, OpenRouter), or as parts of it."""
+    said = [message.get(name) for name in ("reasoning_content", "reasoning")]
+    parts = message.get("content")
+    for part in parts if isinstance(parts, list) else [parts]:
+        if isinstance(part, dict) and part.get("type") in THOUGHT_PARTS:
+            said += [part.get(name) for name in ("thinking", "reasoning", "reasoning_content", "text")]
+    texts = [text for text in said if isinstance(text, str) and text.strip()]
+    return "\n\n".join(dict.fromkeys(texts)).encode(errors="replace").decode()
 
 
 def _text(content: Any) -> str | None:

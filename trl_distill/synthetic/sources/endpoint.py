@@ -18,7 +18,7 @@ import httpx2 as httpx
 from ...errors import TeacherAnswerError, TeacherUnavailable
 from ...http_client import HTTPClient, NoAnswerError, Settings, StatusError
 from ...redaction import from_environment, redacted
-from ...server_urls import read_url
+from ...server_urls import ServerURL, read_url
 from ..address import Address
 from ..records import Answer, Completion, Refusal
 from ..text import Text
@@ -53,12 +53,13 @@ class UnusableAnswerError(RefusedError):
 
 class Endpoint:
     """
-    One model at one URL.
+    One model at one URL, or at several that serve it. A request goes to the one with the fewest under way, and one that
+    failed lately is left out for a while; seeds do not depend on which is asked.
 
     Args:
         address (`Address`): a URL without a path gets `/v1`.
         api_key (`str`, *optional*): sent as a bearer token.
-        concurrency (`int`): requests under way at once.
+        concurrency (`int`): requests under way at once, at each URL.
         timeout (`float`): seconds without a byte after which a request has failed.
         retries (`int`): further attempts after a failed one.
         backoff (`float`): seconds of the first pause, about; doubled from each to the next, at most 30.
@@ -79,8 +80,8 @@ class Endpoint:
         secrets: Sequence[str] = (),
     ):
         self.model = address.model
-        server = read_url(address.url, "The address of an endpoint")
-        self.url = server.base if httpx.URL(server.base).path not in ("", "/") else f"{server.base}/v1"
+        servers = [_with_path(read_url(url, "The address of an endpoint")) for url in address.urls]
+        self.urls = [server.base for server in servers]
         settings = Settings(
             timeout,
             retries,
@@ -91,7 +92,12 @@ class Endpoint:
             key_advice="Put the key into the environment variable that `api_key_env` names.",
             last_words="All that is finished is kept: start the same command again to go on.",
         )
-        self._client = HTTPClient(settings, [replace(server, base=self.url)], api_key, secrets)
+        self._client = HTTPClient(settings, servers, api_key, secrets, balanced=True)
+
+    @property
+    def url(self) -> str:
+        """The first URL."""
+        return self.urls[0]
 
     @classmethod
     def from_config(cls, address: Address, config: GenerateConfig, secrets: Sequence[str] = ()) -> Endpoint:
@@ -118,7 +124,7 @@ class Endpoint:
             TeacherUnavailable: no answer after all attempts.
         """
         try:
-            return self._client.ask([self.url], path, {"model": self.model, **body}, read_completions, halt)
+            return self._client.ask(self.urls, path, {"model": self.model, **body}, read_completions, halt)
         except NoAnswerError as error:
             if isinstance(error.__cause__, UnusableError):
                 raise UnusableAnswerError(str(error.__cause__)) from error
@@ -139,6 +145,11 @@ class Endpoint:
         self._client.close()
 
 
+def _with_path(server: ServerURL) -> ServerURL:
+    """A URL without a path gets `/v1`."""
+    return server if httpx.URL(server.base).path not in ("", "/") else replace(server, base=f"{server.base}/v1")
+
+
 class EndpointSource:
     """
     A teacher behind an endpoint: `/chat/completions` for messages, `/completions` for text.
@@ -148,10 +159,19 @@ class EndpointSource:
         sampling (`Sampling`): how to sample. Each request has a seed of its own; whether it has an effect is up to
             the server.
         options (`dict`, *optional*): merged into each request; a key with `None` is taken out.
+        keep_reasoning (`str`, *optional*, defaults to `"no"`): what becomes of reasoning beside the text: "no", "think"
+            or "column".
     """
 
-    def __init__(self, endpoint: Endpoint, sampling: Sampling, options: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        sampling: Sampling,
+        options: dict[str, Any] | None = None,
+        keep_reasoning: str = "no",
+    ):
         self.endpoint, self.sampling, self.options = endpoint, sampling, options or {}
+        self.keep_reasoning = keep_reasoning
         self._answered = False
 
     @classmethod
@@ -159,7 +179,7 @@ class EndpointSource:
         assert not isinstance(config.request_options, str)
         options = _with_keys(config.request_options or {})
         endpoint = Endpoint.from_config(address, config, list(_secrets(options, redacted(options))))
-        return cls(endpoint, sampling, options)
+        return cls(endpoint, sampling, options, config.keep_reasoning)
 
     def complete(self, prompts: list[Text], seed: Seeds) -> list[Answer]:
         calls = [partial(self._one, *each) for each in zip(prompts, seeds_of(seed, len(prompts)), strict=True)]
@@ -188,13 +208,26 @@ class EndpointSource:
                 found += self.endpoint.ask(path, body, halt)
             except RefusedError as error:
                 return Refusal(f"{error.kind} the endpoint", str(error))
-        return found[: self.sampling.n]
+        return [with_reasoning(completion, self.keep_reasoning) for completion in found[: self.sampling.n]]
 
     def _body(self, prompt: Text, n: int, seed: int) -> dict[str, Any]:
         s = self.sampling
         body: dict[str, Any] = {"prompt" if isinstance(prompt, str) else "messages": prompt, "n": n, "seed": seed}
         body |= {"max_tokens": s.max_tokens, "temperature": s.temperature, "top_p": s.top_p, **self.options}
         return {key: value for key, value in body.items() if value is not None}
+
+
+def with_reasoning(completion: Completion, kept: str) -> Completion:
+    """
+    A completion with its reasoning as it is kept: not at all ("no"), in front of the text ("think"), or beside it
+    ("column"). An answer without text stays without: it is dropped as empty.
+    """
+    if kept == "column":
+        return completion
+    text, reasoning = completion.text, completion.reasoning
+    if kept == "think" and reasoning and text:
+        text = f"<think>\n{reasoning.strip()}\n</think>\n\n{text}"
+    return Completion(text, completion.stop_reason)
 
 
 def check_some_usable(answers: Sequence[Any], who: str) -> None:

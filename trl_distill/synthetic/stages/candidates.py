@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..output.counts import Skip, SkipFile, Stage
-from ..records import Candidate, PromptAnswer, PromptRow, PromptScores, Refusal, Score
+from ..records import AspectScores, Candidate, Completion, PromptAnswer, PromptRow, PromptScores, Refusal, Score
 from ..work_folder import WorkFolder, read_lines
+from .difficulty import Difficulty, PromptDifficulties, difficulty_columns
 from .ingest import Prompts
 
 
@@ -20,12 +21,16 @@ class CandidateReader:
         prompts (`Prompts`): what was asked.
         teachers (`list[str]`): in the order of their folders.
         scores (`str`, *optional*): folder of the scores; `None` without a verifier.
+        difficulty (`str`, *optional*): folder of the difficulties.
 
     Attributes:
         asked, written (`Stage`): requests to teachers, and completions that came of them.
     """
 
-    def __init__(self, work: WorkFolder, prompts: Prompts, teachers: list[str], scores: str | None):
+    def __init__(
+        self, work: WorkFolder, prompts: Prompts, teachers: list[str], scores: str | None, difficulty: str | None = None
+    ):
+        self.difficulty = difficulty
         self.work, self.prompts, self.teachers, self.scores = work, prompts, teachers, scores
         self.asked = Stage("ask the teachers", "requests")
         self.written = Stage("verify" if scores else "complete", "completions")
@@ -35,6 +40,7 @@ class CandidateReader:
         rows = {row.id: row for row in self.prompts.chunk(number)}
         found: dict[int, list[Candidate]] = {prompt: [] for prompt in rows}
         for index, teacher in enumerate(self.teachers):
+            difficulties = self._difficulties(number, index)
             for answer, scores in self._answers(number, index):
                 where, row = f"prompt {answer.id}, teacher {teacher}", rows[answer.id]
                 if isinstance(answer.answer, Refusal):
@@ -42,15 +48,27 @@ class CandidateReader:
                     skips.add(Skip(self.asked.name, where, answer.answer.detail))
                     continue
                 self.asked.count(None)
-                for completion, score in zip(answer.answer, scores, strict=True):
+                of_each = difficulties.get(answer.id) or [None] * len(answer.answer)
+                for completion, score, difficulty in zip(answer.answer, scores, of_each, strict=True):
                     if isinstance(score, Refusal):
                         self.written.count(score.kind)
                         skips.add(Skip(self.written.name, where, score.detail))
                         continue
                     self.written.count(None)
-                    made = (completion.text, completion.stop_reason, teacher, score, _columns(row))
-                    found[row.id].append(Candidate(row.prompt, *made))
+                    value, aspects = (score.score, score.aspects) if isinstance(score, AspectScores) else (score, {})
+                    made = (completion.text, completion.stop_reason, teacher, value, _columns(row, completion), aspects)
+                    if isinstance(difficulty, Refusal):
+                        skips.add(Skip("measure difficulty", where, difficulty.detail))
+                    measured = difficulty_columns(difficulty) if self.difficulty else {}
+                    found[row.id].append(Candidate(row.prompt, *made, measured))
         yield from found.values()
+
+    def _difficulties(self, number: int, index: int) -> dict[int, list[Difficulty | Refusal]]:
+        """The difficulties of a teacher's completions in a chunk, by prompt."""
+        if self.difficulty is None:
+            return {}
+        found = map(PromptDifficulties.from_dict, read_lines(self.work.chunk(self.difficulty, index, number)))
+        return {one.id: one.values for one in found}
 
     def _answers(self, number: int, index: int) -> Iterator[tuple[PromptAnswer, list[Score] | list[None]]]:
         """A teacher's answers in a chunk, with a score, or `None`, for each completion."""
@@ -62,6 +80,7 @@ class CandidateReader:
         yield from ((answer, of_answer.scores) for answer, of_answer in zip(answers, scores, strict=True))
 
 
-def _columns(row: PromptRow) -> dict[str, Any]:
-    """A row's columns without the one that says who is asked."""
-    return {name: value for name, value in row.columns.items() if name != "teacher"}
+def _columns(row: PromptRow, completion: Completion) -> dict[str, Any]:
+    """A row's columns without the one that says who is asked; the reasoning, where that is kept as a column."""
+    columns = {name: value for name, value in row.columns.items() if name != "teacher"}
+    return columns if completion.reasoning is None else {**columns, "reasoning": completion.reasoning}

@@ -61,19 +61,13 @@ class ChunkStage(Generic[Worker]):
         self.work, self.prompts, self.load = work, prompts, load
         self.folder, self.index, self.teacher = folder, index, teacher
 
-    def run(self, done: Callable[[int], None]) -> None:
-        """Make the files that are missing; `done` is given the number of finished chunks."""
-        worker: Worker | None = None
-        try:
-            for number in range(len(self.prompts)):
-                path = self.work.chunk(self.folder, self.index, number)
-                if not path.exists():
-                    worker = worker or self.load()
-                    write_lines(path, self.rows(worker, number))
-                done(number + 1)
-        finally:
-            if worker is not None:
-                worker.close()
+    def finished(self) -> set[int]:
+        """The chunks whose files are there."""
+        return self.work.chunks(self.folder, self.index)
+
+    def make(self, worker: Worker, number: int) -> None:
+        """Write the file of one chunk; called for several at once, in threads, if the stage is `remote`."""
+        write_lines(self.work.chunk(self.folder, self.index, number), self.rows(worker, number))
 
     def rows(self, worker: Worker, number: int) -> Iterator[dict[str, Any]]:
         """The lines of one chunk's file."""
@@ -105,17 +99,17 @@ class CompleteStage(ChunkStage[Source]):
     def rows(self, worker: Source, number: int) -> Iterator[dict[str, Any]]:
         rows = [row for row in self.prompts.chunk(number) if self._asks(row)]
         seeds = [seed_of(self.config.seed, self.teacher, row.id) for row in rows]
-        answers = self._answers(worker, [row.prompt for row in rows], seeds, number) if rows else []
+        answers = self._answers(worker, [row.prompt for row in rows], seeds) if rows else []
         for row, answer in zip(rows, answers, strict=True):
             yield PromptAnswer(row.id, answer).as_dict()
 
-    def _answers(self, worker: Source, prompts: list[Text], seeds: list[int], number: int) -> list[Answer]:
+    def _answers(self, worker: Source, prompts: list[Text], seeds: list[int]) -> list[Answer]:
         try:
             return worker.complete(prompts, seeds)
         except AllRefusedError as error:
-            if not any(self._has_completion(earlier) for earlier in range(number)):
+            if not any(map(self._has_completion, sorted(self.finished()))):
                 raise
-            return error.answers  # an earlier run had answers, so the settings are not at fault
+            return error.answers  # other chunks have answers, so the settings are not at fault
 
     def _has_completion(self, number: int) -> bool:
         """Whether a finished chunk holds a completion."""

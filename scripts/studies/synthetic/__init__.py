@@ -1,0 +1,1 @@
+"""The data engine: how fast it is, and how evenly it keeps an endpoint busy."""
