@@ -14,8 +14,10 @@ from .address import Address
 from .config import GenerateConfig
 from .sources.base import Sampling, Source
 from .stages.chunks import ChunkStage, CompleteStage, ScoreStage
+from .stages.difficulty import DifficultyModel, DifficultyStage, difficulty_folder
 from .stages.ingest import Prompts
-from .stages.verify import Judge, Scorer
+from .stages.judge_stages import CompareStage, RankStage
+from .stages.verify import PairJudge, Scorer
 from .work_folder import WorkFolder, digest
 
 
@@ -26,7 +28,7 @@ LoadSource = Callable[[Address, Sampling, GenerateConfig], Source]
 
 
 def make_plan(
-    config: GenerateConfig, work: WorkFolder, prompts: Prompts, scorer: Scorer | None, load: LoadSource
+    config: GenerateConfig, work: WorkFolder, prompts: Prompts, scorer: Scorer | PairJudge | None, load: LoadSource
 ) -> list[Layer]:
     """
     The chunk stages of a run.
@@ -42,12 +44,16 @@ def make_plan(
         `list[list[ChunkStage]]`: layers, in their order.
     """
     layers = [_completions(config, work, prompts, load)]
-    if scorer is not None:
+    if isinstance(scorer, PairJudge):
+        layers += _comparisons(config, work, prompts, scorer)
+    elif scorer is not None:
         layers.append(_scores(config, work, prompts, scorer))
+    if config.difficulty_model:
+        layers.append(_difficulties(config, config.difficulty_model, work, prompts))
     return layers
 
 
-def scores_folder(scorer: Scorer) -> str:
+def scores_folder(scorer: Scorer | PairJudge) -> str:
     """Where a verifier's scores are: another verifier's are not taken for its own."""
     return f"scores-{digest(scorer.identity(), size=6).hex()}"
 
@@ -64,8 +70,19 @@ def _completions(config: GenerateConfig, work: WorkFolder, prompts: Prompts, loa
 
 
 def _scores(config: GenerateConfig, work: WorkFolder, prompts: Prompts, scorer: Scorer) -> Layer:
-    folder, remote = scores_folder(scorer), isinstance(scorer, Judge)
+    folder, remote = scores_folder(scorer), scorer.remote
     return [
         ScoreStage(work, prompts, lambda: scorer, folder, index, name, remote=remote)
         for index, name in enumerate(config.teachers)
     ]
+
+
+def _difficulties(config: GenerateConfig, model: str, work: WorkFolder, prompts: Prompts) -> Layer:
+    load, folder = partial(DifficultyModel, model, config.batch_size), difficulty_folder(model)
+    return [DifficultyStage(work, prompts, load, folder, i, name) for i, name in enumerate(config.teachers)]
+
+
+def _comparisons(config: GenerateConfig, work: WorkFolder, prompts: Prompts, judge: PairJudge) -> list[Layer]:
+    folder = scores_folder(judge)
+    ranks: Layer = [RankStage(work, prompts, folder, i, name, judge) for i, name in enumerate(config.teachers)]
+    return [[CompareStage(work, prompts, lambda: judge, judge, len(config.teachers))], ranks]

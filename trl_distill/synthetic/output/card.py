@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import GenerateConfig
 from .counts import Skip, Stage
+from .diversity import WORDS
 
 
 LISTED = 100  # skipped rows
@@ -32,6 +33,7 @@ def card(
     rows: dict[str, int],
     skips: Iterable[Skip],
     notes: list[str],
+    variety: dict[str, Any] | None = None,
 ) -> str:
     """
     The text of README.md.
@@ -43,12 +45,14 @@ def card(
         rows (`dict[str, int]`): of the finished dataset, by who wrote them.
         skips (`Iterable[Skip]`): what could not be used; the first 100 are listed.
         notes (`list[str]`): what a reader must know beside the numbers.
+        variety (`dict`, *optional*): as [`~trl_distill.synthetic.stages.variety.Variety`] summarises it.
     """
     kind = "Preference pairs" if config.pairs else "Prompts and completions"
     text = [HEAD, "# Synthetic dataset", f"{kind}, {sum(rows.values())} rows, made by `scripts/generate.py`."]
     text += [f"**{note}**" for note in notes]
     text += ["## What each stage kept", _table(("stage", "unit", "in", "kept", "dropped", "why"), map(_line, stages))]
-    text += ["## Who wrote the rows", _table(("writer", "rows"), ((n, str(count)) for n, count in rows.items()))]
+    text += ["## Who wrote the rows", _table(("writer", "rows", "share"), _shares(rows))]
+    text += _variety(variety or {})
     where = [(name, address.kind, address.model) for name, address in config.teachers.items()]
     text += ["## Teachers", _table(("name", "run by", "model"), where)]
     chosen = ((f"`{name}`", f"`{value}`") for name, value in settings.items() if value is not None)
@@ -59,6 +63,42 @@ def card(
         more = f"The first {LISTED}; " if len(listed) > LISTED else ""
         text += ["## Skipped", f"{more}all are in `skipped.jsonl`.", _table(("stage", "where", "why"), lines)]
     return "\n\n".join(text) + "\n"
+
+
+def _shares(rows: dict[str, int]) -> list[tuple[str, str, str]]:
+    total = sum(rows.values())
+    return [(name, str(count), f"{count / total:.1%}") for name, count in rows.items()]
+
+
+def _variety(found: dict[str, Any]) -> list[str]:
+    """The section about variety; nothing where nothing was measured."""
+    if not found:
+        return []
+    text = [
+        "## Variety",
+        f"Measured on samples of equal size (`texts`), each text cut to its first {WORDS} words; `words` are quantiles "
+        "of the whole texts' lengths in the sample. Similarity is the Jaccard similarity of word 3-grams to the "
+        "nearest other text, or to the nearest seed (a seed that stays in the dataset is nearest to itself). More "
+        "variety: more distinct n-grams; lower self-BLEU, compression ratio and similarity.",
+    ]
+    for title, sets in (("prompts", found["prompts"]), ("completions", found["completions"])):
+        names = list(dict.fromkeys(name for of_set in sets.values() for name in of_set))
+        rows = [(name, *(_shown(of_set.get(name)) for of_set in sets.values())) for name in names]
+        text += [_table((title, *sets), rows)]
+    if found.get("rounds"):
+        rows = [(name, *map(_shown, of_round.values())) for name, of_round in found["rounds"].items()]
+        text += [_table(("round", "texts", "distinct-2", "nearest other"), rows)]
+    if operations := found.get("last operation"):
+        total = sum(operations.values())
+        shares = [(name, str(count), f"{count / total:.1%}") for name, count in operations.items()]
+        text += [_table(("last operation", "rows", "share of the rewrites"), shares)]
+    return text
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {number:g}" for name, number in value.items())
+    return "" if value is None else f"{value:g}"
 
 
 def _line(stage: Stage) -> tuple[str, ...]:

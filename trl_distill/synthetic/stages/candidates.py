@@ -63,12 +63,12 @@ class CandidateReader:
                     found[row.id].append(Candidate(row.prompt, *made, measured))
         yield from found.values()
 
-    def _difficulties(self, number: int, index: int) -> dict[int, list[Difficulty | Refusal]]:
+    def _difficulties(self, number: int, index: int) -> dict[int, list[Difficulty | Refusal | None]]:
         """The difficulties of a teacher's completions in a chunk, by prompt."""
         if self.difficulty is None:
             return {}
         found = map(PromptDifficulties.from_dict, read_lines(self.work.chunk(self.difficulty, index, number)))
-        return {one.id: one.values for one in found}
+        return {one.id: list(one.values) for one in found}
 
     def _answers(self, number: int, index: int) -> Iterator[tuple[PromptAnswer, list[Score] | list[None]]]:
         """A teacher's answers in a chunk, with a score, or `None`, for each completion."""

@@ -242,6 +242,13 @@ def difficulty_folder(model: str, *parts: str) -> str:
     return f"difficulty-{digest(model, *parts, size=6).hex()}"
 
 
+def difficulty_columns(value: Difficulty | Refusal | None) -> dict[str, float | None]:
+    """The columns of a row; `None` in all of them where the difficulty could not be measured."""
+    if not isinstance(value, Difficulty):
+        return {"ifd": None, "perplexity": None, "perplexity_alone": None}
+    return {"ifd": value.ifd, "perplexity": value.perplexity, "perplexity_alone": value.perplexity_alone}
+
+
 def check_difficulty_model(model: str | None) -> None:
     """
     Find out early, without loading weights, whether the model is there.

@@ -19,12 +19,18 @@ from ..output.card import card
 from ..output.counts import Skip, SkipFile, Stage
 from ..output.parquet import write_parquet
 from ..records import Candidate
+from ..text import Text, flat
 from ..work_folder import WorkFolder, dump, read_lines, write_json
 from .candidates import CandidateReader
+from .contamination import Benchmarks
 from .dedup import Duplicates
+from .difficulty import difficulty_folder
 from .human import HUMAN, human_needed, mixed, read_human, text_of
 from .ingest import Prompts, read_rows
-from .select import filter_fault, pair_of, pair_row, selection_faults
+from .judge_stages import Findings
+from .language import language_fault
+from .select import difficulty_faults, filter_fault, pair_of, pair_row, selection_faults
+from .variety import Variety, variety_notes
 
 
 class DatasetBuilder:
@@ -36,17 +42,31 @@ class DatasetBuilder:
         work (`WorkFolder`): with prompts, completions and scores.
         scores (`str`, *optional*): folder of the scores; `None` without a verifier.
         advance (`Callable[[], None]`): called after each chunk.
+        benchmarks (`Benchmarks`, *optional*): with which rows must share no n-gram.
     """
 
-    def __init__(self, config: GenerateConfig, work: WorkFolder, scores: str | None, advance: Callable[[], None]):
+    def __init__(
+        self,
+        config: GenerateConfig,
+        work: WorkFolder,
+        scores: str | None,
+        advance: Callable[[], None],
+        benchmarks: Benchmarks | None = None,
+    ):
         self.config, self.work, self.scores, self.advance = config, work, scores, advance
+        self.benchmarks, self.originals = benchmarks, Prompts(work)
+        seeds = next(stage.kept for stage in self.originals.stages if stage.name == "equal prompts")
+        self.variety = Variety(config.seed, seeds, self.originals.total)
+        measured = difficulty_folder(config.difficulty_model) if config.difficulty_model else None
         self.prompts = Prompts(work)
-        self.reader = CandidateReader(work, self.prompts, list(config.teachers), scores)
+        self.reader = CandidateReader(work, self.prompts, list(config.teachers), scores, measured)
         self.filtered, self.selected = Stage("filter", "completions"), Stage(f"keep {config.keep}", "completions")
         self.paired, self.unique = Stage("pair", "prompts"), Stage("duplicates", "pairs" if config.pairs else "rows")
+        self.by_difficulty = Stage("difficulty", self.unique.unit)
         self.human, self.mixed = Stage("read human data", "rows"), Stage("mix in human data", "rows")
         self.writers: Counter[str] = Counter()
         self.notes: list[str] = []
+        self.findings = Findings()  # about the judge
 
     def build(self, settings: dict[str, Any], fingerprint: str) -> None:
         """
@@ -61,7 +81,7 @@ class DatasetBuilder:
         """
         with self.work.folder("dataset") as folder:
             with SkipFile(folder / "skipped.jsonl") as self.skips:
-                for skip in self.prompts.skips():
+                for skip in (*self.prompts.skips(), *self.findings.skips):
                     self.skips.add(skip)
                 duplicates = Duplicates(folder / "duplicates.db", self.config.near_duplicates)
                 rows, columns = self._rows(folder, duplicates)
@@ -88,24 +108,30 @@ class DatasetBuilder:
 
     def _describe(self, folder: Path, total: int, settings: dict[str, Any], fingerprint: str) -> None:
         """Write `counts.json` and the card."""
-        stages, writers = self._stages(), dict(self.writers)
+        stages, writers, variety = self._stages(), dict(self.writers), self.variety.summary()
+        self.notes += variety_notes(variety)
         counts = {
             "rows": total,
             "writers": writers,
             "stages": [stage.as_dict() for stage in stages],
+            **self.findings.as_counts(),
+            "variety": variety,
             "notes": self.notes,
             "settings": settings,
             "fingerprint": fingerprint,
         }
         write_json(folder / "counts.json", counts)
         skips = (Skip(**row) for row in read_lines(folder / "skipped.jsonl"))
-        text = card(self.config, settings, stages, writers, skips, self.notes)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        text = card(self.config, settings, stages, writers, skips, self.notes, variety)
+        (folder / "README.md").write_text(text + self.findings.section(), encoding="utf-8")
 
     def _rows(self, folder: Path, duplicates: Duplicates) -> tuple[Iterator[dict[str, Any]], Columns]:
         """All rows of the dataset in their order, and their columns; both files are read one row at a time."""
         columns = Columns()
         count = _store(folder / "rows.jsonl", self._synthetic(duplicates), columns)
+        if self.config.selects_by_difficulty:
+            columns = Columns()
+            count = self._select_by_difficulty(folder, columns)
         self.mixed.seen = self.mixed.kept = count
         if self.config.human_data is None:
             return self._counted(read_lines(folder / "rows.jsonl")), columns
@@ -126,7 +152,24 @@ class DatasetBuilder:
     def _counted(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for row in rows:
             self.writers[row["chosen_teacher"] if self.config.pairs else row["teacher"]] += 1
+            if row.get("teacher") != HUMAN:
+                self.variety.add_row(row)
             yield row
+
+    def _select_by_difficulty(self, folder: Path, columns: Columns) -> int:
+        """Rewrite the file of rows with those that stay; how many there are."""
+        name = "chosen_ifd" if self.config.pairs else "ifd"
+        rows = folder / "rows.jsonl"
+        faults = difficulty_faults([row[name] for row in read_lines(rows)], self.config)
+        chosen = (row for row, fault in zip(read_lines(rows), faults, strict=True) if self.by_difficulty.count(fault))
+        count = _store(folder / "selected.jsonl", chosen, columns)
+        os.replace(folder / "selected.jsonl", rows)
+        share = self.config.difficulty_keep
+        if share is not None and count < (wanted := round(share * self.by_difficulty.seen)):
+            self.notes.append(
+                f"Rows selected by difficulty are {count}, not the {wanted} asked for: no others have an IFD below 1."
+            )
+        return count
 
     def _synthetic(self, duplicates: Duplicates) -> Iterator[dict[str, Any]]:
         for number in range(len(self.prompts)):
@@ -134,12 +177,13 @@ class DatasetBuilder:
                 for row in self._selected(candidates):
                     if self.unique.count(duplicates.fault(*text_of(row))):
                         yield row
+            self.variety.add_prompts(self.originals.chunk(number), self.prompts.chunk(number))
             self.advance()
 
     def _selected(self, candidates: list[Candidate]) -> Iterator[dict[str, Any]]:
         """Rows made of one prompt's completions."""
         config = self.config
-        passed = [c for c in candidates if self.filtered.count(filter_fault(c, config))]
+        passed = [c for c in candidates if self.filtered.count(self._filter_fault(c))]
         if config.pairs:
             pair = pair_of(passed, config)
             if self.paired.count(pair if isinstance(pair, str) else None) and not isinstance(pair, str):
@@ -149,6 +193,24 @@ class DatasetBuilder:
             if self.selected.count(fault):
                 yield candidate.as_row(self.scores is not None)
 
+    def _filter_fault(self, candidate: Candidate) -> str | None:
+        """The first filter that a completion does not pass, or `None`."""
+        fault, config = filter_fault(candidate, self.config), self.config
+        if fault is None and config.language:
+            fault = language_fault(candidate.prompt, candidate.text, config.language)
+        if fault is None and self.benchmarks:
+            where = f"{flat(candidate.prompt)[:60]!r}, teacher {candidate.teacher}"
+            fault = self._contamination(self.filtered, where, candidate.prompt, candidate.text)
+        return fault
+
+    def _contamination(self, stage: Stage, where: str, *texts: Text) -> str | None:
+        """That one of these texts shares an n-gram with a benchmark, which is listed."""
+        for text in texts:
+            if self.benchmarks and (overlap := self.benchmarks.overlap(text)):
+                self.skips.add(Skip(stage.name, where, overlap.detail))
+                return overlap.reason
+        return None
+
     def _human(self, duplicates: Duplicates) -> Iterator[dict[str, Any]]:
         assert self.config.human_data is not None
         for found in read_rows(self.config.human_data):
@@ -157,14 +219,25 @@ class DatasetBuilder:
             if fault:
                 self.skips.add(Skip(self.human.name, found.where, fault))
             elif isinstance(row, dict):
-                fault = duplicates.fault(*text_of(row))
+                fault = self._contamination(self.human, found.where, row["prompt"], row["completion"])
+                fault = fault or duplicates.fault(*text_of(row))
             if self.human.count(fault) and isinstance(row, dict):
+                self.variety.add_row(row, HUMAN)
                 yield {**row, "teacher": HUMAN}
 
     def _stages(self) -> list[Stage]:
         """All stages that took part, in their order."""
         chosen = self.paired if self.config.pairs else self.selected
-        stages = [*self.prompts.stages, self.reader.asked, self.reader.written, self.filtered, chosen, self.unique]
+        stages = [
+            *self.prompts.stages,
+            self.reader.asked,
+            *self.findings.stages,
+            self.reader.written,
+            self.filtered,
+            chosen,
+            self.unique,
+            *([self.by_difficulty] if self.config.selects_by_difficulty else []),
+        ]
         return [*stages, self.human, self.mixed] if self.config.human_data else stages
 
     def _advice(self) -> str:

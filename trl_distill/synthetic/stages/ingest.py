@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import IterableDataset
 from datasets.exceptions import DatasetGenerationError
@@ -23,6 +23,10 @@ from ..records import PromptRow
 from ..text import flat, normal
 from ..work_folder import WorkFolder, digest, dump, read_json, read_lines, write_json, write_lines
 from .dedup import Seen
+
+
+if TYPE_CHECKING:
+    from .contamination import Benchmarks
 
 
 RESERVED = ("completion", "teacher", "score", "chosen", "rejected", "messages")  # not taken over from the input
@@ -76,10 +80,17 @@ class Ingest:
         work (`WorkFolder`): gets a folder "prompts": chunks, `counts.json` and `skipped.jsonl`.
         chunk_size (`int`): prompts in a file.
         routed (`Collection[str]`, *optional*): teachers, where the column `teacher` says which of them completes a row.
+        benchmarks (`Benchmarks`, *optional*): with which prompts must share no n-gram.
     """
 
-    def __init__(self, work: WorkFolder, chunk_size: int, routed: Collection[str] | None = None):
-        self.work, self.chunk_size, self.routed = work, chunk_size, routed
+    def __init__(
+        self,
+        work: WorkFolder,
+        chunk_size: int,
+        routed: Collection[str] | None = None,
+        benchmarks: Benchmarks | None = None,
+    ):
+        self.work, self.chunk_size, self.routed, self.benchmarks = work, chunk_size, routed, benchmarks
 
     def run(self, rows: Iterator[InputRow], limit: int | None = None) -> None:
         """
@@ -91,6 +102,7 @@ class Ingest:
         if (self.work.path / "prompts").exists():
             return
         self.read, self.unique = Stage("read", "rows"), Stage("equal prompts", "prompts")
+        self.clean = Stage("contamination", "rows")
         self.columns = Columns()
         self.text: bool | None = None
         self.examples: list[str] = []
@@ -106,7 +118,8 @@ class Ingest:
                     "column `prompt` (text, or messages that end with the user's) or such `messages`."
                 )
             columns = [name for name in self.columns.types if name != "prompt"]
-            PromptCounts([self.read, self.unique], chunks, columns, bool(self.text)).write(folder)
+            stages = [self.read, *([self.clean] if self.benchmarks else []), self.unique]
+            PromptCounts(stages, chunks, columns, bool(self.text)).write(folder)
 
     def _prompts(self, rows: Iterator[InputRow], limit: int | None) -> Iterator[PromptRow]:
         for group in groups(self._usable(rows, limit), BATCH):
@@ -128,10 +141,19 @@ class Ingest:
                 self._skip(found, str(fault))
                 continue
             self.text = isinstance(prompt, str)
-            if self.unique.count(None if self.seen.add(_key(prompt)) else "equal to an earlier prompt"):
+            if not self._is_clean(found, prompt):
+                continue
+            if self.unique.count(None if self.seen.add(prompt_key(prompt)) else "equal to an earlier prompt"):
                 row = PromptRow(self.unique.kept - 1, prompt, columns)
                 _check_storable(row, found.where)
                 yield row
+
+    def _is_clean(self, found: InputRow, prompt: Any) -> bool:
+        """Whether a prompt shares no n-gram with a benchmark; counted and listed."""
+        overlap = self.benchmarks.overlap(prompt) if self.benchmarks else None
+        if overlap:
+            self.skips.add(Skip(self.clean.name, found.where, overlap.detail))
+        return self.clean.count(overlap.reason if overlap else None)
 
     def _skip(self, found: InputRow, fault: str) -> None:
         self.skips.add(Skip("read", found.where, fault))
@@ -189,7 +211,7 @@ class PromptCounts:
         return cls(stages, found["chunks"], found["columns"], found["text"])
 
 
-def _key(prompt: Any) -> bytes:
+def prompt_key(prompt: Any) -> bytes:
     """Equal for prompts that differ in case and white space only."""
     if isinstance(prompt, str):
         return digest(normal(prompt, fold_case=True))

@@ -17,6 +17,7 @@ from ..records import Answer, PromptRow, Refusal, answer_as_dict, answer_from_di
 from ..sources.base import AllRefusedError, Source
 from ..text import Text, flat
 from ..work_folder import WorkFolder, read_lines, seed_of, write_lines
+from .contamination import Benchmarks
 from .dedup import Duplicates
 from .ingest import PromptCounts, Prompts, write_chunks
 
@@ -38,10 +39,17 @@ class NewPrompts:
         config (`GenerateConfig`): how many, from how many examples at a time, duplicates, seed.
         work (`WorkFolder`): with the prompts that serve as examples.
         source (`Callable[[], Source]`): loads who writes them; called only if something is to be written.
+        benchmarks (`Benchmarks`, *optional*): with which prompts must share no n-gram.
     """
 
-    def __init__(self, config: GenerateConfig, work: WorkFolder, source: Callable[[], Source]):
-        self.config, self.work, self.load = config, work, source
+    def __init__(
+        self,
+        config: GenerateConfig,
+        work: WorkFolder,
+        source: Callable[[], Source],
+        benchmarks: Benchmarks | None = None,
+    ):
+        self.config, self.work, self.load, self.benchmarks = config, work, source, benchmarks
         self.worker: Source | None = None
 
     def run(self, show: Callable[[int], None]) -> None:
@@ -91,6 +99,9 @@ class NewPrompts:
                 text, fault = _read(answer)
                 if fault is None and self.stage.kept >= self.config.new_prompts:
                     fault = "more than asked for"
+                if fault is None and self.benchmarks and (overlap := self.benchmarks.overlap(text)):
+                    fault = overlap.reason
+                    self.skips.add(Skip("new prompts", f"round {number}", overlap.detail))
                 if fault is None:
                     fault = index.fault(text, "")
                 if not self.stage.count(fault):

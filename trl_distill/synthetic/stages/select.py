@@ -6,6 +6,7 @@ are found in `dedup.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..records import Candidate
@@ -78,4 +79,32 @@ def pair_row(chosen: Candidate, rejected: Candidate) -> dict[str, Any]:
         "rejected_teacher": rejected.teacher,
         "chosen_score": chosen.score,
         "rejected_score": rejected.score,
+        **chosen.aspect_columns("chosen_"),
+        **rejected.aspect_columns("rejected_"),
+        **{f"chosen_{name}": value for name, value in chosen.difficulty.items()},
+        **{f"rejected_{name}": value for name, value in rejected.difficulty.items()},
     }
+
+
+def difficulty_faults(ifds: Sequence[float | None], config: GenerateConfig) -> list[str | None]:
+    """
+    For each row, why it is not selected by its difficulty, or `None`; `ifds` has `None` where it was not measured.
+
+    A share is one of all rows that are given, and has the highest values below 1; of equals the first stay.
+    """
+    low, high, share = config.difficulty_min, config.difficulty_max, config.difficulty_keep
+    faults: list[str | None] = ["difficulty not measured" if value is None else None for value in ifds]
+    known = [(value, i) for i, value in enumerate(ifds) if value is not None]
+    if share is None:
+        for value, i in known:
+            if low is not None and value < low:
+                faults[i] = f"IFD below {low:g}"
+            elif high is not None and value >= high:
+                faults[i] = f"IFD of {high:g} or more"
+        return faults
+    useful = sorted((-value, i) for value, i in known if value < 1)
+    for value, i in known:
+        faults[i] = "IFD of 1 or more" if value >= 1 else faults[i]
+    for _, i in useful[round(share * len(ifds)) :]:
+        faults[i] = f"not among the {share:.0%} with the highest IFD"
+    return faults
