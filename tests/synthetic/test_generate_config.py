@@ -49,7 +49,7 @@ GOOD = {"dataset_name": "p.jsonl", "output_dir": "out", "teacher_model_name_or_p
             "no rejected completions",
         ),
         ({"reward_funcs": ["f"], "judge": "http://x#m"}, "Keep one"),
-        ({"judge": "somebody"}, "http://host:port/v1#model"),
+        ({"judge": "http://x"}, "does not say which model"),
         ({"judge_prompt": "file"}, "no `judge`"),
     ],
 )

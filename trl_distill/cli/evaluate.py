@@ -8,6 +8,10 @@ several, right from `--correct_from` on. Without one, everything except accuracy
 model's stop tokens, and with the teacher's where one is given. Writes a JSON file with every number (each prompt's
 scores, too) and a table in Markdown beside it, after each model. All intervals are bootstrapped over prompts.
 
+`--judge` is a model that scores the answers: it is the verifier if there are no reward functions, and is reported
+beside them otherwise. With `--judge_mode pairwise` it compares each model's answers with those of the first (or of
+`--against`) in both orders: win rates, ties counting half, and length-controlled ones as in AlpacaEval 2.
+
 Left out on purpose: public benchmarks, for which `lm-eval` is made (docs/recipes.md has its command), several devices.
 """
 
@@ -30,6 +34,7 @@ from ..data.sampling import Sampling, prompt_ids
 from ..models.properties import unwrap_adapter
 from ..reporting.evaluation import Answer, answer_all
 from ..reporting.evaluation_table import Results
+from . import judging
 from .arguments import CommandParser, errors_without_traceback, finite, template_kwargs
 from .models import (
     check_fit,
@@ -70,7 +75,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto", help="of all models; the checkpoint's own by default")
     add("--output", type=Path, default=Path("evaluation.json"))
+    judging.add_arguments(parser)
     options = parser.parse_args(words)
+    if said := judging.fault(options):
+        parser.error(said)
     for name in ("num_prompts", "num_generations", "max_completion_length", "batch_size", "temperature"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name} is {getattr(options, name)}; it must be more than 0")
@@ -105,6 +113,19 @@ def evaluated(name: str, model: Any, teacher: Any, rows: list, options: argparse
     return found
 
 
+def models_of(options: argparse.Namespace) -> list[str]:
+    """All models that answer, each once."""
+    return list(dict.fromkeys([*options.model_name_or_path, *filter(None, [options.against])]))
+
+
+def compare_all(judge: judging.EvaluationJudge, results: Results, against: str) -> None:
+    """Compare each model with one of them."""
+    for name, answers in results.answers.items():
+        if name != against:
+            with errors_without_traceback():
+                results.add_comparisons(name, against, *judge.compare(answers, results.answers[against]))
+
+
 def check_prompts(name: str, configs: list[Any], rows: list, options: argparse.Namespace) -> None:
     """Raise `ValueError` if a prompt does not fit into a model, or into the teacher, whose configuration is second."""
     ids_of = functools.partial(prompt_ids, tokenizer_of(name), template_kwargs=options.chat_template_kwargs)
@@ -119,15 +140,16 @@ def main(words: list[str] | None = None) -> None:
         rows = first_rows(options.dataset_name, options.dataset_split, options.num_prompts)
         for path in options.reward_funcs:
             import_reward(path)  # before anything long begins
-        for name in options.model_name_or_path:
+        for name in models_of(options):
             if (config := config_of(name)) is not None:
                 check_prompts(name, [config], rows, options)
+        judge = judging.EvaluationJudge(options, rows) if options.judge else None
     teacher_name = options.teacher_model_name_or_path
     teacher = load(teacher_name, "teacher", options.dtype, options.device) if teacher_name else None
     results = Results(options)
     columns = (foreign_text.description_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        for name in dict.fromkeys(options.model_name_or_path):
+        for name in models_of(options):
             model = load(name, "model", options.dtype, options.device)
             if teacher is not None and name != teacher_name:
                 check_teacher(tokenizer_of(name), teacher_name, teacher, model)
@@ -136,8 +158,13 @@ def main(words: list[str] | None = None) -> None:
                 found = evaluated(name, model, teacher, rows, options, progress)
             except ValueError as error:
                 sys.exit(f"{name} could not be evaluated. {error}")
-            results.add(name, found, time.perf_counter() - begun)
             del model  # one at a time, beside the teacher
+            if judge is not None and not judge.compares:
+                with errors_without_traceback():
+                    found, results.unjudged[name] = judge.score(found)
+            results.add(name, found, time.perf_counter() - begun)
+        if judge is not None and judge.compares:
+            compare_all(judge, results, options.against or options.model_name_or_path[0])
     console.print(results.table(len(rows)))
     path = results.save()
     console.print(f"Results are in {options.output}, the table in {path}", highlight=False, soft_wrap=True)

@@ -48,6 +48,8 @@ def main(config: GenerateConfig) -> None:
         why = ", ".join(f"{reason}: {count}" for reason, count in stage["dropped"].items())
         table.add_row(stage["stage"], stage["unit"], str(stage["in"]), str(stage["kept"]), why)
     console.print(table)
+    for line in counts.get("judge", {}).get("lines", []):
+        console.print(line)
     for note in counts["notes"]:
         console.print(note, style="yellow")
     console.print(

@@ -20,6 +20,7 @@ from ..data.rewards import RewardFunction, scores
 from ..data.sampling import (
     SampledCompletion,
     Sampling,
+    answer_texts,
     preserving_state,
     prompt_ids,
     rollouts_of,
@@ -47,6 +48,8 @@ class Answer:
         score (`float`, *optional*): the verifiers' score; `None` if they gave none.
         truncated (`bool`): whether it was cut before a stop token.
         kl (`float`, *optional*): KL(model ‖ teacher) summed over its tokens, nats; `None` without a teacher.
+        text (`str`): what it says, without the stop token.
+        judged (`float`, *optional*): a judge's score beside that of the verifiers.
     """
 
     prompt: int
@@ -54,6 +57,8 @@ class Answer:
     score: float | None
     truncated: bool
     kl: float | None = None
+    text: str = ""
+    judged: float | None = None
 
 
 class Estimate(NamedTuple):
@@ -145,6 +150,8 @@ def summarise(answers: Sequence[Answer], ks: Sequence[int] = (), correct_from: f
             found[f"pass@{k}"] = estimate(passed)
             if k == most > 1:
                 found[f"pass@{k} − avg@{k}"] = estimate([a - b for a, b in zip(passed, means, strict=True)])
+    if any(answer.judged is not None for answer in answers):
+        found |= _judged(rows, most, correct_from)
     tokens = [float(sum(len(answer.ids) for answer in group)) for group in rows]
     sizes = [float(len(group)) for group in rows]
     if any(answer.kl is not None for answer in answers):
@@ -155,6 +162,18 @@ def summarise(answers: Sequence[Answer], ks: Sequence[int] = (), correct_from: f
     for n in DISTINCT:
         found[f"distinct-{n}"] = estimate([distinct((answer.ids for answer in group), n) for group in rows])
     return found
+
+
+def _judged(rows: Sequence[Sequence[Answer]], most: int, correct_from: float) -> dict[str, Estimate]:
+    """A judge's mean score, and the share of answers that it finds right where the verifiers do, or neither does."""
+    means, same = list[float](), list[float]()
+    for group in rows:
+        scores = [answer.judged for answer in group if answer.judged is not None]
+        both = [(one.judged, one.score) for one in group if one.judged is not None and one.score is not None]
+        means.append(float(np.mean(scores)) if scores else math.nan)
+        agree = [(judged >= correct_from) == (score >= correct_from) for judged, score in both]
+        same.append(float(np.mean(agree)) if agree else math.nan)
+    return {f"judge avg@{most}": estimate(means), "judge agrees": estimate(same)}
 
 
 def answer_all(
@@ -205,6 +224,8 @@ def answer_all(
         read = [teacher_prompt_ids(one.row, one.prompt, ids_of) for one in whole]
         kl = _sequence_kl(model, teacher, whole, read, tokenizer.pad_token_id, how.temperature, merged, device)
         by_name = scores(whole, verifiers, tokenizer)
+        ends = {token for one in whole if not one.truncated for token in one.completion[-1:]}
+        texts = answer_texts(tokenizer, [one.completion for one in whole], ends)
         yield [
             Answer(
                 start + places[i],
@@ -212,6 +233,7 @@ def answer_all(
                 _total(given_scores[i] for given_scores in by_name.values()),
                 one.truncated,
                 kl[i],
+                texts[i],
             )
             for i, one in enumerate(whole)
         ]

@@ -6,14 +6,24 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from ..foreign_text import as_written, in_markdown_table
 from .evaluation import Answer, Estimate, difference, summarise
+from .win_rates import Compared, win_rates
 
 
-SHARES = ("avg@", "pass@", "truncated")  # shown in percent if scores are right or wrong
+SHARES = (
+    "avg@",
+    "pass@",
+    "truncated",
+    "win rate",
+    "length-controlled",
+    "longer than",
+    "judge agrees",
+)  # shown in percent if scores are right or wrong
 
 
 def shown(name: str, estimate: Estimate, graded: bool) -> str:
@@ -50,9 +60,16 @@ class Results:
         self.options = options
         self.answers: dict[str, list[Answer]] = {}
         self.seconds: dict[str, float] = {}
+        self.unjudged: dict[str, dict[str, int]] = {}
+        self.compared: dict[str, tuple[str, list[Compared], dict[str, Any]]] = {}
 
     def add(self, name: str, answers: list[Answer], seconds: float) -> None:
         self.answers[name], self.seconds[name] = answers, seconds
+        self.save()
+
+    def add_comparisons(self, name: str, against: str, found: list[Compared], measures: dict[str, Any]) -> None:
+        """A model's comparisons with another, and counts of what the judge said."""
+        self.compared[name] = (against, found, measures)
         self.save()
 
     @property
@@ -66,14 +83,17 @@ class Results:
             for name, answers in self.answers.items()
         }
         first, *others = self.answers
-        for name in others if self.options.reward_funcs else ():
+        scored = self.options.reward_funcs or (self.options.judge and self.options.judge_mode == "score")
+        for name in others if scored else ():
             label = f"avg@{self.options.num_generations} − the first's"
             found[name][label] = difference(self.answers[name], self.answers[first])
+        for name, (against, compared, _) in self.compared.items():
+            found[name] |= win_rates(compared, against)
         return found
 
     def save(self) -> Path:
         """Write the estimates as JSON and the table as Markdown; returns the path of the table."""
-        models = {}
+        models: dict[str, dict[str, Any]] = {}
         for name, estimates in self.estimates().items():
             scores: dict[int, list[float | None]] = {}
             for answer in self.answers[name]:
@@ -83,6 +103,14 @@ class Results:
                 "scores": list(scores.values()),
                 "seconds": round(self.seconds[name], 1),
             }
+            if name in self.unjudged:
+                models[name] |= {"judge_gave_no_score": self.unjudged[name]}
+            if name in self.compared:
+                against, compared, measures = self.compared[name]
+                outcomes: dict[int, list[float | None]] = {}
+                for one in compared:
+                    outcomes.setdefault(one.prompt, []).append(one.outcome)
+                models[name]["comparisons"] = {"against": against, **measures, "outcomes": list(outcomes.values())}
         output: Path = self.options.output
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.options).items()}
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..redaction import redacted
 from .address import Address, parse_address
-from .settings import engine, filters, judge
+from .settings import engine, evolve, filters, judge, revise
 
 
 KEEP = ("all", "correct", "best")
@@ -27,13 +27,16 @@ FIXED = (
     *("dataset_name", "dataset_config", "dataset_split", "max_prompts", "new_prompts", "new_prompts_seeds"),
     *("teacher_model_name_or_path", "teacher_models", "teacher_assignment", "completions_per_prompt"),
     *("max_completion_length", "temperature", "top_p", "batch_size", "chunk_size", "seed", "request_options"),
+    *evolve.FIXED,
     *filters.FIXED,
     *engine.FIXED,
 )
 
 
 @dataclass(repr=False)
-class GenerateConfig(engine.EngineSettings, filters.FilterSettings, judge.JudgeSettings):
+class GenerateConfig(
+    evolve.EvolveSettings, revise.ReviseSettings, engine.EngineSettings, filters.FilterSettings, judge.JudgeSettings
+):
     """
     Settings of `scripts/generate.py`.
 
@@ -217,6 +220,8 @@ class GenerateConfig(engine.EngineSettings, filters.FilterSettings, judge.JudgeS
             )
         yield from self._verification_faults()
         yield from self._human_faults()
+        yield from self.evolve_faults()
+        yield from self.revise_faults()
         yield from self.filter_faults()
 
     def _endpoint_faults(self):
@@ -235,13 +240,19 @@ class GenerateConfig(engine.EngineSettings, filters.FilterSettings, judge.JudgeS
             yield f"Both `{kinds[0]}` and `{kinds[1]}` say who verifies. Keep one." + (
                 " Functions that only check the judge need labelled rows, `--judge_check`." if "judge" in kinds else ""
             )
-        if not kinds and (self.keep != "all" or self.pairs):
-            asked = "pairs" if self.pairs else f"keep={self.keep!r}"
+        if not kinds and (self.keep != "all" or (self.pairs and not self.revise)):
+            asked = "pairs" if self.pairs and self.keep == "all" else f"keep={self.keep!r}"
             yield f"`{asked}` needs scores. Add `--reward_funcs`, `--reward_model` or `--judge`."
+        if self.revise and self.pairs and self.judge_mode == "pairwise":
+            yield (
+                "`judge_mode=pairwise` compares the answers to one prompt, and not a revision with its draft. For pairs "
+                "of drafts and revisions, use another `judge_mode`, or leave the judge out."
+            )
         yield from self.judge_faults()
         if self.pairs and self.keep == "best":
             yield "`pairs` takes the best and the worst of each prompt by itself. Leave `keep` out, or use `correct`."
-        if self.pairs and self.completions_per_prompt * (len(self.teachers) if self.asks_all else 1) < 2:
+        drafts = bool(self.revise)  # of which each makes a pair with its revision
+        if self.pairs and not drafts and self.completions_per_prompt * (len(self.teachers) if self.asks_all else 1) < 2:
             yield "`pairs` needs two completions of a prompt or more. Set `--num_generations 4`, say."
 
     def _human_faults(self):
@@ -268,6 +279,11 @@ class GenerateConfig(engine.EngineSettings, filters.FilterSettings, judge.JudgeS
             }
         address = parse_address(self.teacher_model_name_or_path or "")
         return {address.short_name: address}
+
+    @property
+    def rewriters(self) -> list[Address]:
+        """The models that rewrite prompts or completions and are named for that alone."""
+        return [one for one in (self.evolve_address, self.revise_address) if one is not None]
 
     @property
     def verifies(self) -> bool:

@@ -26,13 +26,15 @@ from .stages.chunks import ChunkStage
 from .stages.contamination import benchmarks_digest, load_benchmarks
 from .stages.dedup import check_installed
 from .stages.difficulty import check_difficulty_model
+from .stages.evolve import operations_digest, prompts_to_complete
 from .stages.finish import DatasetBuilder, publish
 from .stages.human import check_human
 from .stages.ingest import Ingest, Prompts, read_rows
 from .stages.judge_check import load_check
-from .stages.judge_stages import CheckStage, judge_findings
+from .stages.judge_stages import judge_findings, run_check
 from .stages.language import check_language
 from .stages.new_prompts import NewPrompts
+from .stages.revise import completions_folder, revise_identity
 from .stages.verify import RewardFunctions, load_scorer
 from .work_folder import WorkFolder, digest, file_digest, read_json
 
@@ -65,7 +67,7 @@ class Pipeline:
     def __init__(self, config: GenerateConfig, console: Console):
         self.config, self.console = config, console
         self.output = Path(config.output_dir).absolute()
-        self.work = WorkFolder(self.output.with_name(f"{self.output.name}.work"))
+        self.work = WorkFolder(self.output.with_name(f"{self.output.name}.work"), completions_folder(config))
         self.progress = Progress(
             foreign_text.description_column(),
             BarColumn(),
@@ -85,14 +87,14 @@ class Pipeline:
         check_installed(self.config.near_duplicates)
         check_language(self.config.language or ())
         check_difficulty_model(self.config.difficulty_model)
-        for address in self.config.teachers.values():
+        for address in (*self.config.teachers.values(), *self.config.rewriters):
             check_source(address)
         self.benchmarks = load_benchmarks(self.config)
         with self.work.locked(), self.progress:
             fixed = {name: settings[name] for name in FIXED}
             defaults = {field.name: field.default for field in fields(self.config) if field.name in FIXED}
             digests = {"dataset_digest": _digest(self.config), "benchmarks_digest": benchmarks_digest(self.config)}
-            self.work.check_settings({**fixed, **digests}, defaults)
+            self.work.check_settings({**fixed, **digests, **operations_digest(self.config)}, defaults)
             self._read()
             self._check_inputs()
             if self.config.new_prompts:
@@ -109,6 +111,7 @@ class Pipeline:
         inputs = [_digest(self.config), *(_file(name) for name in (human, self.config.judge_check))]
         if self.config.benchmarks:
             inputs.append(benchmarks_digest(self.config))
+        inputs += [*operations_digest(self.config).values(), *revise_identity(self.config)]
         return digest(settings, identity, inputs).hex()
 
     def _finished(self, fingerprint: str) -> dict[str, Any] | None:
@@ -150,9 +153,9 @@ class Pipeline:
         self.check = load_check(self.config, self.scorer, RewardFunctions)
         if self.config.human_data:
             check_human(self.config.human_data, prompts.text)
-
         if self.check is not None:
-            self._show(CheckStage(self.work, self.check))
+            task = self.progress.add_task("judge check", total=len(self.check))
+            run_check(self.work, self.check, lambda parts: self.progress.update(task, completed=parts))
 
     def _make_prompts(self) -> None:
         config = self.config
@@ -165,7 +168,7 @@ class Pipeline:
 
     def _complete_and_score(self) -> str | None:
         """Make the files of all stages; the folder of the scores, which is another for another verifier."""
-        prompts, scorer = Prompts(self.work), self.scorer
+        prompts, scorer = prompts_to_complete(self.config, self.work), self.scorer
         layers = make_plan(self.config, self.work, prompts, scorer, load_source)
         at_once = chunks_at_once(self.config.concurrency, self.config.chunk_size)
         Scheduler(layers, range(len(prompts)), at_once, self._bars(layers, prompts.total)).run()

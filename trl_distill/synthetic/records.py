@@ -21,6 +21,7 @@ class Candidate:
         score (`float`, *optional*): of the verifier.
         columns (`dict`): the dataset's other columns.
         aspects (`dict[str, float]`): the judge's scores of aspects.
+        draft (`Candidate`, *optional*): what this is a revision of.
         difficulty (`dict[str, float | None]`): the columns of its difficulty, where that was measured.
     """
 
@@ -32,6 +33,7 @@ class Candidate:
     columns: dict[str, Any]
     aspects: dict[str, float] = field(default_factory=dict)
     difficulty: dict[str, float | None] = field(default_factory=dict)
+    draft: Candidate | None = None
 
     def as_row(self, scored: bool) -> dict[str, Any]:
         """The row of the final dataset."""

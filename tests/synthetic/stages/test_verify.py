@@ -20,7 +20,8 @@ from trl_distill import TeacherUnavailable
 from trl_distill.synthetic.address import Address
 from trl_distill.synthetic.records import Answered, PromptScores, Refusal
 from trl_distill.synthetic.sources.endpoint import Endpoint
-from trl_distill.synthetic.stages.verify import JUDGE_PROMPT, Judge, RewardFunctions, RewardModel
+from trl_distill.synthetic.stages.judge import JUDGE_PROMPT, EndpointJudging, Judge
+from trl_distill.synthetic.stages.verify import RewardFunctions, RewardModel
 
 
 REWARDS = """
@@ -195,7 +196,7 @@ def test_a_reward_model_has_one_label(tmp_path):
 
 
 def judge(server, template="{prompt} {completion} {answer}"):
-    return Judge(Endpoint(Address("endpoint", "m", server.url), backoff=0.001, retries=1), template)
+    return Judge(EndpointJudging(Endpoint(Address("endpoint", "m", server.url), backoff=0.001, retries=1)), template)
 
 
 def test_a_judges_verdicts():
@@ -258,4 +259,4 @@ def test_braces_in_what_is_judged_are_no_fields():
 )
 def test_a_judges_prompt_is_looked_at_before_anything_is_asked(template, message):
     with pytest.raises(ValueError, match=message):
-        Judge(Endpoint(Address("endpoint", "m", "http://h:1")), template).needs(["answer"])
+        Judge(EndpointJudging(Endpoint(Address("endpoint", "m", "http://h:1"))), template).needs(["answer"])

@@ -9,6 +9,7 @@ from ..output.counts import Skip, SkipFile, Stage
 from ..records import AspectScores, Candidate, Completion, PromptAnswer, PromptRow, PromptScores, Refusal, Score
 from ..work_folder import WorkFolder, read_lines
 from .difficulty import Difficulty, PromptDifficulties, difficulty_columns
+from .drafts import DraftReader, NoDrafts
 from .ingest import Prompts
 
 
@@ -22,15 +23,22 @@ class CandidateReader:
         teachers (`list[str]`): in the order of their folders.
         scores (`str`, *optional*): folder of the scores; `None` without a verifier.
         difficulty (`str`, *optional*): folder of the difficulties.
+        drafts (`DraftReader`, *optional*): what the completions were before they were revised.
 
     Attributes:
         asked, written (`Stage`): requests to teachers, and completions that came of them.
     """
 
     def __init__(
-        self, work: WorkFolder, prompts: Prompts, teachers: list[str], scores: str | None, difficulty: str | None = None
+        self,
+        work: WorkFolder,
+        prompts: Prompts,
+        teachers: list[str],
+        scores: str | None,
+        difficulty: str | None = None,
+        drafts: DraftReader | None = None,
     ):
-        self.difficulty = difficulty
+        self.difficulty, self.drafts = difficulty, drafts or NoDrafts()
         self.work, self.prompts, self.teachers, self.scores = work, prompts, teachers, scores
         self.asked = Stage("ask the teachers", "requests")
         self.written = Stage("verify" if scores else "complete", "completions")
@@ -40,16 +48,19 @@ class CandidateReader:
         rows = {row.id: row for row in self.prompts.chunk(number)}
         found: dict[int, list[Candidate]] = {prompt: [] for prompt in rows}
         for index, teacher in enumerate(self.teachers):
-            difficulties = self._difficulties(number, index)
+            difficulties, drafts = self._difficulties(number, index), self.drafts.chunk(number, index)
             for answer, scores in self._answers(number, index):
+                if answer.id not in rows:
+                    continue  # a rewrite that equals an earlier prompt
                 where, row = f"prompt {answer.id}, teacher {teacher}", rows[answer.id]
                 if isinstance(answer.answer, Refusal):
                     self.asked.count(answer.answer.kind)
                     skips.add(Skip(self.asked.name, where, answer.answer.detail))
                     continue
                 self.asked.count(None)
+                drafts.count(answer)
                 of_each = difficulties.get(answer.id) or [None] * len(answer.answer)
-                for completion, score, difficulty in zip(answer.answer, scores, of_each, strict=True):
+                for i, (completion, score, difficulty) in enumerate(zip(answer.answer, scores, of_each, strict=True)):
                     if isinstance(score, Refusal):
                         self.written.count(score.kind)
                         skips.add(Skip(self.written.name, where, score.detail))
@@ -60,7 +71,8 @@ class CandidateReader:
                     if isinstance(difficulty, Refusal):
                         skips.add(Skip("measure difficulty", where, difficulty.detail))
                     measured = difficulty_columns(difficulty) if self.difficulty else {}
-                    found[row.id].append(Candidate(row.prompt, *made, measured))
+                    candidate = Candidate(row.prompt, *made, measured)
+                    found[row.id].append(drafts.attach(candidate, answer.id, i))
         yield from found.values()
 
     def _difficulties(self, number: int, index: int) -> dict[int, list[Difficulty | Refusal | None]]:
@@ -72,7 +84,7 @@ class CandidateReader:
 
     def _answers(self, number: int, index: int) -> Iterator[tuple[PromptAnswer, list[Score] | list[None]]]:
         """A teacher's answers in a chunk, with a score, or `None`, for each completion."""
-        answers = map(PromptAnswer.from_dict, read_lines(self.work.chunk("completions", index, number)))
+        answers = map(PromptAnswer.from_dict, read_lines(self.work.chunk(self.work.completions, index, number)))
         if self.scores is None:
             yield from ((answer, [None] * len(answer.completions)) for answer in answers)
             return

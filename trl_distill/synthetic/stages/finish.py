@@ -25,10 +25,13 @@ from .candidates import CandidateReader
 from .contamination import Benchmarks
 from .dedup import Duplicates
 from .difficulty import difficulty_folder
+from .drafts import DraftReader, revision_fault, revision_pair
+from .evolve import prompts_to_build, rewrite_fault
 from .human import HUMAN, human_needed, mixed, read_human, text_of
 from .ingest import Prompts, read_rows
 from .judge_stages import Findings
 from .language import language_fault
+from .revise import revised_scores
 from .select import difficulty_faults, filter_fault, pair_of, pair_row, selection_faults
 from .variety import Variety, variety_notes
 
@@ -57,11 +60,18 @@ class DatasetBuilder:
         self.benchmarks, self.originals = benchmarks, Prompts(work)
         seeds = next(stage.kept for stage in self.originals.stages if stage.name == "equal prompts")
         self.variety = Variety(config.seed, seeds, self.originals.total)
-        measured = difficulty_folder(config.difficulty_model) if config.difficulty_model else None
-        self.prompts = Prompts(work)
-        self.reader = CandidateReader(work, self.prompts, list(config.teachers), scores, measured)
+        model = config.difficulty_model
+        measured = revised_scores(difficulty_folder(model), work.completions) if model else None
+        drafts = DraftReader(config, work, scores) if config.revise else None
+        read_scores = None if scores is None else revised_scores(scores, work.completions)
+        self.drafts = drafts
+        self.prompts = prompts_to_build(config, work)
+        self.reader = CandidateReader(work, self.prompts, list(config.teachers), read_scores, measured, drafts)
         self.filtered, self.selected = Stage("filter", "completions"), Stage(f"keep {config.keep}", "completions")
-        self.paired, self.unique = Stage("pair", "prompts"), Stage("duplicates", "pairs" if config.pairs else "rows")
+        self.paired, self.unique = (
+            Stage("pair", "completions" if config.revise else "prompts"),
+            Stage("duplicates", "pairs" if config.pairs else "rows"),
+        )
         self.by_difficulty = Stage("difficulty", self.unique.unit)
         self.human, self.mixed = Stage("read human data", "rows"), Stage("mix in human data", "rows")
         self.writers: Counter[str] = Counter()
@@ -184,6 +194,12 @@ class DatasetBuilder:
         """Rows made of one prompt's completions."""
         config = self.config
         passed = [c for c in candidates if self.filtered.count(self._filter_fault(c))]
+        if config.pairs and config.revise:
+            for candidate in passed:
+                draft_fault = self._filter_fault(candidate.draft) if candidate.draft else None
+                if self.paired.count(revision_fault(candidate, draft_fault, config)) and candidate.draft:
+                    yield revision_pair(candidate, candidate.draft, self.scores is not None)
+            return
         if config.pairs:
             pair = pair_of(passed, config)
             if self.paired.count(pair if isinstance(pair, str) else None) and not isinstance(pair, str):
@@ -195,7 +211,7 @@ class DatasetBuilder:
 
     def _filter_fault(self, candidate: Candidate) -> str | None:
         """The first filter that a completion does not pass, or `None`."""
-        fault, config = filter_fault(candidate, self.config), self.config
+        fault, config = filter_fault(candidate, self.config) or rewrite_fault(candidate), self.config
         if fault is None and config.language:
             fault = language_fault(candidate.prompt, candidate.text, config.language)
         if fault is None and self.benchmarks:
@@ -231,6 +247,7 @@ class DatasetBuilder:
         stages = [
             *self.prompts.stages,
             self.reader.asked,
+            *(self.drafts.stages if self.drafts else []),
             *self.findings.stages,
             self.reader.written,
             self.filtered,

@@ -1,19 +1,16 @@
-"""Who scores completions: reward functions, a reward model, or a judge model behind an endpoint.
+"""Who scores completions: reward functions, a reward model, or a judge.
 
-A scorer is made, and its settings are looked at, before the first completion is. What a score is good for is decided in
-`select.py`.
+What judges ask is in `judge.py`, `aspects.py` and `compare.py`. A scorer is made, and its settings are looked at,
+before the first completion is. What a score is good for is decided in `select.py`.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-import string
 import sys
-import threading
 from collections.abc import Callable, Collection
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,11 +18,11 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from ...data.rewards import call_reward, import_reward
-from ..address import parse_address
 from ..records import Answered, Refusal, Score
-from ..sources.endpoint import Endpoint, RefusedError, check_some_usable
-from ..text import as_completion, flat
-from .verdict import read_verdict
+from ..text import as_completion
+from .aspects import ASPECTS_PROMPT, AspectJudge
+from .compare import PAIR_PROMPT, PairJudge
+from .judge import JUDGE_PROMPT, Judge, load_judging, template_of
 
 
 if TYPE_CHECKING:
@@ -35,24 +32,15 @@ if TYPE_CHECKING:
 _GIVEN = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")  # to reward functions, beside columns
 
 
-JUDGE_PROMPT = """You are given a question and an answer to it. Judge whether the answer is right and complete.
-
-<question>
-{prompt}
-</question>
-
-<answer>
-{completion}
-</answer>
-
-Think it through, then end with one line: "Score: 1" for a right answer, "Score: 0" for a wrong one."""
-
-
-READING = "3"  # of a judge's answers; scores that were read in another way are made again
-
-
 class Scorer(Protocol):
-    """Scores completions."""
+    """
+    Scores completions.
+
+    Attributes:
+        remote (`bool`): whether it only waits for a server, so that it may be asked from several threads.
+    """
+
+    remote: bool
 
     def score(self, rows: list[Answered]) -> list[Score]:
         """A finite number for each row, or why there is none."""
@@ -86,6 +74,8 @@ class RewardFunctions:
     Args:
         paths (`list[str]`): import paths. A row's score is the mean of the functions that give it one.
     """
+
+    remote = False
 
     def __init__(self, paths: list[str]):
         self.functions: dict[str, Callable] = {path: import_reward(path) for path in paths}
@@ -140,6 +130,8 @@ class RewardModel:
         batch_size (`int`): sequences in one forward.
     """
 
+    remote = False
+
     def __init__(self, model: str, batch_size: int = 16):
         self.name, self.batch_size = model, batch_size
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -190,72 +182,24 @@ class RewardModel:
         return self.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
 
 
-class Judge:
-    """
-    A model behind an endpoint that is asked about each completion and ends its answer with "Score: <number>".
-
-    Args:
-        endpoint (`Endpoint`): where it is.
-        template (`str`): the question, with `{prompt}`, `{completion}` and the dataset's columns.
-    """
-
-    def __init__(self, endpoint: Endpoint, template: str = JUDGE_PROMPT):
-        self.endpoint, self.template = endpoint, template
-        try:
-            self.fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-        except ValueError as error:
-            raise ValueError(
-                f"The judge's prompt is malformed ({error}). Write braces that are meant as such twice: {{{{ and }}}}."
-            ) from None
-        if "completion" not in self.fields:
-            raise ValueError("The judge's prompt does not show the answer. Put `{completion}` where it belongs.")
-
-    def needs(self, columns: Collection[str]) -> None:
-        missing = sorted(self.fields - {*columns, "prompt", "completion"})
-        if missing:
-            raise ValueError(
-                f"The judge's prompt asks for {', '.join(map(repr, missing))}, which the dataset does not have (columns"
-                f": {', '.join(sorted(columns)) or 'none beside the prompt'}). Braces that are meant as such are "
-                "written twice."
-            )
-
-    def close(self) -> None:
-        """Connections are closed with the process: the judge is asked about several teachers' completions."""
-
-    def identity(self) -> list[str]:
-        return ["judge", self.endpoint.url, self.endpoint.model, self.template, READING]
-
-    def score(self, rows: list[Answered]) -> list[Score]:
-        scores = self.endpoint.all([partial(self._one, row) for row in rows])
-        check_some_usable(scores, "the judge's endpoint")
-        return scores
-
-    def _one(self, row: Answered, halt: threading.Event) -> Score:
-        question = self.template.format(**{**row.columns, "prompt": flat(row.prompt), "completion": row.completion})
-        body = {"messages": [{"role": "user", "content": question}], "temperature": 0.0}
-        try:
-            answer = self.endpoint.ask("/chat/completions", body, halt)[0]
-        except RefusedError as error:
-            return Refusal(f"{error.kind} the judge's endpoint", str(error))
-        if answer.stop_reason != "stop":
-            why = "cut at a length limit" if answer.stop_reason == "length" else f"ended by {answer.stop_reason!r}"
-            return Refusal("judge's answer is not whole", f"{why}: {answer.text[-200:]!r}")
-        score = read_verdict(answer.text, question)
-        return Refusal("judge gave no score", f"it wrote: {answer.text[-200:]!r}") if score is None else score
-
-
-def load_scorer(config: GenerateConfig) -> Scorer | None:
-    """The scorer that the settings name, or `None`."""
+def load_scorer(config: GenerateConfig) -> Scorer | PairJudge | None:
+    """The verifier that the settings name, or `None`. A judge comes before reward functions, which then check it."""
+    if config.judge:
+        return load_judge(config)
     if config.reward_funcs:
         return RewardFunctions(config.reward_funcs)
     if config.reward_model:
         return RewardModel(config.reward_model, config.batch_size)
-    if config.judge:
-        if config.judge_prompt and not Path(config.judge_prompt).is_file():
-            raise ValueError(f"`judge_prompt` names {config.judge_prompt!r}, which is not a file.")
-        template = Path(config.judge_prompt).read_text(encoding="utf-8") if config.judge_prompt else JUDGE_PROMPT
-        return Judge(Endpoint.from_config(parse_address(config.judge), config), template)
     return None
+
+
+def load_judge(config: GenerateConfig) -> Judge | AspectJudge | PairJudge:
+    """The judge that the settings name, and how it is asked."""
+    if config.judge_mode == "pairwise":
+        return PairJudge(load_judging(config), template_of(config, PAIR_PROMPT), config.judge_comparisons, config.seed)
+    if config.judge_mode == "aspects":
+        return AspectJudge(load_judging(config), config.aspects, template_of(config, ASPECTS_PROMPT))
+    return Judge(load_judging(config), template_of(config, JUDGE_PROMPT))
 
 
 def _required(function: Callable) -> list[str]:
