@@ -55,6 +55,9 @@ def test_contaminated_prompts_are_never_asked_and_completions_are_dropped(bench)
     assert stages["ask the teachers"]["in"] == 7
     assert not [asked for one in teachers for asked in one.asked if "forty loaves" in asked.casefold()]
     assert counts["rows"] == 6
+    assert counts["notes"] == [
+        "Of 2 benchmark rows, 1 have no text of 8 words or more, so nothing was compared with them."
+    ]
     listed = [skip for skip in bench.skipped() if "row 2 of" in skip["why"]]
     assert [skip["stage"] for skip in listed] == ["contamination", "new prompts", "filter"]
     assert listed[0]["where"] == "line 4"

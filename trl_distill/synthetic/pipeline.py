@@ -22,8 +22,8 @@ from .scheduler import Scheduler, chunks_at_once
 from .settings import engine
 from .sources.base import Sampling
 from .sources.load import check_source, load_source
+from .stages.benchmarks import benchmarks_digest, load_benchmarks
 from .stages.chunks import ChunkStage
-from .stages.contamination import benchmarks_digest, load_benchmarks
 from .stages.dedup import check_installed
 from .stages.difficulty import check_difficulty_model
 from .stages.evolve import operations_digest, prompts_to_complete

@@ -24,7 +24,7 @@ from trl_distill.synthetic.output.diversity import (
     nearest,
     self_bleu,
 )
-from trl_distill.synthetic.stages.dedup import jaccard, shingles
+from trl_distill.synthetic.shingles import jaccard, shingles
 
 
 def varied(count: int, seed: int = 0, vocabulary: int = 300, length: int = 20) -> list[str]:

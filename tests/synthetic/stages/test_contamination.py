@@ -7,7 +7,8 @@ import json
 import pytest
 
 from trl_distill.synthetic import GenerateConfig
-from trl_distill.synthetic.stages.contamination import Benchmarks, benchmarks_digest, load_benchmarks, normalised
+from trl_distill.synthetic.stages.benchmarks import benchmarks_digest, load_benchmarks
+from trl_distill.synthetic.stages.contamination import Benchmarks, normalised
 
 
 LONG = "A farmer has 17 sheep, and all but nine of them run away. How many sheep does he have left now?"  # 20 words

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..stages.dedup import shingles
+from ..shingles import shingles
 from ..text import words
 
 

@@ -118,6 +118,11 @@ class DatasetBuilder:
 
     def _describe(self, folder: Path, total: int, settings: dict[str, Any], fingerprint: str) -> None:
         """Write `counts.json` and the card."""
+        if self.benchmarks and (skipped := self.benchmarks.too_short):
+            self.notes.append(
+                f"Of {skipped + self.benchmarks.used} benchmark rows, {skipped} have no text of "
+                f"{self.benchmarks.short} words or more, so nothing was compared with them."
+            )
         stages, writers, variety = self._stages(), dict(self.writers), self.variety.summary()
         self.notes += variety_notes(variety)
         counts = {
