@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from helpers import make_model, make_tokenizer
@@ -181,3 +182,58 @@ def test_the_card_compares_rows_with_seeds_and_human_data_and_tells_of_planted_c
     for text in ("## Variety", "| prompts | seeds | dataset | human |", "| distinct_2 |", "| new prompts, quarter 4 |"):
         assert text in card
     assert "less varied" in card
+
+
+def evolving(prompt, seed, model):
+    """Rewrites prompts, one of them into a benchmark's; answers others."""
+    if "#Given Prompt#:" not in prompt:
+        return letters(prompt, seed, model)
+    parent = prompt.split("#Given Prompt#:\n")[1].split("\n\n#")[0]
+    return f"well {BENCHMARK}" if parent.startswith("bad") else f"{parent} and what of word{seed % 1000}"
+
+
+def test_contaminated_rewrites_are_never_completed(bench):
+    path = bench.folder / "bench.jsonl"
+    path.write_text(json.dumps({"prompt": BENCHMARK}) + "\n")
+    bench.prompts([{"prompt": f"{kind} river {kind} stone"} for kind in ("good", "bad", "nice")])
+    teachers = bench.teach(evolving)
+    counts = bench.run(evolve=1, benchmarks=[str(path)], near_duplicates=0)
+    assert by_stage(counts)["evolve, round 1"]["dropped"] == {"shares 13 words with a benchmark": 1}
+    assert by_stage(counts)["ask the teachers"]["in"] == 5
+    assert not [asked for one in teachers for asked in one.asked if "forty loaves" in asked]
+    (listed,) = bench.skipped()
+    assert (listed["stage"], listed["where"]) == ("evolve, round 1", "prompt 1")
+    assert "row 1 of" in listed["why"]
+    assert sum(counts["variety"]["last operation"].values()) == 2
+
+
+def test_a_run_with_filters_that_is_interrupted_comes_to_the_same_dataset(bench, small, monkeypatch):
+    path = bench.folder / "bench.jsonl"
+    path.write_text(json.dumps({"prompt": BENCHMARK}) + "\n")
+    bench.prompts([{"prompt": f"{kind} river {i} stone"} for i in range(4) for kind in ("good", "bad")])
+    bench.teach(evolving)
+    settings = {"evolve": 1, "benchmarks": [str(path)], "difficulty_model": small, "difficulty_keep": 0.5}
+    settings |= {"language": ["en"], "near_duplicates": 0, "max_repetition": 1.0}
+    complete, rows = bench.run(**settings), bench.rows()
+    replace, made = os.replace, 0
+
+    def counted(*paths):
+        nonlocal made
+        made += 1
+        if made == last:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", counted)
+    last = 1
+    while True:
+        bench.out, made = bench.folder / f"out{last}", 0
+        try:
+            bench.run(**settings)
+            break
+        except KeyboardInterrupt:
+            pass
+        assert bench.run(**settings) == complete
+        assert bench.rows() == rows
+        last += 1
+    assert last > 8
