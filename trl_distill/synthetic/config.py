@@ -245,8 +245,8 @@ class GenerateConfig(
             yield f"`{asked}` needs scores. Add `--reward_funcs`, `--reward_model` or `--judge`."
         if self.revise and self.pairs and self.judge_mode == "pairwise":
             yield (
-                "`judge_mode=pairwise` compares the answers to one prompt, and not a revision with its draft. For pairs "
-                "of drafts and revisions, use another `judge_mode`, or leave the judge out."
+                "`judge_mode=pairwise` compares the answers to one prompt, and not a revision with its draft. For "
+                "pairs of drafts and revisions, use another `judge_mode`, or leave the judge out."
             )
         yield from self.judge_faults()
         if self.pairs and self.keep == "best":

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 _FLOAT = "\0float"  # the name of an object's only value, a number that JSON does not have
 
 
-ANSWERS = ("completions/*/*.jsonl", "rounds/*.jsonl")  # files that a model was asked for
+ANSWERS = ("completions/*/*.jsonl", "rounds/*.jsonl", "evolved/*/*.jsonl")  # files that a model was asked for
 
 
 class WorkFolder:
@@ -31,10 +31,11 @@ class WorkFolder:
 
     Args:
         path (`Path`): made if it is not there.
+        completions (`str`, *optional*): the folder in it with the completions that verifiers and filters read.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, completions: str = "completions"):
+        self.path, self.completions = path, completions
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -130,6 +130,7 @@ class ScoreStage(ChunkStage[Scorer]):
     Args:
         work, prompts, load, folder, index, teacher, remote: see [`ChunkStage`]; `load` gives the verifier, and `folder`
             belongs to it, so that another verifier's scores are not taken for its own.
+        completions (`str`, *optional*): folder of what is scored; that of the teachers' completions by default.
     """
 
     def __init__(
@@ -141,14 +142,15 @@ class ScoreStage(ChunkStage[Scorer]):
         index: int,
         teacher: str,
         remote: bool = False,
+        completions: str = "completions",
     ):
         super().__init__(work, prompts, load, folder, index, teacher, remote)
-        self.label = f"scores of {teacher}"
+        self.completions, self.label = completions, f"scores of {teacher}"
 
     def rows(self, worker: Scorer, number: int) -> Iterator[dict[str, Any]]:
         rows = {row.id: row for row in self.prompts.chunk(number)}
         answers = [
-            PromptAnswer.from_dict(line) for line in read_lines(self.work.chunk("completions", self.index, number))
+            PromptAnswer.from_dict(line) for line in read_lines(self.work.chunk(self.completions, self.index, number))
         ]
         asked = [
             Answered(rows[answer.id].prompt, completion.text, self._columns(rows[answer.id]))

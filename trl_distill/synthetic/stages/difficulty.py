@@ -234,7 +234,7 @@ class DifficultyStage(ChunkStage[DifficultyModel]):
             yield PromptDifficulties(answer.id, [next(values) for _ in answer.completions]).as_dict()
 
     def _completions(self, number: int) -> Iterator[PromptAnswer]:
-        return map(PromptAnswer.from_dict, read_lines(self.work.chunk("completions", self.index, number)))
+        return map(PromptAnswer.from_dict, read_lines(self.work.chunk(self.work.completions, self.index, number)))
 
 
 def difficulty_folder(model: str, *parts: str) -> str:

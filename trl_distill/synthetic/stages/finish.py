@@ -6,6 +6,7 @@ was interrupted, and may be done again with other settings without asking any mo
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections import Counter
@@ -91,7 +92,7 @@ class DatasetBuilder:
         """
         with self.work.folder("dataset") as folder:
             with SkipFile(folder / "skipped.jsonl") as self.skips:
-                for skip in (*self.prompts.skips(), *self.findings.skips):
+                for skip in itertools.chain(self.prompts.skips(), self.findings.skips):
                     self.skips.add(skip)
                 duplicates = Duplicates(folder / "duplicates.db", self.config.near_duplicates)
                 rows, columns = self._rows(folder, duplicates)

@@ -10,10 +10,19 @@ from ..output.counts import Skip, Stage
 from ..records import PromptAnswer
 from ..work_folder import WorkFolder, read_lines, write_lines
 from .chunks import ChunkStage
-from .compare import PairJudge, PromptComparisons, compare_rows, comparisons_folder, read_comparisons, scores_of_teacher
+from .compare import (
+    Comparison,
+    PairJudge,
+    PromptComparisons,
+    compare_rows,
+    comparisons_folder,
+    read_comparisons,
+    scores_of_teacher,
+)
 from .ingest import Prompts
 from .judge_check import JudgeCheck, sentences
 from .judge_measures import comparison_measures, described
+from .revise import revised_scores
 
 
 class CompareStage(ChunkStage[PairJudge]):
@@ -29,7 +38,9 @@ class CompareStage(ChunkStage[PairJudge]):
     def __init__(
         self, work: WorkFolder, prompts: Prompts, load: Callable[[], PairJudge], judge: PairJudge, teachers: int
     ):
-        super().__init__(work, prompts, load, comparisons_folder(judge), 0, "", judge.remote)
+        super().__init__(
+            work, prompts, load, revised_scores(comparisons_folder(judge), work.completions), 0, "", judge.remote
+        )
         self.teachers, self.label = teachers, "comparisons"
 
     def rows(self, worker: PairJudge, number: int) -> Iterator[dict[str, Any]]:
@@ -56,7 +67,8 @@ class RankStage(ChunkStage[Nobody]):
 
     def __init__(self, work: WorkFolder, prompts: Prompts, folder: str, index: int, teacher: str, judge: PairJudge):
         super().__init__(work, prompts, Nobody, folder, index, teacher)
-        self.comparisons, self.label = comparisons_folder(judge), f"scores of {teacher}"
+        self.comparisons = revised_scores(comparisons_folder(judge), work.completions)
+        self.label = f"scores of {teacher}"
 
     def rows(self, worker: Nobody, number: int) -> Iterator[dict[str, Any]]:
         found = map(PromptComparisons.from_dict, read_lines(self.work.chunk(self.comparisons, 0, number)))
@@ -119,16 +131,18 @@ def judge_findings(
     made = Findings()
     if isinstance(judge, PairJudge):
         stage = Stage("compare", "comparisons")
-        folder = comparisons_folder(judge)
-        found = []
-        for prompt in read_comparisons(work, prompts, folder):
-            for (a, b), one in zip(prompt.pairs, prompt.comparisons, strict=True):
-                found.append((one, prompt.answers[a][2], prompt.answers[b][2]))
-                if not stage.count(one.refusal.kind if one.refusal else None) and one.refusal:
-                    who = " and ".join(f"{teachers[t]} {i}" for t, i, _ in (prompt.answers[a], prompt.answers[b]))
-                    made.skips.append(Skip("compare", f"prompt {prompt.id}, {who}", one.refusal.detail))
+        folder = revised_scores(comparisons_folder(judge), work.completions)
+
+        def counted() -> Iterator[tuple[Comparison, int, int]]:
+            for prompt in read_comparisons(work, prompts, folder):
+                for (a, b), one in zip(prompt.pairs, prompt.comparisons, strict=True):
+                    if not stage.count(one.refusal.kind if one.refusal else None) and one.refusal:
+                        who = " and ".join(f"{teachers[t]} {i}" for t, i, _ in (prompt.answers[a], prompt.answers[b]))
+                        made.skips.append(Skip("compare", f"prompt {prompt.id}, {who}", one.refusal.detail))
+                    yield one, prompt.answers[a][2], prompt.answers[b][2]
+
+        made.counts["comparisons"] = comparison_measures(counted())
         made.stages.append(stage)
-        made.counts["comparisons"] = comparison_measures(found)
         made.lines += described(made.counts["comparisons"])
     if check is not None:
         made.counts["check"], skips = check.report(work)
