@@ -57,7 +57,7 @@ def first_place(text, seed):
 
 
 def longer(text, seed):
-    a, b = (re.search(rf"<answer_{i}>\n(.*?)\n</answer_{i}>", text, re.DOTALL)[1] for i in (1, 2))
+    a, b = (re.findall(rf"<answer_{i}>\n(.*?)\n</answer_{i}>", text, re.DOTALL)[0] for i in (1, 2))
     return f"Verdict: {'tie' if len(a) == len(b) else 1 if len(a) > len(b) else 2}"
 
 

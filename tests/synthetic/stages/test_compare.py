@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 
 import pytest
 from chat_server import ChatServer
 from scipy.optimize import minimize
 
-from trl_distill.synthetic.stages.compare import Comparison
+from trl_distill import TeacherUnavailable
+from trl_distill.synthetic import Completion
+from trl_distill.synthetic.stages.compare import Comparison, Pair, PairJudge
+from trl_distill.synthetic.stages.judge import LocalJudging
 from trl_distill.synthetic.stages.ranking import bradley_terry, chosen_pairs
 from trl_distill.synthetic.stages.verdict import read_choice
 
@@ -103,8 +107,22 @@ def test_outcomes_of_both_orders():
         assert (Comparison(there, back).outcome, Comparison(there, back).contradicts) == (0.5, True)
 
 
+class FunctionTeacher:
+    """A source made of a function; notes what it was asked."""
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+
+    def complete(self, prompts, seed):
+        self.asked += prompts
+        return [[Completion(self.answer(prompt, 0), "stop")] for prompt in prompts]
+
+    def close(self):
+        pass
+
+
 def answers_in(question):
-    return [re.search(rf"<answer_{i}>\n(.*?)\n</answer_{i}>", question, re.DOTALL)[1] for i in (1, 2)]
+    return [re.findall(rf"<answer_{i}>\n(.*?)\n</answer_{i}>", question, re.DOTALL)[0] for i in (1, 2)]
 
 
 def by_number(question, seed=0):
@@ -206,12 +224,52 @@ def test_comparisons_go_on_where_they_were_interrupted(compared):
     assert 0 < len(compared.server.asked) - asked < asked
 
 
+@pytest.mark.parametrize("answered", [0, 9, 31])
+def test_a_judge_that_goes_away_is_asked_the_rest_later(compared, answered):
+    whole = compared.run(**compared.settings, keep="best")
+    rows = compared.rows()
+    shutil.rmtree(compared.out)
+    for folder in compared.out.with_name("out.work").glob("*-*"):
+        shutil.rmtree(folder)
+    start = len(compared.server.asked)
+    compared.server.refuse = lambda text: 503 if len(compared.server.asked) - start > answered else None
+    with pytest.raises(TeacherUnavailable):
+        compared.run(**compared.settings, keep="best", retries=0, concurrency=1)
+    compared.server.refuse = lambda text: None
+    again = compared.run(**compared.settings, keep="best")
+    assert (again["judge"], again["stages"], compared.rows()) == (whole["judge"], whole["stages"], rows)
+
+
+def test_a_local_judge_is_loaded_when_it_is_asked_and_can_be_given_back():
+    loaded: list[FunctionTeacher] = []
+
+    def load():
+        loaded.append(FunctionTeacher(lambda prompt, seed: by_number(prompt[0]["content"])))
+        return loaded[-1]
+
+    judge = PairJudge(LocalJudging("folder", load))
+    assert not loaded
+    assert not judge.remote
+    pairs = [Pair("q", "x 1", "x 2", {}), Pair("q", "x 3", "x 3", {})]
+    assert [one.outcome for one in judge.compare(pairs)] == [0.0, 0.5]
+    judge.close()
+    assert judge.compare(pairs[:1])[0].outcome == 0.0
+    assert [len(one.asked) for one in loaded] == [2, 2]
+
+
+def test_a_local_judge_that_is_not_there_is_named_early(bench):
+    bench.prompts([{"prompt": "a"}])
+    bench.teach(lambda prompt, seed, model: "b")
+    with pytest.raises(ValueError, match="'nowhere' could not be found"):
+        bench.run(judge="nowhere")
+
+
 def test_aspects_are_columns_and_a_weighted_score(bench):
     said = {"kind": {"helpfulness": 5, "honesty": 2}, "rude": {"helpfulness": 1, "honesty": 5}}
 
     def judge(question, seed):
         aspect = "helpfulness" if "its\nhelpfulness" in question else "honesty"
-        text = re.search(r"<answer>\n(.*?)\n</answer>", question)[1]
+        text = re.findall(r"<answer>\n(.*?)\n</answer>", question)[0]
         return f"Score: {said[text][aspect] if text in said else 9}"
 
     bench.prompts([{"prompt": name} for name in ("kind", "rude", "mad")])
@@ -309,7 +367,7 @@ def test_a_judge_that_scores_is_checked_beside_reward_functions(bench, reward):
     bench.prompts([{"prompt": "a", "answer": "b"}])
 
     def judge(question, seed):  # by length: right from five characters on
-        text = re.search(r"<answer>\n(.*?)\n</answer>", question)[1]
+        text = re.findall(r"<answer>\n(.*?)\n</answer>", question)[0]
         return "Hm." if text == "mute" else f"Score: {float(len(text) > 4)}"
 
     with ChatServer(judge) as server:

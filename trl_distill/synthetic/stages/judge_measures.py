@@ -74,11 +74,12 @@ def comparison_measures(found: Iterable[tuple[Comparison, int, int]]) -> dict[st
     """
     counts: Counter[str] = Counter()
     unread: Counter[str] = Counter()
-    first = named = follows = read = 0
-    outcomes: list[tuple[float | None, int, int]] = []
+    first = named = follows = read = longer = differ = 0
     for one, a, b in found:
         counts["comparisons"] += 1
-        outcomes.append((one.outcome, a, b))
+        if one.outcome in (0.0, 1.0) and a != b:
+            differ += 1
+            longer += (one.outcome == 1.0) == (a > b)
         if one.refusal is not None:
             unread[one.refusal.kind] += 1
         elif one.equal:
@@ -96,7 +97,7 @@ def comparison_measures(found: Iterable[tuple[Comparison, int, int]]) -> dict[st
         "no_verdict": dict(sorted(unread.items())),
         "first_place": {"value": first / named if named else None, "of": named},
         "follows_place": wilson(follows, read),
-        "longer_wins": longer_wins(outcomes),
+        "longer_wins": wilson(longer, differ),
     }
 
 
