@@ -93,6 +93,7 @@ def test_a_model_that_continues_text_is_cut_where_it_goes_on():
 
 def test_built_in_operations_and_those_of_users(tmp_path):
     assert [one.name for one in load_operations(None)] == list(BUILT_IN)
+    assert load_operations("deeper") == [DEEPER]
     (tmp_path / "shout.txt").write_text('Write {"this"} in capitals: {prompt}')
     (shout,) = load_operations([str(tmp_path / "shout.txt")])
     assert shout == Operation("shout", 'Write {"this"} in capitals: {prompt}')

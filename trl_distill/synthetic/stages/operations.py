@@ -189,14 +189,15 @@ def closeness(text: str, parent: str) -> str | None:
     return "nearly equal to the parent" if changed <= min(2, 0.2 * max(len(ours), len(theirs))) else None
 
 
-def load_operations(names: list[str] | None) -> list[Operation]:
+def load_operations(names: list[str] | str | None) -> list[Operation]:
     """
-    The operations that the settings name, in their order; all built-in ones for `None`.
+    The operations that the settings name, in their order; all built-in ones for `None`. A single one need not be a list.
 
     Raises:
         ValueError: a file is not there or has no `{prompt}`, or two different ones have the same name.
     """
-    found = [_load(name) for name in names or BUILT_IN]
+    given = [names] if isinstance(names, str) else names
+    found = [_load(name) for name in given or BUILT_IN]
     for one in found:
         other = next(other for other in found if other.name == one.name)
         if other != one:
