@@ -78,6 +78,7 @@ def test_planted_failures_are_dropped_and_counted(bench, chat):
     assert second["evolution"][:1] == rows[once]["evolution"]
     assert len(second["evolution"]) == 2
     assert [skip["where"] for skip in bench.skipped()] == ["prompt 6"] * 2
+    assert {path.name for path in bench.out.iterdir()} == {"README.md", "counts.json", "data", "skipped.jsonl"}
 
 
 def test_a_failed_prompt_goes_on_from_its_parent(bench):

@@ -209,6 +209,7 @@ class KeptPrompts(EvolvedPrompts):
         self._kept = Stage("keep rewrites" if keep == "all" else "keep the last rewrites", "prompts")
         self.stages = [*self.stages, *self._rounds, self._kept]
         self._seen: Seen | None = None
+        self._index_path = work.path / "dataset.unfinished" / "prompts.db"
         self._last: tuple[int, list[PromptRow]] = (-1, [])
 
     def chunk(self, number: int) -> list[PromptRow]:
@@ -228,6 +229,7 @@ class KeptPrompts(EvolvedPrompts):
         self._last = number, kept
         if number == len(self) - 1:
             seen.close()
+            self._index_path.unlink()
         return kept
 
     def _last_rewrites(self, originals: list[PromptRow], number: int, seen: Seen) -> Iterator[PromptRow]:
@@ -240,7 +242,7 @@ class KeptPrompts(EvolvedPrompts):
 
     def _index(self) -> Seen:
         """With all originals."""
-        seen = Seen(self.work.path / "dataset.unfinished" / "prompts.db")
+        seen = Seen(self._index_path)
         for number in range(len(self)):
             for row in self.original_chunk(number):
                 seen.add(prompt_key(row.prompt))

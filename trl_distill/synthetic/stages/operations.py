@@ -191,7 +191,7 @@ def closeness(text: str, parent: str) -> str | None:
 
 def load_operations(names: list[str] | str | None) -> list[Operation]:
     """
-    The operations that the settings name, in their order; all built-in ones for `None`. A single one need not be a list.
+    The operations that the settings name, in their order; all built-in ones for `None`. A single one may be text.
 
     Raises:
         ValueError: a file is not there or has no `{prompt}`, or two different ones have the same name.
