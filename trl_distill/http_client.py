@@ -195,6 +195,7 @@ class HTTPClient:
         self._opened: list[httpx.Client] = []
         self._closed = threading.Event()
         self._certificates = httpx.create_ssl_context() if any(s.base.startswith("https") for s in servers) else True
+        self._templates: dict[str, tuple[httpx.URL, list[tuple[bytes, bytes]], Any]] = {}  # by URL
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def ask(
@@ -245,6 +246,16 @@ class HTTPClient:
                 error.args = tuple(self.hidden(arg) if isinstance(arg, str) else arg for arg in error.args)
                 raise
 
+        try:
+            return attempt()  # most requests need no more, and making what follows takes longer than sending
+        except PassingError as error:
+            failed: list[PassingError] = [error]
+
+        def first_or_next() -> T:
+            if failed:
+                raise failed.pop()
+            return attempt()
+
         attempts = Retrying(
             stop=stop_after_attempt(settings.retries + 1) | stop_when_event_set(halt),
             retry=retry_if_exception_type(PassingError),
@@ -254,7 +265,7 @@ class HTTPClient:
             reraise=True,
         )
         try:
-            return attempts(attempt)
+            return attempts(first_or_next)
         except PassingError as error:
             raise NoAnswerError(
                 f"No answer from {settings.who} at {', '.join(urls)}, tried {attempts.statistics['attempt_number']} "
@@ -356,7 +367,7 @@ class HTTPClient:
         url, auth = base + path, self._logins.get(base, httpx.USE_CLIENT_DEFAULT)
         client = self._client
         try:
-            response = client.request("GET" if body is None else "POST", url, json=body, auth=auth)
+            response = client.send(self._request(client, url, body), auth=auth)
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise PassingError(self.hidden(f"{url}: {type(error).__name__} {error}".rstrip())) from error
         status = response.status_code
@@ -370,6 +381,17 @@ class HTTPClient:
         elif 300 <= status < 400:
             refusal = f"{refusal}. Redirects are not followed: name the server's final URL"
         raise StatusError(f"{refusal.rstrip('.')}.", status)
+
+    def _request(self, client: httpx.Client, url: str, body: dict[str, Any] | None) -> httpx.Request:
+        """A request with the headers that the client gives the first to a URL: to merge them anew each time is slow."""
+        method = "GET" if body is None else "POST"
+        if url not in self._templates:
+            built = client.build_request(method, url, json={})
+            headers = [(name, value) for name, value in built.headers.raw if name.lower() != b"content-length"]
+            self._templates[url] = (built.url, headers, built.extensions)
+        where, headers, extensions = self._templates[url]
+        content = None if body is None else json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        return httpx.Request(method, where, headers=headers, content=content, extensions=extensions)
 
     def hidden(self, text: str) -> str:
         """A text without secrets, since some servers repeat what they refuse, and cut: whole, half a key would stay."""

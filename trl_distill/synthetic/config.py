@@ -174,7 +174,7 @@ class GenerateConfig(
     human_share: float = field(default=0.0, metadata={"help": "Share of human rows in the result, below 1."})
 
     def __post_init__(self) -> None:
-        for name in ("teacher_models", "request_options"):
+        for name in ("teacher_models", "request_options", "engine_options"):
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, _json(name, value))

@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from .. import foreign_text
 from ..data.json_rows import InputRow
 from .config import FIXED, GenerateConfig
-from .plan import Layer, make_plan, scores_folder
-from .scheduler import Scheduler, chunks_at_once
+from .engines import run_workers
+from .make_chunks import ChunkMaker, work_folder
+from .plan import scores_folder
 from .settings import engine
 from .sources.base import Sampling
 from .sources.load import check_source, load_source
@@ -26,7 +27,7 @@ from .stages.benchmarks import benchmarks_digest, load_benchmarks
 from .stages.chunks import ChunkStage
 from .stages.dedup import check_installed
 from .stages.difficulty import check_difficulty_model
-from .stages.evolve import operations_digest, prompts_to_complete
+from .stages.evolve import operations_digest
 from .stages.finish import DatasetBuilder, publish
 from .stages.human import check_human
 from .stages.ingest import Ingest, Prompts, read_rows
@@ -34,9 +35,9 @@ from .stages.judge_check import load_check
 from .stages.judge_stages import judge_findings, run_check
 from .stages.language import check_language
 from .stages.new_prompts import NewPrompts
-from .stages.revise import completions_folder, revise_identity
+from .stages.revise import revise_identity
 from .stages.verify import RewardFunctions, load_scorer
-from .work_folder import WorkFolder, digest, file_digest, read_json
+from .work_folder import digest, file_digest, read_json
 
 
 FREE = ("output_dir", "overwrite", "concurrency", "timeout", "retries", "api_key_env", *engine.FREE)  # not the rows
@@ -67,7 +68,7 @@ class Pipeline:
     def __init__(self, config: GenerateConfig, console: Console):
         self.config, self.console = config, console
         self.output = Path(config.output_dir).absolute()
-        self.work = WorkFolder(self.output.with_name(f"{self.output.name}.work"), completions_folder(config))
+        self.work = work_folder(config)
         self.progress = Progress(
             foreign_text.description_column(),
             BarColumn(),
@@ -168,16 +169,21 @@ class Pipeline:
 
     def _complete_and_score(self) -> str | None:
         """Make the files of all stages; the folder of the scores, which is another for another verifier."""
-        prompts, scorer = prompts_to_complete(self.config, self.work), self.scorer
-        layers = make_plan(self.config, self.work, prompts, scorer, load_source)
-        at_once = chunks_at_once(self.config.concurrency, self.config.chunk_size)
-        Scheduler(layers, range(len(prompts)), at_once, self._bars(layers, prompts.total)).run()
-        return scores_folder(scorer) if scorer is not None else None
+        maker = ChunkMaker(self.config, self.work, self.scorer, load_source)
+        bars = self._bars(maker)
+        if self.config.workers > 1:
+            run_workers(
+                self.config,
+                self.work.path,
+                lambda: [bars(stage, len(stage.finished())) for stage in maker.stages],
+            )
+        maker.make(range(len(maker.prompts)), bars)
+        return scores_folder(self.scorer) if self.scorer is not None else None
 
-    def _bars(self, layers: list[Layer], total: int) -> Callable[[ChunkStage[Any], int], None]:
+    def _bars(self, maker: ChunkMaker) -> Callable[[ChunkStage[Any], int], None]:
         """A progress bar in prompts for each stage; what tells them how many chunks are finished."""
-        size = self.config.chunk_size
-        bars = {stage: self.progress.add_task(stage.label, total=total) for layer in layers for stage in layer}
+        total, size = maker.prompts.total, self.config.chunk_size
+        bars = {stage: self.progress.add_task(stage.label, total=total) for stage in maker.stages}
         return lambda stage, chunks: self.progress.update(bars[stage], completed=min(chunks * size, total))
 
     def _build(self, scores: str | None, settings: dict[str, Any], fingerprint: str) -> None:

@@ -114,7 +114,7 @@ class WorkFolder:
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """One JSON object per line; the file is there when all are in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     with open(unfinished, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(dump(row) + "\n")

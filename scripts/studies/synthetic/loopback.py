@@ -1,10 +1,10 @@
-"""An OpenAI-compatible endpoint on the loopback interface that costs next to nothing: a fixed answer after a fixed time.
+"""An OpenAI-compatible endpoint on the loopback interface that costs next to nothing: fixed answers after a fixed time.
 
     python -m scripts.studies.synthetic.loopback --delay 0.05
 
 It prints its port. `GET /stats` answers with what it saw: requests, the most under way at once, the seconds between the
-first request and the last answer, and the seconds that all requests were under way, summed. Left out on purpose: reading
-the requests, and every answer but the good one.
+first request and the last answer, and the seconds that all requests were under way, summed. Left out on purpose:
+reading the requests, and every answer but the good one.
 """
 
 from __future__ import annotations

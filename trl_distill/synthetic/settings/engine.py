@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 
 FIXED = ("keep_reasoning",)
 
 
-FREE = ("workers", "engine", "work_dir")  # rows do not depend on these
+FREE = ("workers", "engine", "engine_options", "work_dir")  # rows do not depend on these
 
 
 ENGINES = ("process", "slurm", "ray")
@@ -30,6 +31,8 @@ class EngineSettings:
             `workers`, leaves its own; the dataset is the same whatever their number is.
         engine (`str`, *optional*, defaults to `"process"`): where workers run: on this machine (`"process"`), or as
             tasks of `"slurm"` or `"ray"` through datatrove, which the extra `engines` installs.
+        engine_options (`dict` or `str`, *optional*): JSON with arguments of datatrove's executor, such as Slurm's
+            partition: `{"partition": "gpu", "time": "10:00:00", "cpus_per_task": 4}`.
         work_dir (`str`, *optional*): folder of what is finished, in place of `<output_dir>.work`: a path, or a URL of
             any storage that fsspec knows, such as `s3://bucket/run`. Workers on other machines must reach it.
         keep_reasoning (`str`, *optional*, defaults to `"no"`): what becomes of the reasoning that an endpoint gives
@@ -39,6 +42,9 @@ class EngineSettings:
 
     workers: int = field(default=1, metadata={"help": "Worker processes."})
     engine: str = field(default="process", metadata={"help": "Where workers run: `process`, `slurm` or `ray`."})
+    engine_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON with arguments of datatrove's executor, such as Slurm's partition."}
+    )
     work_dir: str | None = field(
         default=None, metadata={"help": "Folder or URL of what is finished, in place of <output_dir>.work."}
     )
@@ -51,6 +57,10 @@ class EngineSettings:
         for name, choices in (("engine", ENGINES), ("keep_reasoning", REASONING)):
             if getattr(self, name) not in choices:
                 yield f"`{name}={getattr(self, name)!r}` is not known. Choose one of {', '.join(map(repr, choices))}."
+        if self.engine_options and self.engine == "process":
+            yield "`engine_options` are Slurm's or Ray's, but `engine` is 'process'. Leave them out, or set `engine`."
+        if self.engine != "process" and self.workers == 1:
+            yield f"`engine={self.engine!r}` is given, but `workers` is 1, which needs none. Set `--workers 8`, say."
         if self.workers < 1:
             yield f"`workers` is {self.workers}; it must be at least 1."
         if self.keep_reasoning == "column" and getattr(self, "pairs", False):

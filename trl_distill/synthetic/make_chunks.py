@@ -1,0 +1,52 @@
+"""Makes the files of all stages for some of the chunks: all of them in one process, a share in each worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import GenerateConfig
+from .plan import Layer, LoadSource, make_plan
+from .scheduler import Scheduler, chunks_at_once
+from .stages.chunks import ChunkStage
+from .stages.evolve import prompts_to_complete
+from .stages.revise import completions_folder
+from .work_folder import WorkFolder
+
+
+class ChunkMaker:
+    """
+    The plan of a run, in a work folder whose prompts are there.
+
+    Args:
+        config (`GenerateConfig`): all settings.
+        work (`WorkFolder`): see [`work_folder`].
+        scorer: the verifier, or `None`.
+        load (`Callable`): gives the source at an address.
+
+    Attributes:
+        layers (`list[list[ChunkStage]]`): the plan.
+        prompts (`Prompts`): whose chunks are made.
+    """
+
+    def __init__(self, config: GenerateConfig, work: WorkFolder, scorer: Any, load: LoadSource):
+        self.config, self.prompts = config, prompts_to_complete(config, work)
+        self.layers: list[Layer] = make_plan(config, work, self.prompts, scorer, load)
+
+    @property
+    def stages(self) -> list[ChunkStage[Any]]:
+        """All stages, in the plan's order."""
+        return [stage for layer in self.layers for stage in layer]
+
+    def make(self, chunks: Sequence[int], done: Callable[[ChunkStage[Any], int], None] = lambda *_: None) -> None:
+        """Make what is missing of some chunks; see [`Scheduler`]."""
+        at_once = chunks_at_once(self.config.concurrency, self.config.chunk_size)
+        Scheduler(self.layers, chunks, at_once, done).run()
+
+
+def work_folder(config: GenerateConfig) -> WorkFolder:
+    """The folder of what is finished."""
+    output = Path(config.output_dir).absolute()
+    beside = output.with_name(f"{output.name}.work")
+    return WorkFolder(Path(config.work_dir).absolute() if config.work_dir else beside, completions_folder(config))
