@@ -46,7 +46,9 @@ class ChunkMaker:
 
 
 def work_folder(config: GenerateConfig) -> WorkFolder:
-    """The folder of what is finished."""
+    """The folder of what is finished, with what other machines have finished so far."""
     output = Path(config.output_dir).absolute()
-    beside = output.with_name(f"{output.name}.work")
-    return WorkFolder(Path(config.work_dir).absolute() if config.work_dir else beside, completions_folder(config))
+    beside, where = output.with_name(f"{output.name}.work"), config.work_dir
+    if where and "://" in where:
+        return WorkFolder(beside, completions_folder(config), where)
+    return WorkFolder(Path(where).absolute() if where else beside, completions_folder(config))

@@ -177,6 +177,7 @@ class Pipeline:
                 self.work.path,
                 lambda: [bars(stage, len(stage.finished())) for stage in maker.stages],
             )
+            self.work.pull()
         maker.make(range(len(maker.prompts)), bars)
         return scores_folder(self.scorer) if self.scorer is not None else None
 

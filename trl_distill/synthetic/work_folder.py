@@ -18,6 +18,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .shared_storage import WHOLE, SharedStorage
+
 
 _FLOAT = "\0float"  # the name of an object's only value, a number that JSON does not have
 
@@ -32,10 +34,23 @@ class WorkFolder:
     Args:
         path (`Path`): made if it is not there.
         completions (`str`, *optional*): the folder in it with the completions that verifiers and filters read.
+        storage (`str`, *optional*): URL of its copy for other machines; see [`SharedStorage`].
     """
 
-    def __init__(self, path: Path, completions: str = "completions"):
+    def __init__(self, path: Path, completions: str = "completions", storage: str | None = None):
         self.path, self.completions = path, completions
+        self.storage = SharedStorage(storage, path) if storage else None
+        self.pull()
+
+    def pull(self) -> None:
+        """Take over what other machines have finished."""
+        if self.storage:
+            self.storage.pull()
+
+    def share(self, path: Path) -> None:
+        """Give a finished file or folder to other machines."""
+        if self.storage:
+            self.storage.push(path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -73,13 +88,17 @@ class WorkFolder:
         path = self.path / "settings.json"
         settings = json.loads(json.dumps(settings))
         if not path.exists():
-            return write_json(path, settings)
+            write_json(path, settings)
+            return self.share(path)
         before = {**json.loads(json.dumps(defaults or {})), **read_json(path)}
         changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         if changed and not any(next(self.path.glob(made), None) for made in ANSWERS):
             for name in ("prompts", "new_prompts"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            return write_json(path, settings)
+                if self.storage:
+                    self.storage.discard(name)
+            write_json(path, settings)
+            return self.share(path)
         if changed:
             changes = "; ".join(f"`{name}` was {before.get(name)!r}, now {settings.get(name)!r}" for name in changed)
             raise ValueError(
@@ -109,6 +128,8 @@ class WorkFolder:
         unfinished.mkdir(parents=True)
         yield unfinished
         os.rename(unfinished, self.path / name)
+        if name in WHOLE:
+            self.share(self.path / name)
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -142,9 +142,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100_000, help="Prompts in each run.")
     parser.add_argument("--out", type=Path, default=OUT, help="File of the figures.")
     given = parser.parse_args()
-    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
+    machine: dict[str, Any] = {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
     machine |= {"load_before": round(os.getloadavg()[0], 2), "memory_gib": psutil.virtual_memory().total // 2**30}
-    found = {"machine": machine, "concurrency": CONCURRENCY}
+    found: dict[str, Any] = {"machine": machine, "concurrency": CONCURRENCY}
     for name, delay in (("at_once", 0.0), ("slow_answers", DELAY)):
         found[name] = measured(given.prompts, delay)
         print(name, json.dumps(found[name]), flush=True)

@@ -34,7 +34,8 @@ class EngineSettings:
         engine_options (`dict` or `str`, *optional*): JSON with arguments of datatrove's executor, such as Slurm's
             partition: `{"partition": "gpu", "time": "10:00:00", "cpus_per_task": 4}`.
         work_dir (`str`, *optional*): folder of what is finished, in place of `<output_dir>.work`: a path, or a URL of
-            any storage that fsspec knows, such as `s3://bucket/run`. Workers on other machines must reach it.
+            any storage that fsspec knows, such as `s3://bucket/run`; each machine then works in a copy on its own disk,
+            `<output_dir>.work`. Workers on other machines must reach it.
         keep_reasoning (`str`, *optional*, defaults to `"no"`): what becomes of the reasoning that an endpoint gives
             beside its answer: it is left out (`"no"`), put in front of the completion as `<think>` text (`"think"`),
             or kept as a column `reasoning` (`"column"`).

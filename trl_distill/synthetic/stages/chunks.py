@@ -67,7 +67,9 @@ class ChunkStage(Generic[Worker]):
 
     def make(self, worker: Worker, number: int) -> None:
         """Write the file of one chunk; called for several at once, in threads, if the stage is `remote`."""
-        write_lines(self.work.chunk(self.folder, self.index, number), self.rows(worker, number))
+        path = self.work.chunk(self.folder, self.index, number)
+        write_lines(path, self.rows(worker, number))
+        self.work.share(path)
 
     def rows(self, worker: Worker, number: int) -> Iterator[dict[str, Any]]:
         """The lines of one chunk's file."""
