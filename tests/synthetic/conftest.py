@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,14 @@ def bench(tmp_path, monkeypatch):
 @pytest.fixture
 def reward(tmp_path, monkeypatch):
     """Writes a module with reward functions to import by name, for this test only."""
+    written: set[str] = set()
 
     def write(code: str, name: str = "my_verifier") -> None:
         (tmp_path / f"{name}.py").write_text(code)
         monkeypatch.chdir(tmp_path)
-        import sys
-
+        written.add(name)
         sys.modules.pop(name, None)
 
-    return write
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)  # other tests have modules of that name, too
