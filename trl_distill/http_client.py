@@ -25,6 +25,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
+from urllib.request import getproxies
 
 import httpx2 as httpx
 from tenacity import (
@@ -36,6 +37,7 @@ from tenacity import (
     stop_when_event_set,
 )
 
+from .plain_transport import PlainTransport
 from .server_urls import ServerURL, clean_key
 
 
@@ -58,6 +60,9 @@ PASSING = (408, 409, 425, 429)  # statuses after which another attempt may succe
 
 
 LONGEST_MESSAGE = 1000  # characters of what a server says
+
+
+PROXIES = {"http", "https", "all"}  # kinds of proxy with which httpx's own transport is used
 
 
 LOOK_EVERY = 0.2  # seconds between two looks at whether the caller has given up
@@ -339,12 +344,14 @@ class HTTPClient:
     def _client(self) -> httpx.Client:
         """This thread's connections."""
         if not hasattr(self._own, "client"):
-            timeout = self.settings.timeout
+            timeout, certificates = self.settings.timeout, self._certificates
+            connect = min(timeout, LONGEST_CONNECT)
+            plain = PlainTransport(timeout, connect, certificates if certificates is not True else None)
             self._own.client = httpx.Client(
-                timeout=httpx.Timeout(timeout, connect=min(timeout, LONGEST_CONNECT)),
-                limits=httpx.Limits(max_connections=None),
+                timeout=httpx.Timeout(timeout, connect=connect),
                 headers=self._headers,
-                verify=self._certificates,
+                verify=certificates,
+                transport=None if set(getproxies()) & PROXIES else plain,
             )
             self._opened.append(self._own.client)
             if self._closed.is_set():  # meanwhile

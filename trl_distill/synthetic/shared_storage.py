@@ -24,7 +24,7 @@ LAST = "counts.json"
 class SharedStorage:
     """
     Args:
-        url (`str`): as fsspec reads it. Credentials come from where its file system takes them, as from the environment.
+        url (`str`): as fsspec reads it. Credentials come from where its file system takes them, such as variables.
         local (`Path`): the work folder on this machine.
 
     Raises:
