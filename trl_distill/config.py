@@ -15,9 +15,19 @@ from typing import Any
 from trl import GRPOConfig
 
 from ._trl import DICT_FIELDS, post_init_without_group_check
-from .config_checks import KL_ESTIMATORS, SCHEDULES, check_group, check_resolved, check_values, shaping
+from .config_checks import (
+    KL_ESTIMATORS,
+    REWARD_BASELINES,
+    SCHEDULES,
+    check_group,
+    check_resolved,
+    check_values,
+    divergences_of,
+    shaping,
+)
 from .objective.custom import load_divergence
 from .objective.divergences import DIVERGENCES
+from .objective.weights import check_teacher_weights
 from .redaction import from_environment, redacted
 
 
@@ -74,6 +84,10 @@ class OPDConfig(GRPOConfig):
         teacher_models (`dict` or `str`, *optional*):
             Several teachers, for the command line: `{"math": "path", "code": "path"}`. The dataset's `teacher` column
             says which of them scores a row. In Python, pass them as `teacher_model`.
+        teacher_weights (`dict` or `str`, *optional*):
+            Weights of several teachers, by name, for all rows whose `teacher` column gives none:
+            `{"teacher": 1.25, "ref": -0.25}`. Weights may be negative where they add up to 1; the target is then
+            ∏ p_i^{w_i} / Z.
         teacher_server_urls (`list[str]`, *optional*):
             URLs of vLLM servers that serve the model `teacher_model_name_or_path`. The teacher is then not loaded here.
         teacher_api_key_env (`str`, *optional*, defaults to `"VLLM_API_KEY"`):
@@ -122,6 +136,14 @@ class OPDConfig(GRPOConfig):
         off_policy_divergence (`str` or `Callable`, *optional*, defaults to `"forward_kl"`):
             What is minimised on the dataset's completions where `lmbda < 1`; a name as for `divergence`.
 
+    > Parameters that control the reward
+
+        reward_baseline (`str`, *optional*, defaults to `"group"`):
+            What a completion's reward is compared with; its own reward stays out. `"group"`: the mean of the other
+            completions of its prompt. `"batch"`: the mean of all other completions of the generation batch, over all
+            processes. `"prompt"`: the mean of all rewards that its prompt has had so far; for a prompt that is new, as
+            `"batch"`. The last two also work with `num_generations=1`.
+
     > Parameters that end a run early
 
         stop_above_truncation (`float`, *optional*):
@@ -136,8 +158,8 @@ class OPDConfig(GRPOConfig):
         num_generations (`int`, *optional*):
             Completions per prompt. `None` is resolved by the trainer: 8 with rewards, 1 without.
         scale_rewards (`str` or `bool`, *optional*):
-            `None` is resolved by the trainer: `"none"` if `beta > 0`, since dividing by the group's standard deviation
-            changes the optimum; else GRPO's default.
+            `None` is resolved by the trainer: `"none"` if `beta > 0` or with another `reward_baseline` than `"group"`,
+            since dividing by the standard deviation changes the optimum; else GRPO's default.
 
     Secrets (a `token` in keyword arguments, a login in a URL, keys) are in no written form of a configuration: not in
     `repr`, `to_dict`, `to_json_string`, nor in a pickle such as `training_args.bin`. Copies keep them. In
@@ -148,7 +170,8 @@ class OPDConfig(GRPOConfig):
         ValueError: a value or a combination of values is invalid; the message says what to write instead.
     """
 
-    _VALID_DICT_FIELDS = [*DICT_FIELDS, "teacher_model_init_kwargs", "teacher_models"]  # the name that TRL reads
+    # the name that TRL reads
+    _VALID_DICT_FIELDS = [*DICT_FIELDS, "teacher_model_init_kwargs", "teacher_models", "teacher_weights"]
 
     beta: float = 1.0
     beta_schedule: str = field(default="constant", metadata={"choices": list(SCHEDULES)})
@@ -159,6 +182,7 @@ class OPDConfig(GRPOConfig):
     teacher_model_revision: str | None = None
     teacher_model_init_kwargs: dict[str, Any] | str | None = None
     teacher_models: dict[str, Any] | str | None = None
+    teacher_weights: dict[str, Any] | str | None = None
     teacher_server_urls: list[str] | None = None
     teacher_api_key_env: str = "VLLM_API_KEY"
     teacher_offload: bool = False
@@ -175,6 +199,7 @@ class OPDConfig(GRPOConfig):
     kl_temperature: float | None = None
     lmbda: float = 1.0
     off_policy_divergence: str = field(default="forward_kl", metadata={"choices": _NamesOrPaths(DIVERGENCES)})
+    reward_baseline: str = field(default="group", metadata={"choices": list(REWARD_BASELINES)})
     stop_above_truncation: float | None = None
     stop_above_repetition: float | None = None
     num_generations: int | None = None
@@ -189,6 +214,8 @@ class OPDConfig(GRPOConfig):
             if self.generation_batch_size is not None and self.num_generations is not None:
                 check_group(self, self.num_generations)  # a more helpful message than TRL's
             raise
+        if self.teacher_weights is not None:  # a `dict` by now
+            check_teacher_weights(self.teacher_weights, "`teacher_weights` has", divergences_of(self))
 
     def _load_divergences(self) -> None:
         """Import and try divergences that are functions of one's own."""
@@ -278,15 +305,16 @@ class OPDConfig(GRPOConfig):
         and environment variables are read.
 
         Raises:
-            ValueError: there are rewards and one completion per prompt, or the group size does not divide the
-                generation batch; or an environment variable is not set.
+            ValueError: rewards have nothing to be compared with, or the group size does not divide the generation
+                batch; or an environment variable is not set.
         """
         config = copy.copy(self)
         for name in ("model_init_kwargs", "teacher_model_init_kwargs", "teacher_server_urls", "vllm_server_base_url"):
             setattr(config, name, from_environment(getattr(self, name), name))
         config.accelerator_config = copy.copy(self.accelerator_config)  # TRL writes into it
         if config.scale_rewards is None:
-            config.scale_rewards = "none" if config.beta > 0 else GRPOConfig.scale_rewards
+            plain = config.beta == 0 and config.reward_baseline == "group"
+            config.scale_rewards = GRPOConfig.scale_rewards if plain else "none"
         if config.num_generations is None:
             config.num_generations = GENERATIONS_WITH_REWARDS if has_rewards else GENERATIONS_WITHOUT
         check_resolved(config, has_rewards)

@@ -16,6 +16,7 @@ KL_ESTIMATORS = ("full", "topk", "sampled")
 TOPK_DIVERGENCES = ("reverse_kl", "forward_kl")  # those of which the k likeliest ids are an estimate
 REFERENCE_BETA = 0.05  # GRPO's usual weights of a reference model are below it
 SCHEDULES = ("constant", "linear", "cosine", "step")
+REWARD_BASELINES = ("group", "batch", "prompt")
 
 
 NEUTRAL = {  # settings of generation that have no effect at these values; None, False, 0 and "" have none anyway
@@ -70,6 +71,7 @@ def _check_choices(config: Any) -> None:
         ("off_policy_divergence", DIVERGENCES),
         ("kl_estimator", KL_ESTIMATORS),
         ("beta_schedule", SCHEDULES),
+        ("reward_baseline", REWARD_BASELINES),
     )
     for name, allowed in choices:
         if getattr(config, name) not in allowed and not isinstance(getattr(config, name), CustomDivergence):
@@ -129,9 +131,14 @@ def _check_off_policy(config: Any) -> None:
         )
 
 
+def divergences_of(config: Any) -> list[str]:
+    """The divergences that a run minimises: `divergence`, and `off_policy_divergence` where there is a share of it."""
+    return [config.divergence, *([config.off_policy_divergence] if config.lmbda < 1 else [])]
+
+
 def _check_divergence(config: Any) -> None:
     """Divergence, its parameter and the estimator must fit together."""
-    used = [config.divergence, *([config.off_policy_divergence] if config.lmbda < 1 else [])]
+    used = divergences_of(config)
     if config.divergence_alpha is not None:
         used = [name for name in used if DIVERGENCES.get(name) is not None]
         if not used:
@@ -221,7 +228,7 @@ def check_resolved(config: Any, has_rewards: bool) -> None:
         has_rewards (`bool`): whether there are rewards.
 
     Raises:
-        ValueError: there are rewards and groups of one completion, or groups do not fill the batches.
+        ValueError: rewards have nothing to be compared with, or groups do not fill the batches.
     """
     if 0 < config.beta <= REFERENCE_BETA and config.beta_schedule == "constant":
         _warn_of_reference_beta(config, has_rewards)
@@ -231,11 +238,8 @@ def check_resolved(config: Any, has_rewards: bool) -> None:
         _check_ignored(config)
     _check_generation(config)
     group = config.num_generations
-    if has_rewards and group < 2:
-        raise ValueError(
-            "`num_generations` is 1, but rewards are compared among the completions of one prompt. Set it to 2 "
-            "or more, or leave it out (8)."
-        )
+    if has_rewards:
+        _check_baseline(config)
     check_group(config, group)
     group_eval = config.num_generations_eval or group
     eval_batch = config.per_device_eval_batch_size * config.world_size
@@ -244,6 +248,38 @@ def check_resolved(config: Any, has_rewards: bool) -> None:
             f"The global evaluation batch holds {eval_batch} completions, which the number of generations used "
             f"for evaluation ({group_eval}) does not divide. Change `per_device_eval_batch_size` or "
             "`num_generations_eval`."
+        )
+
+
+def _check_baseline(config: Any) -> None:
+    """Rewards must have something to be compared with, and be left as they are where groups are not the measure."""
+    baseline = config.reward_baseline
+    if baseline == "group":
+        if config.num_generations < 2:
+            raise ValueError(
+                "`num_generations` is 1, but with reward_baseline='group' rewards are compared among the completions "
+                "of one prompt. Set `reward_baseline='batch'` to compare them over the whole generation batch, or "
+                "'prompt' to compare them with earlier ones of the same prompt, or set `num_generations` to 2 or more, "
+                "or leave it out (8)."
+            )
+        return
+    if config.scale_rewards != "none":
+        raise ValueError(
+            f"`scale_rewards` is {config.scale_rewards!r}, but reward_baseline={baseline!r} compares rewards as they "
+            "are: dividing them by a standard deviation changes the optimum, and a group of one completion has none. "
+            "Set `scale_rewards='none'`, or `reward_baseline='group'`."
+        )
+    if config.multi_objective_aggregation != "sum_then_normalize":
+        raise ValueError(
+            f"`multi_objective_aggregation` is {config.multi_objective_aggregation!r}, which divides each reward by "
+            f"its standard deviation in the group, but reward_baseline={baseline!r} compares their weighted sum as it "
+            "is. Set it to 'sum_then_normalize', or `reward_baseline='group'`."
+        )
+    if config.generation_batch_size < 2:
+        raise ValueError(
+            f"`reward_baseline` is {baseline!r}, but a generation batch holds a single completion, which has nothing "
+            "to be compared with. Raise `per_device_train_batch_size`, `gradient_accumulation_steps` or "
+            "`generation_batch_size`."
         )
 
 
@@ -302,6 +338,7 @@ def _check_ignored(config: Any) -> None:
     if config.reward_weights is not None:
         raise ValueError("`reward_weights` are given, but no `reward_funcs`. Give both or neither.")
     ignored = {
+        "reward_baseline": "group",
         "delta": None,
         "off_policy_mask_threshold": None,
         "top_entropy_quantile": 1.0,

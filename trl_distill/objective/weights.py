@@ -1,8 +1,10 @@
-"""Weights of reward and teacher: the baseline of the rewards, and the schedule of `beta`."""
+"""Weights of reward and teachers: baselines of the rewards, the schedule of `beta`, weights of several teachers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -44,3 +46,42 @@ def scheduled_beta(schedule: str, start: float, end: float, step: int, steps: in
     if schedule == "step":
         return end if done >= 1.0 else start
     return start + (end - start) * (done if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * done)))
+
+
+def check_teacher_weights(weights: Mapping[str, Any], where: str, divergences: Sequence[str] = ("reverse_kl",)) -> None:
+    """
+    Check the weights of several teachers on one row.
+
+    Weights that add up to 1 may be negative for the reverse KL: Σ_i w_i KL(q ‖ p_i) is KL(q ‖ ∏ p_i^{w_i} / Z) − log Z,
+    so the minimum is the geometric mixture, which can lie beyond a teacher (ExOPD, arXiv 2602.12125).
+
+    Args:
+        weights (`dict[str, float]`): by the teachers' names.
+        where (`str`): what has the weights, at the start of error messages, with its verb.
+        divergences (`list[str]`): those that the run minimises.
+
+    Raises:
+        ValueError: weights are not finite or all 0; or some are negative and do not add up to 1, or belong to a
+            divergence for which they have no such minimum.
+    """
+    given = dict(weights)
+    numbers = all(isinstance(weight, int | float) and math.isfinite(weight) for weight in given.values())
+    if not numbers or not any(given.values()):
+        raise ValueError(f"{where} the teachers {given}; weights must be finite numbers, and not all of them 0.")
+    if min(given.values()) >= 0:
+        return
+    total = sum(given.values())
+    if abs(total - 1) > 1e-6:
+        raise ValueError(
+            f"{where} the teachers {given}, whose weights add up to {total:g}. With a negative one they must add up to "
+            "1: then they are the exponents of the mixture that is the target. With a sum of 0 or less there is no "
+            "target, and the student would only be driven away from a teacher. Scale the whole term with `beta`."
+        )
+    others = [name for name in divergences if name != "reverse_kl"]
+    if others:
+        raise ValueError(
+            f"{where} the teachers {given}, but a negative weight needs the reverse KL, and the run minimises "
+            f"{others[0]!r}: it averages over a teacher's tokens, or is bounded, so with a negative weight it is no "
+            "divergence from any mixture, and can fall without limit. Use divergence='reverse_kl' (and, with `lmbda` "
+            "below 1, off_policy_divergence='reverse_kl'), or weights that are not negative."
+        )
