@@ -39,7 +39,7 @@ test: lint
 	@echo "==> Running the fast tests"
 	@$(PYTEST) -m "not slow" -n $(WORKERS) $(PYTEST_ARGS)
 
-$(SLOW): $(STAMP) tests/quantised/requirements.txt
+$(SLOW): $(STAMP) tests/quantised/requirements.txt tests/synthetic/engines.txt
 	@echo "==> Installing DeepSpeed for the distributed tests, and Jupyter's kernel for the notebook (once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,deepspeed,notebook]"
 	@echo "==> Installing Triton, whose interpreter runs GPU kernels, into .venv-triton (once)"
@@ -48,6 +48,9 @@ $(SLOW): $(STAMP) tests/quantised/requirements.txt
 	@echo "==> Installing quantisers that run on a CPU into .venv-quantised (once)"
 	@rm -rf .venv-quantised
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-quantised -r tests/quantised/requirements.txt
+	@echo "==> Installing datatrove and Ray, for workers on many machines, into .venv-engines (once)"
+	@rm -rf .venv-engines
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-engines -r tests/synthetic/engines.txt
 	@touch $(SLOW)
 
 test-slow: $(SLOW)
@@ -82,4 +85,4 @@ format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(VLLM) .venv-triton demo_output build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) .venv-triton .venv-engines demo_output build dist *.egg-info

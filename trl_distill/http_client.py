@@ -199,7 +199,8 @@ class HTTPClient:
         self._own = threading.local()  # a client for each thread: one that is shared costs more with each connection
         self._opened: list[httpx.Client] = []
         self._closed = threading.Event()
-        self._certificates = httpx.create_ssl_context() if any(s.base.startswith("https") for s in servers) else True
+        secure = any(server.base.startswith("https") for server in servers)
+        self._certificates = httpx.create_ssl_context() if secure else None  # made once: it takes some milliseconds
         self._templates: dict[str, tuple[httpx.URL, list[tuple[bytes, bytes]], Any]] = {}  # by URL
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
@@ -346,11 +347,11 @@ class HTTPClient:
         if not hasattr(self._own, "client"):
             timeout, certificates = self.settings.timeout, self._certificates
             connect = min(timeout, LONGEST_CONNECT)
-            plain = PlainTransport(timeout, connect, certificates if certificates is not True else None)
+            plain = PlainTransport(timeout, connect, certificates)
             self._own.client = httpx.Client(
                 timeout=httpx.Timeout(timeout, connect=connect),
                 headers=self._headers,
-                verify=certificates,
+                verify=certificates or True,
                 transport=None if set(getproxies()) & PROXIES else plain,
             )
             self._opened.append(self._own.client)
