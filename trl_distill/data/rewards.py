@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib
 import inspect
 import itertools
 import logging
 import os
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from .._trl import REWARD_ARGUMENTS
+from ..objective.user_functions import import_by_path
 from .sampling import SampledCompletion, answer_texts
 
 
@@ -36,17 +35,7 @@ def import_reward(path: str) -> Callable:
     Raises:
         ValueError: there is none, or it cannot be called.
     """
-    module_name, _, name = path.replace(":", ".").rpartition(".")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module_name or "trl.rewards"), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"The reward function {path!r} could not be imported ({error}). Write `module.function`, importable "
-            "from the current directory, or the name of a function in `trl.rewards`."
-        ) from None
-    finally:
-        sys.path.pop(0)
+    found = import_by_path(path, "reward function", default_module="trl.rewards")
     if inspect.isclass(found):
         try:
             found = found()

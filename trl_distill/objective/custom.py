@@ -7,15 +7,13 @@ merged.
 
 from __future__ import annotations
 
-import functools
 import logging
-import os
-import pkgutil
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from .user_functions import NamedFunction
 
 
 logger = logging.getLogger(__name__)
@@ -27,39 +25,16 @@ HOW_TO_WRITE = (
 )
 
 
-class CustomDivergence(str):
+class CustomDivergence(NamedFunction):
     """
     The name of a divergence of one's own, which carries its function.
-
-    It is a string, so that settings are saved and logged as with any other name. A copy keeps the function; a pickled
-    one is imported again by its name, and is a plain string if that fails.
 
     Attributes:
         function (`Callable`): from log-probabilities of student and teacher to the summands, nats.
     """
 
-    function: Summands
-
-    def __new__(cls, name: str, function: Summands) -> CustomDivergence:
-        self = super().__new__(cls, name)
-        self.function = function
-        return self
-
-    def __copy__(self) -> CustomDivergence:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CustomDivergence:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (str(self),)
-
-
-def _unpickled(name: str) -> str:
-    try:
-        return CustomDivergence(name, _imported(name))
-    except ValueError:  # settings can be read without the module that they name
-        return name
+    what = "divergence"
+    how = HOW_TO_WRITE
 
 
 def load_divergence(value: Any, known: Any = ()) -> Any:
@@ -78,41 +53,11 @@ def load_divergence(value: Any, known: Any = ()) -> Any:
     """
     if isinstance(value, CustomDivergence) or (isinstance(value, str) and value in known):
         return value
-    if isinstance(value, str) and ("." in value or ":" in value):
-        found = CustomDivergence(value.replace(":", "."), _imported(value))
-    elif callable(value):
-        found = CustomDivergence(_name_of(value), value)
-    else:
+    found = CustomDivergence.from_value(value)
+    if found is None:
         return value
     check_function(found, found.function)
     return found
-
-
-def _imported(path: str) -> Summands:
-    """The function with this import path; the current directory is searched too."""
-    sys.path.insert(0, os.getcwd())
-    try:
-        function = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"The divergence {path!r} could not be imported ({error}). Write `module.function`, importable from the "
-            "current directory."
-        ) from None
-    finally:
-        sys.path.pop(0)
-    if not callable(function):
-        raise ValueError(f"The divergence {path!r} is no function, but {function!r:.100}. {HOW_TO_WRITE}")
-    return function
-
-
-def _name_of(function: Any) -> str:
-    """Its import path; with the values that are bound to it, if it is no plain function, so that none is mistaken."""
-    if isinstance(function, functools.partial):
-        bound = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
-        return f"{_name_of(function.func)}({', '.join(bound)})"
-    if hasattr(function, "__qualname__"):
-        return f"{function.__module__}.{function.__qualname__}"
-    return f"{type(function).__module__}.{type(function).__qualname__}()"
 
 
 def _examples() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
