@@ -406,8 +406,8 @@ def loss_and_gradient(trainer, rows):
 def test_rows_go_to_the_teacher_that_they_name_and_mixtures_add_up(make, pair, prompts, estimator, discount):
     """By hand: the loss of each row under each teacher alone, weighted."""
     settings = {"kl_estimator": estimator, "kl_discount": discount, "kl_top_k": 4, "loss_type": "luspo"}
-    named = ["math", "code", {"math": 0.7, "code": 0.3}, {"code": 2.0, "math": None}]
-    texts = ["a b", "c", "d e f", "g h"]
+    named = ["math", "code", {"math": 0.7, "code": 0.3}, {"code": 2.0, "math": None}, {"math": 1.25, "code": -0.25}]
+    texts = ["a b", "c", "d e f", "g h", "a"]
     rows = [{"prompt": text, "teacher": name} for text, name in zip(texts, named, strict=True)]
     column = prompts.add_column("teacher", ["math"] * len(prompts))
     trainer = make(teacher_model=copy.deepcopy(pair), train_dataset=column, **settings)
@@ -417,7 +417,7 @@ def test_rows_go_to_the_teacher_that_they_name_and_mixtures_add_up(make, pair, p
         alone = make(teacher_model=copy.deepcopy(pair[name]), **settings)
         for row in rows:
             weight = weights_of(row["teacher"], ["math", "code"], "")[i]
-            if weight > 0:
+            if weight != 0:
                 found, direction = loss_and_gradient(alone, [{"prompt": row["prompt"]}])
                 expected_loss += weight * found / len(rows)
                 expected += weight * direction / len(rows)
@@ -466,8 +466,9 @@ def test_a_checkpoint_with_two_names_is_loaded_once(make, saved, prompts):
     [
         ("physics", "names the teacher 'physics', which does not exist. Name one of 'math', 'code'"),
         (None, "Name one of 'math', 'code'"),
-        ({"math": -1.0}, "must be finite and not negative"),
-        ({"math": float("nan")}, "must be finite and not negative"),
+        ({"math": -1.0}, "must add up to 1"),
+        ({"math": 1.5, "code": -0.4}, "must add up to 1"),
+        ({"math": float("nan")}, "must be finite numbers"),
         ({"math": 0.0}, "not all of them 0"),
     ],
     ids=str,
@@ -493,6 +494,71 @@ def test_a_mixture_of_two_equal_teachers_is_one(make, prompts, teacher):
     mixed, alone = trained(make(teacher_model=twins, train_dataset=column))[0], trained(make())[0]
     for a, b in zip(mixed, alone, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_names_of_one_teacher_whose_weights_cancel_take_no_part(make, saved, prompts, student):
+    """Weights 1 and -1 of one checkpoint leave the other alone, and no metric counts the rows for it."""
+    same, other = str(saved / "teacher"), copy.deepcopy(student)
+    weights = {"up": 1.0, "down": -1.0, "other": 1.0}
+    trainer = make(teacher_model={"up": same, "down": same, "other": other}, teacher_weights=weights)
+    batch = generated(trainer, [{"prompt": "a b"}, {"prompt": "c"}])
+    (score,) = trainer.pool.score(MicroBatch.from_inputs(batch), training=True)
+    assert list(score.rows) == ["other"]
+    trained(trainer)
+    assert "distill/reverse_kl/up" not in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["resident", "parked"])
+@pytest.mark.parametrize("kind", ["adapter off", "its folder"])
+def test_away_from_the_students_own_start(make, saved, kind, offload):
+    """At first the reference is the student: it pulls at nothing. Then the student is driven away from it."""
+    path, adapter = str(saved / "student"), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "mlp.down_proj"])
+    student = {"model": path} | ({"peft_config": adapter} if kind == "adapter off" else {})
+    settings = {"max_steps": 4, "learning_rate": 3e-2, "teacher_offload": offload, **student}
+    teacher, ref = str(saved / "teacher"), "adapter-off" if kind == "adapter off" else path
+    weights = {"teacher": 1.25, "ref": -0.25}
+    beyond = make(teacher_model={"teacher": teacher, "ref": ref}, teacher_weights=weights, **settings)
+    alone = make(teacher_model=teacher, **settings)
+    (found, _), (expected, _) = trained(beyond), trained(alone)
+    log = beyond.state.log_history
+    assert log[0]["distill/reverse_kl/ref"] == pytest.approx(0, abs=1e-5)
+    assert log[3]["distill/reverse_kl/ref"] > 1e-3
+    assert found[0]["loss"] == pytest.approx(1.25 * expected[0]["loss"], rel=1e-4)
+    assert found[0]["grad_norm"] == pytest.approx(1.25 * expected[0]["grad_norm"], rel=1e-3)
+    by_name = [1.25 * log[3]["distill/reverse_kl/teacher"], -0.25 * log[3]["distill/reverse_kl/ref"]]
+    assert found[3]["distill/reverse_kl"] == pytest.approx(sum(by_name), rel=1e-4)
+
+
+def test_a_reference_is_not_compared_with_the_student(make, saved, student):
+    """Agreement with the teacher is not mixed with that of a model that the student is to leave."""
+    ref, teacher = str(saved / "student"), str(saved / "teacher")
+    rows = []
+    for model, weights in (
+        ({"teacher": teacher, "ref": ref}, {"teacher": 1.25, "ref": -0.25}),
+        (teacher, None),
+    ):
+        trainer = make(model=ref, teacher_model=model, teacher_weights=weights, max_steps=1)
+        trainer.train()
+        rows.append(trainer.state.log_history[0])
+    for key in ("distill/top1_agreement", "distill/forward_kl", "distill/compared_tokens"):
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-5), key
+    assert rows[0]["distill/top1_agreement"] < 0.9  # 1 with the reference, which is the student
+
+
+def test_weights_for_all_rows(make, pair, prompts, teacher):
+    with pytest.raises(ValueError, match=r"there is only one teacher. Set `beta`"):
+        make(teacher_weights={"teacher": 2.0})
+    with pytest.raises(ValueError, match=r"`teacher_weights` names the teacher 'art', which does not exist"):
+        make(teacher_model=pair, teacher_weights={"art": 1.0})
+    (weighted, _), (written, _) = (
+        trained(make(teacher_model=copy.deepcopy(pair), **changes))
+        for changes in (
+            {"teacher_weights": {"math": 1.5, "code": -0.5}},
+            {"train_dataset": prompts.add_column("teacher", [{"math": 1.5, "code": -0.5}] * len(prompts))},
+        )
+    )
+    for a, b in zip(weighted, written, strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
 
 
 # -- served teachers -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from ..config import OPDConfig
+from ..config_checks import divergences_of
 from ..teachers.pool import weights_of
 
 
@@ -30,11 +31,12 @@ def check_datasets(train: Any, evaluation: Any, teachers: list[str], args: OPDCo
         ValueError: from the first check that fails.
     """
     removed = bool(args.remove_unused_columns)
+    _check_weights(teachers, args)
     if writers["environment_factory"] is None:  # an environment may own the prompts
         check_train_dataset(train, args.prompts_per_generation)
         check_eval_datasets(evaluation)
         for dataset in (train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])):
-            check_teacher_columns(dataset, teachers, removed)
+            check_teacher_columns(dataset, teachers, args)
     elif "teacher_prompt" in (getattr(train, "column_names", None) or ()):
         raise ValueError(
             "The dataset has a `teacher_prompt` column, but environments append observations to the prompts, which "
@@ -72,24 +74,38 @@ def check_eval_datasets(datasets: Any) -> None:
         _check_prompts(dataset, "evaluation")
 
 
-def check_teacher_columns(dataset: Any, names: list[str], removed: bool = False) -> None:
-    """Check that with several teachers every row says which of them scores it."""
+def _check_weights(teachers: list[str], args: OPDConfig) -> None:
+    """Check `teacher_weights` against the teachers that there are."""
+    if args.teacher_weights is None:
+        return
+    found = weights_of(args.teacher_weights, teachers, "`teacher_weights`", divergences_of(args))
+    if len(teachers) == 1 and found != [1.0]:
+        raise ValueError(
+            f"`teacher_weights` is {args.teacher_weights}, but there is only one teacher. Set `beta` to weigh it, or "
+            "give several teachers by name."
+        )
+
+
+def check_teacher_columns(dataset: Any, names: list[str], args: OPDConfig) -> None:
+    """Check that with several teachers every row says which of them scores it, or `teacher_weights` does."""
     columns = getattr(dataset, "column_names", None)
     if columns is None or not isinstance(dataset, Dataset | IterableDataset):
         return
-    if removed and ("teacher_prompt" in columns or len(names) > 1):
+    if args.remove_unused_columns and ("teacher_prompt" in columns or (len(names) > 1 and "teacher" in columns)):
         raise ValueError(
             "`remove_unused_columns=True` drops the columns `teacher` and `teacher_prompt` before they are read. Set "
             "it to False, as it is by default."
         )
-    if len(names) > 1 and "teacher" not in columns:
+    if len(names) > 1 and "teacher" not in columns and args.teacher_weights is None:
         raise ValueError(
             f"There are several teachers ({', '.join(names)}), but a dataset has no `teacher` column that "
-            "says which of them scores a row. Add it: a name, or weights by name."
+            "says which of them scores a row. Add it: a name, or weights by name. Or set `teacher_weights` for all "
+            "rows."
         )
-    if isinstance(dataset, Dataset) and len(names) > 1:
+    if isinstance(dataset, Dataset) and len(names) > 1 and "teacher" in columns:
         for i, value in enumerate(dataset["teacher"]):
-            weights_of(value, names, f"Row {i} of the training dataset")
+            own = args.teacher_weights if value is None else value
+            weights_of(own, names, f"Row {i} of the training dataset", divergences_of(args))
 
 
 def check_completions(dataset: Any, writers: list[str], removed: bool) -> None:

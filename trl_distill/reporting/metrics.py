@@ -85,20 +85,22 @@ def reward_and_teacher(
 
 @torch.no_grad()
 def divergence_profile(
-    output: DistilledOutput, per_token: torch.Tensor, mask: torch.Tensor, name: str
+    output: DistilledOutput, scores: list[TeacherScore], per_token: torch.Tensor, mask: torch.Tensor, name: str
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """
     Where in the completions the divergence is, and how student and teacher differ.
 
     Args:
         output ([`~trl_distill.models.student.DistilledOutput`]): of the student's forward pass.
+        scores (`list` of [`~trl_distill.signals.TeacherScore`]): the teachers' scores. A teacher whose weights are all
+            negative is no target, so it is not compared with the student.
         per_token (`torch.Tensor` of shape `(B, C)`): the divergence, nats.
         mask (`torch.Tensor` of shape `(B, C)`, bool): the judged tokens.
         name (`str`): name of the divergence in the log.
 
     Returns:
         Quantities with their masks, with the same names on every process: `<name>/quarter1` to `4`, the divergence in
-        each quarter of the completions; "distill/concentration", the share of tokens with 80 % of it;
+        each quarter of the completions; "distill/concentration", the share of tokens with 80 % of its positive part;
         "distill/teacher_log_prob" of the sampled tokens, if measured; the values of
         [`~trl_distill.heads.comparison.comparison`] at a sample of the tokens, and "distill/compared_tokens", its size.
     """
@@ -112,7 +114,11 @@ def divergence_profile(
     log_p = [one.log_p.to(per_token.device) for one in output.measured or [] if one.log_p is not None]
     alone = len(output.measured or []) == len(log_p) == 1
     found["distill/teacher_log_prob"] = (log_p[0], mask) if alone else (per_token, torch.zeros_like(mask))
-    parts = [one.comparison.to(per_token.device) for one in output.measured or [] if one.comparison is not None]
+    parts = [
+        one.comparison.to(per_token.device)
+        for score, one in zip(scores, output.measured or [], strict=True)
+        if one.comparison is not None and (score.weight > 0).any()
+    ]
     few = torch.cat(parts, dim=1) if parts else per_token.new_zeros(len(COMPARED), 0)
     found |= {f"distill/{what}": (row, torch.ones_like(row)) for what, row in zip(COMPARED, few, strict=True)}
     compared = few.new_tensor([few.shape[1]])

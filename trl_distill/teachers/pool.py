@@ -8,12 +8,13 @@ last use.
 from __future__ import annotations
 
 import itertools
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..errors import TeacherUnavailable
+from ..objective.weights import check_teacher_weights
 from ..rollouts import MicroBatch, Rollouts
 from ..signals import Signal, TeacherScore
 from .base import Teacher, as_teacher
@@ -31,12 +32,23 @@ class TeacherPool:
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
         uses (`int`): number of times that each generation batch is trained on.
         together (`bool`): whether every process must take part in every forward pass of a teacher (ZeRO-3, FSDP).
+        weights (`dict[str, float]`, *optional*): of the teachers, for rows that do not give any.
+        divergences (`list[str]`): those that are minimised, which decide whether a weight may be negative.
     """
 
-    def __init__(self, teachers: dict[str, Teacher], accelerator: Any, uses: int = 1, together: bool = False):
+    def __init__(
+        self,
+        teachers: dict[str, Teacher],
+        accelerator: Any,
+        uses: int = 1,
+        together: bool = False,
+        weights: dict[str, float] | None = None,
+        divergences: Sequence[str] = ("reverse_kl",),
+    ):
         adapted = {id(given): as_teacher(given) for given in teachers.values()}  # one for each, whatever its names
         self.teachers, self.names = {name: adapted[id(given)] for name, given in teachers.items()}, list(teachers)
         self.accelerator, self.uses, self.together = accelerator, uses, together
+        self.weights, self.divergences = weights, divergences
         self.failed_everywhere = False  # whether all processes have raised the failure of a teacher
         # names of the same teacher share a forward pass
         self.members: list[tuple[Teacher, list[int]]] = []
@@ -69,7 +81,10 @@ class TeacherPool:
         """
         added = {"row_id": torch.tensor([next(_row_ids) for _ in rows], device=device)}
         if self.several:
-            weights = [weights_of(row.get("teacher"), self.names, f"Row {i} of a batch") for i, row in enumerate(rows)]
+            weights = [
+                weights_of(self.weights if own is None else own, self.names, f"Row {i} of a batch", self.divergences)
+                for i, own in enumerate(row.get("teacher") for row in rows)
+            ]
             added["teacher_weights"] = torch.tensor(weights, device=device)
         return added
 
@@ -84,7 +99,7 @@ class TeacherPool:
         for member, (teacher, columns) in enumerate(self.members):
             if not self._at_once(teacher, training):
                 continue
-            chosen = weights[:, columns].sum(1) > 0
+            chosen = weights[:, columns].sum(1) != 0
             failure: Exception | None = None
             signal: Any = None
             try:
@@ -110,13 +125,13 @@ class TeacherPool:
         scores = []
         for member, (teacher, columns) in enumerate(self.members):
             weight = weights[:, columns].sum(1)
-            chosen = weight > 0
+            chosen = weight != 0
             if self._at_once(teacher, training):
                 signal = self._take(member, self._ids(batch, chosen))
             else:
                 signal = self._ask(teacher, rollouts, chosen)
             if signal is not None:
-                rows = {self.names[i]: weights[:, i] > 0 for i in columns} if self.several else {}
+                rows = {self.names[i]: chosen & (weights[:, i] != 0) for i in columns} if self.several else {}
                 scores.append(TeacherScore(rollouts.mask & chosen[:, None], weight, signal, rows))
         return scores
 
@@ -213,7 +228,7 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
-def weights_of(value: Any, names: list[str], where: str) -> list[float]:
+def weights_of(value: Any, names: list[str], where: str, divergences: Sequence[str] = ("reverse_kl",)) -> list[float]:
     """
     The weight of each teacher, from one row's `teacher` column: a name, or weights by name.
 
@@ -221,12 +236,14 @@ def weights_of(value: Any, names: list[str], where: str) -> list[float]:
         value (`str` or `dict[str, float]`): the row's `teacher`.
         names (`list[str]`): names of all teachers.
         where (`str`): the row, at the start of error messages.
+        divergences (`list[str]`): those that are minimised.
 
     Returns:
         `list[float]`: in the order of `names`.
 
     Raises:
-        ValueError: it names no teacher or an unknown one, or weights are negative, not finite, or all 0.
+        ValueError: it names no teacher or an unknown one, or
+            [`~trl_distill.objective.weights.check_teacher_weights`] refuses the weights.
     """
     known = ", ".join(repr(name) for name in names)
     given = {value: 1.0} if isinstance(value, str) else value
@@ -236,8 +253,5 @@ def weights_of(value: Any, names: list[str], where: str) -> list[float]:
     unknown = [name for name in given if name not in names]
     if unknown:
         raise ValueError(f"{where} names the teacher {unknown[0]!r}, which does not exist. Name one of {known}.")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in given.values()) or sum(given.values()) <= 0:
-        raise ValueError(
-            f"{where} has the teachers {given}; weights must be finite and not negative, and not all of them 0."
-        )
+    check_teacher_weights(given, f"{where} has", divergences)
     return [float(given.get(name, 0.0)) for name in names]

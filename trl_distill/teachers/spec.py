@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 from .._trl import create_model_from_path, get_config_model_id
 from ..config import OPDConfig
+from ..config_checks import divergences_of
 from ..models.loading import load_config, load_tokenizer, load_whole
 from ..models.properties import unwrap_adapter
 from ..server_urls import without_login
@@ -265,7 +266,14 @@ def load_pool(
         if spec.identity not in loaded:
             loaded[spec.identity] = spec.load(accelerator, student, student_vocab_size)
     teachers = {name: loaded[spec.identity] for name, spec in specs.items()}
-    return TeacherPool(teachers, accelerator, uses=args.num_iterations, together=is_sharded(accelerator))
+    return TeacherPool(
+        teachers,
+        accelerator,
+        uses=args.num_iterations,
+        together=is_sharded(accelerator),
+        weights=args.teacher_weights,  # type: ignore[arg-type]
+        divergences=divergences_of(args),
+    )
 
 
 def student_config(name_or_path: str, args: OPDConfig) -> PretrainedConfig:

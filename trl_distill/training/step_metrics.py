@@ -28,7 +28,9 @@ def step_quantities(
     """
     mask, key = parts.batch.mask, f"distill/{name}"
     of_tokens, of_rows = reward_and_teacher(parts.output, parts.scores, parts.per_token, parts.batch, parts.beta)
-    quantities: Quantities = divergence_profile(parts.output, parts.per_token, mask, key) if profile else {}
+    quantities: Quantities = (
+        divergence_profile(parts.output, parts.scores, parts.per_token, mask, key) if profile else {}
+    )
     quantities |= {name: (values, mask) for name, values in {**of_tokens, key: parts.per_token}.items()}
     # rows that no reward function could score have no objective
     quantities |= {name: (values, ~values.isnan()) for name, values in of_rows.items()}
@@ -37,6 +39,7 @@ def step_quantities(
         assert parts.batch.advantages is not None
         by_sign = by_reward(parts.per_token, mask, parts.batch.advantages)
         quantities |= {f"{key}/{name}": found for name, found in by_sign.items()}
+    quantities |= weight_quantities(parts, "distill")
     return _renamed(quantities, entropy_key)
 
 
@@ -47,7 +50,16 @@ def off_policy_quantities(parts: LossParts, name: str) -> Quantities:
     quantities: Quantities = {key: (parts.per_token, mask)}
     quantities |= {f"{key}/{teacher}": found for teacher, found in parts.by_teacher.items()}
     quantities["distill/off_policy/entropy"] = (of_tokens["entropy"], mask)
-    return quantities
+    return quantities | weight_quantities(parts, "distill/off_policy")
+
+
+def weight_quantities(parts: LossParts, prefix: str) -> Quantities:
+    """The mean token weight, and the share of tokens with a weight below 1."""
+    weights, mask = parts.token_weights, parts.batch.mask
+    if weights is None:
+        return {}
+    below = (weights < 1).float()
+    return {f"{prefix}/token_weight": (weights, mask), f"{prefix}/token_weight/below_1": (below, mask)}
 
 
 def loss_quantities(terms: dict[str, torch.Tensor], accumulation: int) -> Quantities:
