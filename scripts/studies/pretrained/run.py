@@ -104,13 +104,12 @@ class Study:
         self.answers = self._kept("held-out", lambda: self._write_all(self.held_out, 1))
 
     def _write_all(self, rows: list[dict[str, Any]], seed: int) -> Written:
-        parts = range(0, len(rows), TOGETHER)
-        shown = track(parts, "the teacher writes", console=console, transient=True)
-        return [
-            one
-            for start in shown
-            for one in write(self.teacher, self.tokenizer, rows[start : start + TOGETHER], seed + start)
-        ]
+        made: Written = []
+        for start in track(range(0, len(rows), TOGETHER), "the teacher writes", console=console, transient=True):
+            made += write(self.teacher, self.tokenizer, rows[start : start + TOGETHER], seed + start)
+            if not console.is_terminal and start // TOGETHER % 10 == 9:  # where bars are drawn only at the end
+                console.print(f"the teacher has written {len(made)} of {len(rows)} answers")
+        return made
 
     def _kept(self, name: str, make: Any) -> Any:
         path = self.folder / f"{name}.json"
