@@ -22,11 +22,13 @@ from .config_checks import (
     check_group,
     check_resolved,
     check_values,
+    check_weighting,
     divergences_of,
     shaping,
 )
 from .objective.custom import load_divergence
 from .objective.divergences import DIVERGENCES
+from .objective.weighting import WEIGHTINGS, load_weighting
 from .objective.weights import check_teacher_weights
 from .redaction import from_environment, redacted
 
@@ -135,6 +137,12 @@ class OPDConfig(GRPOConfig):
             required: everything else assumes that the student wrote the tokens.
         off_policy_divergence (`str` or `Callable`, *optional*, defaults to `"forward_kl"`):
             What is minimised on the dataset's completions where `lmbda < 1`; a name as for `divergence`.
+        token_weighting (`str` or `Callable`, *optional*):
+            What a token weighs in the divergence, as a function of what was measured there: `"cap"`, min(1, c / KL);
+            `"top_share"`, `"student_entropy"`, `"teacher_entropy"` or `"position"`, see docs/objective.md; or one of
+            your own, as a function or by its import path `module.function`. `None` weights all tokens alike.
+        token_weighting_kwargs (`dict` or `str`, *optional*):
+            Parameters of `token_weighting` by name, such as `{"nats": 0.3}` for `"cap"`.
 
     > Parameters that control the reward
 
@@ -172,6 +180,7 @@ class OPDConfig(GRPOConfig):
 
     # the name that TRL reads
     _VALID_DICT_FIELDS = [*DICT_FIELDS, "teacher_model_init_kwargs", "teacher_models", "teacher_weights"]
+    _VALID_DICT_FIELDS += ["token_weighting_kwargs"]
 
     beta: float = 1.0
     beta_schedule: str = field(default="constant", metadata={"choices": list(SCHEDULES)})
@@ -199,6 +208,8 @@ class OPDConfig(GRPOConfig):
     kl_temperature: float | None = None
     lmbda: float = 1.0
     off_policy_divergence: str = field(default="forward_kl", metadata={"choices": _NamesOrPaths(DIVERGENCES)})
+    token_weighting: str | None = field(default=None, metadata={"choices": _NamesOrPaths(WEIGHTINGS)})
+    token_weighting_kwargs: dict[str, Any] | str | None = None
     reward_baseline: str = field(default="group", metadata={"choices": list(REWARD_BASELINES)})
     stop_above_truncation: float | None = None
     stop_above_repetition: float | None = None
@@ -214,13 +225,16 @@ class OPDConfig(GRPOConfig):
             if self.generation_batch_size is not None and self.num_generations is not None:
                 check_group(self, self.num_generations)  # a more helpful message than TRL's
             raise
-        if self.teacher_weights is not None:  # a `dict` by now
+        check_weighting(self)  # its parameters are a `dict` by now, as are the weights
+        if self.teacher_weights is not None:
+            assert isinstance(self.teacher_weights, dict)
             check_teacher_weights(self.teacher_weights, "`teacher_weights` has", divergences_of(self))
 
     def _load_divergences(self) -> None:
-        """Import and try divergences that are functions of one's own."""
+        """Import functions of one's own, and try divergences; a weighting is tried with its parameters."""
         self.divergence = load_divergence(self.divergence, DIVERGENCES)
         self.off_policy_divergence = load_divergence(self.off_policy_divergence, DIVERGENCES)
+        self.token_weighting = load_weighting(self.token_weighting)
 
     def without_secrets(self) -> OPDConfig:
         """A copy with `***` in place of secrets, for everything that is shown or written."""

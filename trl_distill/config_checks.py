@@ -8,6 +8,7 @@ from typing import Any
 
 from .objective.custom import CustomDivergence
 from .objective.divergences import DIVERGENCES
+from .objective.weighting import make_weighting
 
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def check_values(config: Any) -> None:
     _check_divergence(config)
     _check_schedule(config)
     _check_one_teacher(config)
+    check_weighting(config)
     if config.sync_ref_model and config.beta > 0:
         raise ValueError(
             "`sync_ref_model=True` would write the student's weights into the teacher, which takes the place of TRL's "
@@ -166,6 +168,39 @@ def _check_divergence(config: Any) -> None:
             f"`kl_temperature` is {config.kl_temperature}, but tokens are sampled at `temperature` "
             f"{config.temperature}, and kl_estimator={config.kl_estimator!r} learns from the sampled token. Leave "
             "`kl_temperature` out, or use kl_estimator='full'."
+        )
+
+
+def check_weighting(config: Any) -> None:
+    """The weighting must be known, and what it needs must be measured; its parameters are checked once parsed."""
+    name, given = config.token_weighting, config.token_weighting_kwargs
+    if name is None:
+        if given:
+            raise ValueError(
+                f"`token_weighting_kwargs` are {given}, but there is no `token_weighting`. Set both, or leave both out."
+            )
+        return
+    if config.beta == 0:
+        raise ValueError(
+            f"`token_weighting` is {name!r}, but `beta` is 0: there is no teacher whose term could be weighted. Set "
+            "`beta`, or leave `token_weighting` out."
+        )
+    if isinstance(given, str):  # not parsed yet; checked again afterwards
+        return
+    needs = make_weighting(name, given).needs
+    if "divergence" in needs and config.kl_estimator != "full":
+        raise ValueError(
+            f"The token weighting {name!r} needs the divergence at each token, but kl_estimator="
+            f"{config.kl_estimator!r} knows it only up to a part that depends on the sampled token, with which the "
+            "weight would no longer be a function of the prefix. Use kl_estimator='full', or a weighting by "
+            "`student_entropy`, `teacher_entropy` or `position`."
+        )
+    of_teacher = sorted(needs & {"teacher_entropy", "agreement"})
+    if of_teacher and config.teacher_server_urls:
+        raise ValueError(
+            f"The token weighting {name!r} needs `{of_teacher[0]}`, which takes the teacher's whole distribution, but "
+            "the servers at `teacher_server_urls` give log-probabilities of a few ids only. Use a local teacher, or a "
+            "weighting by `student_entropy` or `position`."
         )
 
 

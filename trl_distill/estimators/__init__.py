@@ -18,6 +18,7 @@ def make_estimator(
     alpha: float = 0.0,
     stops: list[int] | None = None,
     log_p_temperature: float | None = None,
+    also: frozenset[str] = frozenset(),
 ) -> Estimator:
     """
     The estimator that `kl_estimator` names.
@@ -32,11 +33,12 @@ def make_estimator(
         log_p_temperature (`float`, *optional*): with "full", also measure the teacher's log-probability of the sampled
             token at this temperature, for the log. Another temperature than that of the divergence costs one more
             projection of the teacher.
+        also (`frozenset[str]`): further measures for a token weighting: "teacher_entropy", "agreement".
     """
     stops = stops or []
     table: dict[str, Callable[[], Estimator]] = {
-        "full": lambda: Full(divergence, alpha, temperature, stops, log_p_temperature),
-        "topk": lambda: TopK(k, divergence, temperature, stops),
-        "sampled": lambda: Sampled(temperature, stops),
+        "full": lambda: Full(divergence, alpha, temperature, stops, log_p_temperature, also),
+        "topk": lambda: TopK(k, divergence, temperature, stops, also),
+        "sampled": lambda: Sampled(temperature, stops, also),
     }
     return table[name]()

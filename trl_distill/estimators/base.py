@@ -32,6 +32,8 @@ class TokenMeasures:
             divergence.
         comparison (`torch.Tensor` of shape `(5, n)`, *optional*): how the models differ at n of the tokens, see
             [`~trl_distill.heads.comparison.comparison`].
+        teacher_entropy (`torch.Tensor`, *optional*): the teacher's entropy at the divergence's temperature, nats.
+        agreement (`torch.Tensor`, *optional*): 1 where both models have the same most likely id, else 0.
     """
 
     divergence: torch.Tensor | None = None
@@ -40,6 +42,8 @@ class TokenMeasures:
     log_q: torch.Tensor | None = None
     policy_log_q: torch.Tensor | None = None
     comparison: torch.Tensor | None = None
+    teacher_entropy: torch.Tensor | None = None
+    agreement: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What was measured, by name: engines find tensors in a module's output where they lie in dictionaries."""
@@ -63,6 +67,8 @@ class Estimator(Protocol):
         temperature (`float`): softmax temperature of both models.
         stops (`list[int]`): stop tokens that count as one; empty if none are merged.
         profiles (`bool`): whether to log the profile of the divergence and the comparison of the models.
+        also (`frozenset[str]`): further measures of a local teacher that a token weighting needs: "teacher_entropy",
+            "agreement".
     """
 
     needs_log_probs: bool
@@ -70,6 +76,7 @@ class Estimator(Protocol):
     temperature: float
     stops: list[int]
     profiles: bool
+    also: frozenset[str]
 
     @property
     def measures(self) -> type[TokenMeasures]: ...

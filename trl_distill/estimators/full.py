@@ -10,7 +10,7 @@ from ..heads.fused import DivergenceSpec, fused_divergence
 from ..heads.kernel import kernel_divergence
 from ..signals import HiddenStates
 from .base import TokenMeasures
-from .log_probs import teacher_log_p
+from .log_probs import measured_also, teacher_log_p
 
 
 # Divergences that TRL's kernel computes, and its `beta` for each; `None` stands for the divergence's alpha
@@ -36,7 +36,9 @@ class Full:
         temperature: float,
         stops: list[int],
         log_p_temperature: float | None = None,
+        also: frozenset[str] = frozenset(),
     ):
+        self.also = also
         self.divergence, self.alpha, self.temperature, self.stops = divergence, alpha, temperature, stops
         self.log_p_temperature = log_p_temperature
 
@@ -57,6 +59,7 @@ class Full:
             log_p=log_p,
             policy_log_q=found.log_q if shared else None,
             comparison=found.comparison,
+            **measured_also(self.also, hidden, head, signal, sampled, self.temperature, self.stops),
         )
 
     def _log_p(self, head, signal, sampled, log_q) -> torch.Tensor | None:
@@ -69,7 +72,9 @@ class Full:
         kernel_beta = KERNEL_BETA[self.divergence]
         beta = self.alpha if kernel_beta is None else kernel_beta
         divergence, entropy = kernel_divergence(hidden, head, signal, beta, self.temperature)
-        return TokenMeasures(divergence=divergence, entropy=entropy, log_p=self._log_p(head, signal, sampled, log_q))
+        more = measured_also(self.also, hidden, head, signal, sampled, self.temperature)
+        log_p = self._log_p(head, signal, sampled, log_q)
+        return TokenMeasures(divergence=divergence, entropy=entropy, log_p=log_p, **more)
 
     def shares_logits(self, device) -> bool:
         return self.log_p_temperature == self.temperature and not self._uses_kernel(device)

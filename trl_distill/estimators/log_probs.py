@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from ..heads.few_ids import log_probs_of
+from ..heads.few_ids import log_probs_of, top_ids
+from ..heads.lm_head import LMHead
 from ..signals import HiddenStates, Signal, TokenLogProbs
 from .base import TokenMeasures
 
@@ -20,6 +23,7 @@ class FromLogProbs:
     needs_log_probs, profiles = True, True
     takes: tuple[type, ...] = (HiddenStates, TokenLogProbs)
     measures: type[TokenMeasures] = TokenMeasures
+    also: frozenset[str] = frozenset()
 
     def shares_logits(self, device: torch.device) -> bool:
         return True  # the temperature is always that of sampling
@@ -35,6 +39,47 @@ def teacher_log_p(signal: Signal, sampled: torch.Tensor, vocab_size: int, temper
     if isinstance(signal, TokenLogProbs):
         return signal.log_p
     return log_probs_of(signal.hidden, signal.head, sampled[:, None], vocab_size, temperature)[0][:, 0]
+
+
+@torch.no_grad()
+def measured_also(
+    also: frozenset[str],
+    hidden: torch.Tensor,
+    head: LMHead,
+    signal: Signal,
+    sampled: torch.Tensor,
+    temperature: float,
+    stops: Sequence[int] = (),
+) -> dict[str, torch.Tensor]:
+    """
+    What a token weighting needs beyond an estimator's own measures; each costs projections of its own.
+
+    Args:
+        also (`frozenset[str]`): "teacher_entropy", one projection of the teacher; "agreement", one of each model.
+        hidden (`torch.Tensor` of shape `(N, H)`), head ([`LMHead`]): the student's.
+        signal ([`~trl_distill.signals.HiddenStates`]): the teacher's.
+        sampled (`torch.Tensor` of shape `(N,)`): ids of the tokens.
+        temperature (`float`): of both.
+        stops (`Sequence[int]`): ids that count as one in the agreement; the entropy counts each.
+
+    Returns:
+        `dict`: those of `also`, `(N,)`, fp32.
+    """
+    found: dict[str, torch.Tensor] = {}
+    if not also:
+        return found
+    assert isinstance(signal, HiddenStates)
+    if "teacher_entropy" in also:
+        shared = min(head.vocab_size, signal.head.vocab_size)
+        found["teacher_entropy"] = log_probs_of(signal.hidden, signal.head, sampled[:, None], shared, temperature)[1]
+    if "agreement" in also:
+        ours, theirs = (
+            top_ids(states.detach(), which, 1)[:, 0] for states, which in ((hidden, head), (signal.hidden, signal.head))
+        )
+        if stops:
+            ours, theirs = (ids.where(~is_in(ids, list(stops)), stops[0]) for ids in (ours, theirs))
+        found["agreement"] = (ours == theirs.to(ours.device)).float()
+    return found
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from ..heads.few_ids import log_probs_of, top_ids
 from ..objective import terms
 from ..signals import TokenLogProbs
 from .base import TokenMeasures
-from .log_probs import FromLogProbs, is_in, teacher_log_probs, with_sampled
+from .log_probs import FromLogProbs, is_in, measured_also, teacher_log_probs, with_sampled
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,12 @@ class TopK(FromLogProbs):
 
     measures = TopKMeasures
 
-    def __init__(self, k: int, divergence: str, temperature: float, stops: list[int]):
+    def __init__(
+        self, k: int, divergence: str, temperature: float, stops: list[int], also: frozenset[str] = frozenset()
+    ):
         if divergence not in TOPK_DIVERGENCES:
             raise ValueError(f"`topk` has no estimate of divergence={divergence!r}. Use kl_estimator='full'.")
-        self.k, self.divergence, self.temperature, self.stops = k, divergence, temperature, stops
+        self.k, self.divergence, self.temperature, self.stops, self.also = k, divergence, temperature, stops, also
 
     def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> TokenMeasures:
         if isinstance(signal, TokenLogProbs):
@@ -68,6 +70,7 @@ class TopK(FromLogProbs):
             head_log_q=heads[0],
             head_log_p=heads[1],
             outside=outside,
+            **measured_also(self.also, hidden, head, signal, sampled, self.temperature, self.stops),
         )
 
     def term(self, measured, log_q, ratio, weight) -> torch.Tensor:

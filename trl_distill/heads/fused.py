@@ -66,7 +66,7 @@ class TokenStatistics(NamedTuple):
 class ExpectedSlopes(NamedTuple):
     """Derivatives of the loss by the divergence and the log-probability of each judged token, `(N,)`, where known."""
 
-    divergence: torch.Tensor
+    divergence: torch.Tensor | None
     log_q: torch.Tensor | None = None
 
 

@@ -71,11 +71,11 @@ class ForwardPlan:
 
     def slopes(self, number: int, mask: torch.Tensor) -> ExpectedSlopes | None:
         """The slopes `(N,)` for teacher `number`, at the tokens marked by `mask` `(B, C)`."""
-        if not self.divergence_slopes:
-            return None
         of_policy = self.policy_slope if self.log_probs == "shared" else None
+        if not self.divergence_slopes and of_policy is None:
+            return None
         return ExpectedSlopes(
-            self.divergence_slopes[number].to(mask.device)[mask],
+            self.divergence_slopes[number].to(mask.device)[mask] if self.divergence_slopes else None,
             None if of_policy is None else of_policy.to(mask.device)[mask],
         )
 

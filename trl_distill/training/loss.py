@@ -13,8 +13,10 @@ import torch
 from ..estimators.base import Estimator
 from ..models.student import DistilledOutput, ForwardPlan, RecordedStudent
 from ..objective import terms
+from ..objective.weighting import make_weighting
 from ..rollouts import MicroBatch
 from ..signals import TeacherScore
+from .loss_weighting import LossWeighting
 from .setup import Setup
 
 
@@ -29,10 +31,11 @@ class LossParts:
         output ([`~trl_distill.models.student.DistilledOutput`]): of the student's forward pass.
         beta (`float`): weight of the divergence, reward per nat.
         per_token (`torch.Tensor` of shape `(B, C)`): the teachers' term, with its value in nats and the objective's
-            gradient.
+            gradient; before token weights.
         by_teacher (`dict`): with several teachers, by name: its own term `(B, C)` and the mask of its tokens `(B, C)`.
-        divergence (`torch.Tensor`, scalar): beta times `per_token`, reduced as TRL reduces its loss.
+        divergence (`torch.Tensor`, scalar): beta times the weighted `per_token`, reduced as TRL reduces its loss.
         policy (`torch.Tensor`, scalar, *optional*): TRL's own loss; `None` without a reward or side term.
+        token_weights (`torch.Tensor` of shape `(B, C)`, *optional*): weights of the tokens in the divergence.
     """
 
     batch: MicroBatch
@@ -43,6 +46,7 @@ class LossParts:
     by_teacher: dict[str, tuple[torch.Tensor, torch.Tensor]]
     divergence: torch.Tensor
     policy: torch.Tensor | None = None
+    token_weights: torch.Tensor | None = None
 
     @property
     def total(self) -> torch.Tensor:
@@ -60,6 +64,10 @@ class DistillationLoss:
 
     def __init__(self, trainer: Any, setup: Setup):
         self.trainer, self.setup, self.args = trainer, setup, trainer.args
+        self.weighting: LossWeighting | None = None
+        if self.args.token_weighting is not None:
+            weighting = make_weighting(self.args.token_weighting, self.args.token_weighting_kwargs)
+            self.weighting = LossWeighting(weighting, trainer.accelerator, setup.pool.teachers)
 
     def __call__(self, model: Any, batch: MicroBatch, beta: float, rewarded: bool = True) -> LossParts:
         """
@@ -80,22 +88,31 @@ class DistillationLoss:
             policy = trainer.policy_loss(student, for_policy.inputs)
         else:
             self._call(student, self._student_inputs(batch))
-        per_token, by_teacher = self.kl_term(estimator, student.output, scores, batch)
-        divergence = beta * self.reduced(per_token, batch)
-        return LossParts(batch, scores, student.output, beta, per_token, by_teacher, divergence, policy)
+        return self._parts(estimator, student.output, scores, batch, beta, policy)
 
     def off_policy(self, model: Any, batch: MicroBatch, beta: float) -> LossParts:
         """Beta times the divergence on the dataset's completions, without rewards, entropy bonus or MoE loss."""
         estimator = self.setup.off_policy_estimator
         scores = self.setup.pool.score(batch, training=True)
-        slope = self.expected_slope(batch)
-        plan = ForwardPlan(estimator, divergence_slopes=self._divergence_slopes(scores, slope, beta))
+        plan = ForwardPlan(estimator, divergence_slopes=self._divergence_slopes(scores, batch, beta))
         student = RecordedStudent(model, batch.rollouts, scores, plan)
         rollouts = batch.rollouts
         self._call(student, {"input_ids": rollouts.input_ids, "attention_mask": rollouts.attention_mask})
-        per_token, by_teacher = self.kl_term(estimator, student.output, scores, batch)
-        divergence = beta * self.reduced(per_token, batch)
-        return LossParts(batch, scores, student.output, beta, per_token, by_teacher, divergence)
+        return self._parts(estimator, student.output, scores, batch, beta)
+
+    def _parts(
+        self,
+        estimator: Estimator,
+        output: DistilledOutput,
+        scores: list[TeacherScore],
+        batch: MicroBatch,
+        beta: float,
+        policy: torch.Tensor | None = None,
+    ) -> LossParts:
+        """The parts of the loss from the student's output."""
+        per_token, by_teacher, weights = self.kl_term(estimator, output, scores, batch)
+        divergence = beta * self.reduced(self.credited(per_token, weights, output, batch), batch)
+        return LossParts(batch, scores, output, beta, per_token, by_teacher, divergence, policy, weights)
 
     def _call(self, student: RecordedStudent, inputs: dict[str, Any]) -> None:
         with self.trainer.accelerator.autocast():
@@ -119,14 +136,20 @@ class DistillationLoss:
             (slope,) = torch.autograd.grad(self.reduced(value, batch), value)
         return slope
 
-    @staticmethod
-    def _divergence_slopes(scores: list[TeacherScore], slope: torch.Tensor, beta: float) -> list[torch.Tensor]:
+    def _divergence_slopes(self, scores: list[TeacherScore], batch: MicroBatch, beta: float) -> list[torch.Tensor]:
+        """Expected derivatives by the divergence from each teacher; none where token weights are not known yet."""
+        slope = self.expected_slope(batch)
+        if self.weighting is not None:
+            weights = self.weighting.known_ahead(batch.mask)
+            if weights is None:
+                return []
+            slope = slope * weights
         return [beta * score.weight[:, None] * slope for score in scores]
 
     def forward_plan(self, batch: MicroBatch, scores: list[TeacherScore], beta: float) -> ForwardPlan:
         """How to run the student's forward pass with as few projections as these rollouts allow."""
-        slope, estimator = self.expected_slope(batch), self.setup.estimator
-        plan = ForwardPlan(estimator, divergence_slopes=self._divergence_slopes(scores, slope, beta))
+        estimator = self.setup.estimator
+        plan = ForwardPlan(estimator, divergence_slopes=self._divergence_slopes(scores, batch, beta))
         # ratios to TRL's log-probabilities need TRL's own values, rounded the same way; side terms need TRL's outputs
         if self.trainer.has_side_terms or batch.needs_trl_log_probs:
             return plan
@@ -134,6 +157,7 @@ class DistillationLoss:
         if whole and self.setup.same_vocabulary and estimator.shares_logits(batch.mask.device):
             # on fresh rollouts the policy loss is -A log q; where it is not, the backward pass corrects the difference
             assert batch.advantages is not None
+            slope = self.expected_slope(batch)
             policy_slope = -batch.advantages.view(len(slope), -1) * slope
             return replace(plan, log_probs="shared", policy_slope=policy_slope)
         return replace(plan, log_probs="here", temperature=self.args.temperature)
@@ -151,27 +175,49 @@ class DistillationLoss:
 
     def kl_term(
         self, estimator: Estimator, output: DistilledOutput, scores: list[TeacherScore], batch: MicroBatch
-    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]:
         """
-        The teachers' term for each completion token, `(B, C)`: value in nats, gradient of the objective.
+        The teachers' term for each completion token, `(B, C)`: value in nats, gradient of the divergence.
 
         With several teachers it is the sum of their terms, weighted row by row. The second result is
-        `LossParts.by_teacher`.
+        `LossParts.by_teacher`, the third the token weights.
         """
         pool, device, mask = self.setup.pool, self.trainer.accelerator.device, batch.mask
         assert output.measured is not None
         log_q, ratio, weight = self._ratios(output, batch)
         per_token = torch.zeros(mask.shape, device=device)
         by_teacher = {name: (per_token, torch.zeros_like(mask)) for name in pool.names if pool.several}
-        for score, found in zip(scores, output.measured, strict=True):
-            measures = found.map(lambda values: values.to(device))
+        measured = [found.map(lambda values: values.to(device)) for found in output.measured]
+        for score, measures in zip(scores, measured, strict=True):
             alone = estimator.term(measures, log_q, ratio, weight) * score.mask
             per_token = per_token + score.weight[:, None] * alone
             by_teacher |= {name: (alone, mask & rows[:, None]) for name, rows in score.rows.items()}
+        weights = None
+        if self.weighting is not None:
+            training = self.trainer.mode == "train"
+            weights = self.weighting(measured, scores, batch, self.trainer.state.global_step, training)
+        return per_token, by_teacher, weights
+
+    def credited(
+        self,
+        per_token: torch.Tensor,
+        weights: torch.Tensor | None,
+        output: DistilledOutput,
+        batch: MicroBatch,
+    ) -> torch.Tensor:
+        """
+        The term that is minimised, `(B, C)`: weighted, and credited with the later KL by `kl_discount`.
+
+        Weights come first. So the later KL is weighted, too, and at γ = 1 the gradient is that of the sum of weighted
+        KLs, with the weights held fixed.
+        """
+        if weights is not None:
+            per_token = weights * per_token
         if self.args.kl_discount > 0 and not batch.is_off_policy:
+            _, ratio, _ = self._ratios(output, batch)
             assert ratio is not None
-            per_token = terms.sequence_term(per_token, mask, ratio, self.args.kl_discount)
-        return per_token, by_teacher
+            per_token = terms.sequence_term(per_token, batch.mask, ratio, self.args.kl_discount)
+        return per_token
 
     def _ratios(self, output: DistilledOutput, batch: MicroBatch) -> tuple[torch.Tensor | None, ...]:
         """

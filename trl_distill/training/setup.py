@@ -24,6 +24,7 @@ from ..estimators.base import Estimator
 from ..heads.fused import DivergenceSpec
 from ..models.properties import has_relative_positions, name_of, unwrap_adapter
 from ..models.student import add_student_forward, keep_output_dtype
+from ..objective.weighting import measured_for
 from ..reporting.summary_table import SummaryTable
 from ..reporting.trackers import add_trackers
 from ..teachers.base import is_sharded
@@ -150,6 +151,7 @@ def _estimators(trainer: Any, found: Examined) -> tuple[Estimator, Estimator]:
         temperature=args.kl_temperature or args.temperature,
         k=args.kl_top_k,
         stops=found.merged,
+        also=measured_for(args),
     )
     estimator = make(
         args.kl_estimator,

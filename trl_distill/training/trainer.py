@@ -38,6 +38,7 @@ from .citation import PAPER
 from .grpo_hooks import GRPOHooks
 from .loss import DistillationLoss, LossParts
 from .model_card import complete_file
+from .reward_baseline import RewardBaseline
 from .safeguards import Safeguards
 from .setup import Setup, add_reporting, prepare
 from .step_metrics import loss_quantities, off_policy_quantities, step_quantities
@@ -156,6 +157,8 @@ class OPDTrainer(GRPOHooks):
         self.leave_one_out = (
             args.beta > 0 and args.scale_rewards == "none" and args.multi_objective_aggregation == "sum_then_normalize"
         )
+        if self.has_rewards and args.reward_baseline != "group":
+            self.baseline = RewardBaseline(args.reward_baseline)
         if environment_factory is None:
             ours = args.beta > 0  # plain GRPO takes what TRL takes, images too
             train_dataset = with_prompts(train_dataset, "the training dataset", check=ours)
@@ -341,10 +344,14 @@ class OPDTrainer(GRPOHooks):
 
     def on_run_start(self, checkpoint: str | None) -> None:
         self.turns.load(checkpoint)
+        if self.baseline is not None:
+            self.baseline.load(checkpoint)
         self._bind_reports()  # including those added since construction
         close_last(self)
         for teacher, _ in self.pool.members if self.pool is not None and checkpoint else ():
             teacher.load(str(checkpoint))
+        if self.loss is not None and self.loss.weighting is not None:
+            self.loss.weighting.load(checkpoint)
 
     def on_run_end(self) -> None:
         release_memory()
@@ -361,8 +368,12 @@ class OPDTrainer(GRPOHooks):
     def checkpoint_written(self, folder: str) -> None:
         if self.args.lmbda < 1 and self.accelerator.is_main_process:
             self.turns.save(folder, under_way=not self.between_generations)
+        if self.baseline is not None and self.baseline.kind == "prompt" and self.accelerator.is_main_process:
+            self.baseline.save(folder, under_way=not self.between_generations)
         for teacher, _ in self.pool.members if self.pool is not None and self.accelerator.is_main_process else ():
             teacher.save(folder)
+        if self.loss is not None and self.loss.weighting is not None and self.accelerator.is_main_process:
+            self.loss.weighting.save(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As [`~transformers.Trainer.create_model_card`]; it also names the teachers and how they were distilled."""
