@@ -87,7 +87,10 @@ def _short(value: Any, limit: int = 40) -> str:
 
 
 def groups(generations: int | None, prompts: int, rewarded: bool) -> Finding:
-    """Without rewards, groups have no use. (With rewards, `OPDConfig.resolved` has rejected groups of one.)"""
+    """
+    Without rewards, groups have no use. (With rewards that are compared in groups, `OPDConfig.resolved` has rejected
+    groups of one.)
+    """
     batch = f"{prompts} prompts with {generations} completions each in a generation batch"
     if rewarded or generations == 1:
         return Finding("groups", "ok", f"{batch}, {'with' if rewarded else 'without'} rewards.")

@@ -28,6 +28,36 @@ def leave_one_out(advantages: torch.Tensor, valid: torch.Tensor, group: int) -> 
     return torch.where(n > 1, advantages * n / (n - 1).clamp(min=1), advantages)
 
 
+def mean_of_others(
+    rewards: torch.Tensor,
+    keys: torch.Tensor,
+    earlier_sum: torch.Tensor | float = 0.0,
+    earlier_count: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
+    """
+    A baseline for each reward: the mean of the other rewards with the same key, and of earlier ones.
+
+    A row's own reward stays out, so the baseline does not depend on the row's completion, and subtracting it leaves the
+    expected gradient as it is (RLOO, arXiv 2402.14740). That holds for any keys that do not depend on completions.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(R,)`): NaN for rows without a reward, which are left out of all means.
+        keys (`torch.Tensor` of shape `(R,)`, int64): rows with equal keys are compared.
+        earlier_sum, earlier_count (`torch.Tensor` of shape `(R,)`): sum and number of earlier rewards of the row's key.
+
+    Returns:
+        `torch.Tensor` of shape `(R,)`, fp64: NaN where there is no other reward.
+    """
+    valid = ~rewards.isnan()
+    values = torch.where(valid, rewards, 0.0).double()
+    found, group = keys.unique(return_inverse=True)
+    sums, counts = (
+        values.new_zeros(len(found)).index_add(0, group, own)[group] - own for own in (values, valid.double())
+    )
+    sums, counts = sums + earlier_sum, counts + earlier_count
+    return torch.where(counts > 0, sums / counts.clamp(min=1), torch.nan)
+
+
 def scheduled_beta(schedule: str, start: float, end: float, step: int, steps: int) -> float:
     """
     Weight of the divergence at a global step: "constant", "linear" or "cosine" from `start` to `end`, or "step".

@@ -22,6 +22,7 @@ from ..errors import CheckpointError, NonFiniteLossError
 from ..objective.weights import leave_one_out
 from .checkpoints import last_complete, mark_complete, unmark, what_is_missing
 from .micro_batches import by_length, trimmed
+from .reward_baseline import RewardBaseline, prompt_keys
 
 
 class ReplayingSampler(RepeatSampler):
@@ -58,7 +59,8 @@ class GRPOHooks(GRPOTrainer):
 
     Attributes:
         has_rewards (`bool`): whether there is a reward; without one, reward functions are not called.
-        leave_one_out (`bool`): whether a row's baseline leaves out its own reward.
+        leave_one_out (`bool`): whether a row's baseline, the mean of its group, leaves out its own reward.
+        baseline ([`~trl_distill.training.reward_baseline.RewardBaseline`], *optional*): used in place of the group's.
         saves_padding (`bool`): whether micro-batches are cut to their longest row.
         trims_prompts (`bool`): whether padding on the left may be cut too.
         is_distilling (`bool`): whether there is a teacher. Then rollouts leave the student's own `generation_config`
@@ -70,6 +72,7 @@ class GRPOHooks(GRPOTrainer):
     trims_prompts: bool = False
     is_distilling: bool = False
     leave_one_out: bool = False
+    baseline: RewardBaseline | None = None
     _skips_old_log_probs: bool = False
     _generating: bool = False
     _rows_tools: list[Any] | None = None
@@ -157,7 +160,7 @@ class GRPOHooks(GRPOTrainer):
             self._rows_tools = None
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """TRL's rollouts, with leave-one-out advantages and each row's reward."""
+        """TRL's rollouts, with each row's reward, and advantages by the baseline that was asked for."""
         self._fresh = True
         output = self.dataset_batch(inputs)
         if output is None:
@@ -241,15 +244,23 @@ class GRPOHooks(GRPOTrainer):
         rows = slice(self.accelerator.process_index * local, (self.accelerator.process_index + 1) * local)
         weights = self.reward_weights.to(rewards.device)
         unscored = rewards.isnan().all(1)
-        output["rewards"] = (rewards * weights).nansum(1).masked_fill(unscored, torch.nan)[rows]
-        if self.leave_one_out:
+        total = (rewards * weights).nansum(1).masked_fill(unscored, torch.nan)  # (all rows,)
+        output["rewards"] = total[rows]
+        if self.baseline is not None:
+            keys = self.accelerator.gather(prompt_keys(output["prompt_ids"], output["prompt_mask"]))
+            everyone = self.baseline.advantages(total, keys, self.mode == "train")
+            if self.baseline.kind == "prompt" and self.mode == "train":
+                self.record("distill/known_prompts", self.baseline.share_known)
+        elif self.leave_one_out:
             group = self.num_generations if self.mode == "train" else self.num_generations_eval
             everyone = leave_one_out(self.accelerator.gather(output["advantages"]), ~unscored, group)
-            output["advantages"] = everyone[rows]
-            logged = self._logs["advantages"]  # a deque that TRL has just extended, for the table of completions
-            for _ in range(min(len(everyone), len(logged))):
-                logged.pop()
-            logged.extend(everyone.tolist())
+        else:
+            return
+        output["advantages"] = everyone[rows]
+        logged = self._logs["advantages"]  # a deque that TRL has just extended, for the table of completions
+        for _ in range(min(len(everyone), len(logged))):
+            logged.pop()
+        logged.extend(everyone.tolist())
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         return ReplayingSampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
