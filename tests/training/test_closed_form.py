@@ -28,8 +28,8 @@ def completions(length: int) -> list[tuple[int, ...]]:
     ]
 
 
-def make_pair(spread: float):
-    pair = [make_model(seed=s, vocab_size=V, num_hidden_layers=1, initializer_range=spread) for s in (1, 2)]
+def make_pair(spread: float, seeds: tuple[int, ...] = (1, 2)):
+    pair = [make_model(seed=s, vocab_size=V, num_hidden_layers=1, initializer_range=spread) for s in seeds]
     for model in pair:
         model.get_input_embeddings().padding_idx = None  # an ordinary token here
     return pair
@@ -47,21 +47,41 @@ def distribution(model, prompt: list[int], length: int) -> torch.Tensor:
 
 
 def train_and_compare(
-    tmp_path, length: int, beta: float, reward, spread: float = 0.3, **changes
+    tmp_path,
+    length: int,
+    beta: float,
+    reward,
+    spread: float = 0.3,
+    weights: dict[str, float] | None = None,
+    prompts: tuple[str, ...] = ("a b",),
+    **changes,
 ) -> tuple[float, float]:
-    """Total variation from the closed form: after training, and of the teacher itself. `spread` peaks the models."""
+    """
+    Total variation from the closed form: after training, and of the teacher itself. `spread` peaks the models.
+
+    With `weights` of "teacher" and "ref" the closed form has teacher^w ref^(1 − w) in place of the teacher. Of several
+    `prompts`, each has rewards that are higher by 1 than the one's before, and the largest total variation counts.
+    """
     tokenizer = make_tokenizer(WORDS)
     student, teacher = make_pair(spread)
-    prompt = tokenizer("a b").input_ids
-    rows = completions(length)
-    rewards = torch.tensor([reward(y) for y in rows])
-    of_teacher = distribution(teacher, prompt, length)
-    target = of_teacher * (rewards / beta).exp()
-    target /= target.sum()
+    ref = make_pair(spread, seeds=(3,))[0]
+    rewards = torch.tensor([reward(y) for y in completions(length)])
+    weight = weights or {"teacher": 1.0, "ref": 0.0}
 
-    def reward_func(completion_ids, **_):
-        return [reward(tuple(ids)) for ids in completion_ids]
+    def distances(model) -> float:
+        found = []
+        for text in prompts:
+            own, of_teacher, of_ref = (
+                distribution(one, tokenizer(text).input_ids, length) for one in (model, teacher, ref)
+            )
+            target = of_teacher ** weight["teacher"] * of_ref ** weight["ref"] * (rewards / beta).exp()
+            found.append(0.5 * (own - target / target.sum()).abs().sum().item())
+        return max(found)
 
+    def reward_func(prompts, completion_ids, **_):
+        return [reward(tuple(ids)) + order[prompt] for prompt, ids in zip(prompts, completion_ids, strict=True)]
+
+    order = {prompt: float(i) for i, prompt in enumerate(prompts)}
     args = config(
         tmp_path,
         beta=beta,
@@ -73,19 +93,21 @@ def train_and_compare(
         top_k=0,
         loss_type="dr_grpo",
         logging_steps=100,
+        teacher_weights=weights,
         **changes,
     )
+    copies = 64 if len(prompts) == 1 else 256 // len(prompts)
     trainer = OPDTrainer(
         model=student,
-        teacher_model=teacher,
+        teacher_model=teacher if weights is None else {"teacher": teacher, "ref": ref},
         reward_funcs=reward_func,
         args=args,
-        train_dataset=Dataset.from_dict({"prompt": ["a b"] * 64}),
+        train_dataset=Dataset.from_dict({"prompt": [*prompts] * copies}),
         processing_class=tokenizer,
     )
     trainer.train()
     student.eval()
-    return tuple(0.5 * (d - target).abs().sum().item() for d in (distribution(student, prompt, length), of_teacher))
+    return distances(student), distances(teacher)
 
 
 def first_token(y: tuple[int, ...]) -> float:
@@ -105,6 +127,29 @@ def test_training_ends_at_the_closed_form(tmp_path, length, beta, estimator):
     after, of_teacher = train_and_compare(tmp_path, length, beta, first_token, **changes)
     assert after < 0.03
     assert of_teacher > 0.1  # the reward moves the optimum away from the teacher
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parked", [False, True], ids=["resident", "parked"])
+@pytest.mark.parametrize("estimator", ["full", "topk", "sampled"])
+def test_negative_weights_end_at_the_geometric_mixture(tmp_path, estimator, parked):
+    """π ∝ teacher^1.5 · ref^−0.5 · e^{r/β}, beyond the teacher as seen from the reference."""
+    changes = {"kl_estimator": estimator, "kl_top_k": 3, "kl_discount": 1.0, "teacher_offload": parked}
+    weights = {"teacher": 1.5, "ref": -0.5}
+    after, of_teacher = train_and_compare(tmp_path, 2, 0.5, first_token, weights=weights, **changes)
+    assert after < 0.03
+    assert of_teacher > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("baseline", ["batch", "prompt"])
+def test_one_completion_per_prompt_ends_at_the_closed_form(tmp_path, length, baseline):
+    """The batch's mean fits neither of two prompts whose rewards differ by 1, and yet each ends at its own optimum."""
+    changes = {"kl_discount": 1.0, "num_generations": 1, "reward_baseline": baseline}
+    after, of_teacher = train_and_compare(tmp_path, length, 0.5, first_token, prompts=("a b", "c d"), **changes)
+    assert after < 0.03
+    assert of_teacher > 0.1
 
 
 SPREAD = 0.1  # flatter than elsewhere, so that the first token is open
