@@ -56,6 +56,7 @@ _OF_TEXT = {
     *("seen", "schedule", "across", "level", "report", "ids", "healing", "prompt", "completion", "input", "output"),
     *("generated", "reasoning", "thinking", "stop", "suppress", "forced", "skip", "add", "added", "decoder", "start"),
     *("bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "video", "audio", "special", "additional", "end"),
+    *("weight", "weights", "weighting"),
 }
 
 

@@ -305,8 +305,8 @@ def try_weighting(weighting: TokenWeighting) -> None:
     cut = {key: value * shorter if isinstance(value, torch.Tensor) else value for key, value in whole.items()}
     for other, where, what in (
         (
-            _rows(whole, slice(0, 1)),
-            (slice(0, 1), mask[:1]),
+            _rows(whole, slice(1, None)),
+            (slice(1, None), mask[1:]),
             "other rows of the micro-batch, so it depends on its size",
         ),
         (cut, (slice(None), shorter), "later tokens, so it is no function of the prefix, and sampled terms are biased"),
