@@ -20,6 +20,7 @@ from trl_distill.http_client import (
     PassingError,
     Settings,
     StatusError,
+    UnderWay,
     error_inside,
     retry_after,
 )
@@ -281,3 +282,67 @@ def test_an_error_does_not_wait_for_requests_under_way_and_lets_none_begin(serve
         end.set()
     time.sleep(0.2)
     assert len(begun) == 1
+
+
+def test_a_place_that_becomes_free_is_taken_by_one_who_waits_for_that_server():
+    """Not offered to one who waits for another server, and lost."""
+    under_way, got = UnderWay(), []
+    a, b = under_way.at_one_of(["a"], 1), under_way.at_one_of(["b"], 1)
+    a.__enter__(), b.__enter__()
+    leave = threading.Event()
+
+    def take(url):
+        with under_way.at_one_of([url], 1):
+            got.append(url)
+            assert leave.wait(20)
+
+    threads = []
+    for url in "ab":  # the one for "a" has waited longer
+        threads.append(threading.Thread(target=take, args=[url], daemon=True))
+        threads[-1].start()
+        wait_until(lambda: len(under_way._waiting) == len(threads))
+    b.__exit__(None, None, None)
+    wait_until(lambda: got == ["b"])
+    leave.set()
+    a.__exit__(None, None, None)
+    for thread in threads:
+        thread.join(20)
+    assert got == ["b", "a"]
+
+
+def test_closing_ends_requests_under_way_so_that_the_process_can_end(server):
+    begun, release = threading.Event(), threading.Event()
+
+    def slow(text, seed):
+        begun.set()
+        release.wait(60)
+        return text
+
+    server.answer = slow
+    http = client(server.url, timeout=600, retries=9)
+    failed = []
+
+    def ask():
+        try:
+            http.all([partial(asked, http, server)])
+        except NoAnswerError as error:
+            failed.append(error)
+
+    def asked(http, server, halt):
+        return http.ask([server.url], PATH, {"model": "m", "prompt": "a"}, lambda url, content: content, halt)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    assert begun.wait(20)
+    http.close()
+    thread.join(20)
+    release.set()
+    assert not thread.is_alive()
+    assert len(failed) == 1
+
+
+def wait_until(holds):
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -135,7 +135,8 @@ class UnderWay:
     """The requests that are under way at each URL, of all clients in this process."""
 
     def __init__(self) -> None:
-        self._changed, self._counts = threading.Condition(), Counter[str]()
+        self._lock, self._counts = threading.Lock(), Counter[str]()
+        self._waiting: list[tuple[Sequence[str], threading.Condition]] = []
 
     @contextmanager
     def at_one_of(self, urls: Sequence[str], most: int) -> Iterator[str]:
@@ -146,16 +147,28 @@ class UnderWay:
             urls (`list[str]`): to choose from.
             most (`int`): requests under way at one URL.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: any(self._counts[url] < most for url in urls))
+        with self._lock:
+            if all(self._counts[url] >= most for url in urls):
+                self._wait(urls, most)
             url = min(urls, key=self._counts.__getitem__)
             self._counts[url] += 1
         try:
             yield url
         finally:
-            with self._changed:
+            with self._lock:
                 self._counts[url] -= 1
-                self._changed.notify()
+                # one who waits for this URL: another would sleep on, and the place would stay empty
+                if turn := next((turn for wanted, turn in self._waiting if url in wanted), None):
+                    turn.notify()
+
+    def _wait(self, urls: Sequence[str], most: int) -> None:
+        """Wait for a place, with the lock held."""
+        turn = threading.Condition(self._lock)
+        self._waiting.append((urls, turn))
+        try:
+            turn.wait_for(lambda: any(self._counts[url] < most for url in urls))
+        finally:
+            self._waiting.remove((urls, turn))
 
 
 UNDER_WAY = UnderWay()
@@ -199,6 +212,7 @@ class HTTPClient:
         self._own = threading.local()  # a client for each thread: one that is shared costs more with each connection
         self._opened: list[httpx.Client] = []
         self._closed = threading.Event()
+        self._halts: set[threading.Event] = set()  # of all calls under way
         secure = any(server.base.startswith("https") for server in servers)
         self._certificates = httpx.create_ssl_context() if secure else None  # made once: it takes some milliseconds
         self._templates: dict[str, tuple[httpx.URL, list[tuple[bytes, bytes]], Any]] = {}  # by URL
@@ -302,6 +316,7 @@ class HTTPClient:
         if self._closed.is_set():
             raise RuntimeError("This client was closed, so nothing can be asked any more.")
         outer = given_up.get()
+        self._halts.add(halt)
         futures = [self._threads.submit(guarded, call) for call in calls]
         try:
             waiting: Any = futures
@@ -314,6 +329,7 @@ class HTTPClient:
             return [future.result() for future in futures]
         finally:
             halt.set()
+            self._halts.discard(halt)
             for future in futures:
                 future.cancel()
 
@@ -335,10 +351,15 @@ class HTTPClient:
         return time.monotonic() - self._failed.get(url, -math.inf) < FAILED_RECENTLY_SECONDS
 
     def close(self) -> None:
-        """Close the connections. Nothing can be asked afterwards."""
+        """
+        Close the connections. Nothing can be asked afterwards, and requests under way fail: the process could not end
+        before their threads have.
+        """
         self._closed.set()
+        for halt in list(self._halts):
+            halt.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for client in self._opened:
+        for client in list(self._opened):
             client.close()
 
     @property
