@@ -29,6 +29,16 @@ def test_what_depends_on_rewards_is_resolved_in_a_copy(tmp_path):
     assert asked.scale_rewards is None
 
 
+@pytest.mark.parametrize("baseline", ["batch", "prompt"])
+def test_other_baselines_than_the_groups_need_no_group(tmp_path, baseline):
+    args = config(tmp_path, num_generations=1, reward_baseline=baseline)
+    assert args.resolved(has_rewards=True).num_generations == 1
+    alone = config(tmp_path, num_generations=1, reward_baseline=baseline, beta=0.0).resolved(has_rewards=True)
+    assert alone.scale_rewards == "none"  # GRPO's own divides by the group's standard deviation
+    default = config(tmp_path, reward_baseline=baseline, per_device_train_batch_size=8).resolved(has_rewards=True)
+    assert default.num_generations == 8
+
+
 def test_scale_rewards_is_grpos_without_a_teacher(tmp_path):
     assert config(tmp_path, beta=0.0, per_device_train_batch_size=8).resolved(True).scale_rewards == "group"
     assert config(tmp_path, scale_rewards="batch").resolved(False).scale_rewards == "batch"
@@ -57,7 +67,7 @@ def test_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_generations": 1}, "compared among the completions of one prompt"),
+        ({"num_generations": 1}, "compared among the completions of one prompt. Set `reward_baseline='batch'`"),
         ({"per_device_train_batch_size": 6}, r"holds 6 completions, which `num_generations` \(8\)"),
         (
             {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4, "eval_strategy": "steps"},

@@ -25,7 +25,7 @@ from scripts.studies.reproduce.models import (
 )
 from scripts.studies.reproduce.presets import BATCH, RunContext
 from scripts.studies.reproduce.records import Cost, Result
-from scripts.studies.reproduce.training import Schedule, distil, fine_tune, make_order_models
+from scripts.studies.reproduce.training import FixedAdvantage, Schedule, distil, fine_tune, make_order_models
 from scripts.studies.tasks.seeds import HELD_OUT, HUMAN, TRAIN
 from trl_distill.data.sampling import prompt_ids
 from trl_distill.reporting.evaluation import answer_all
@@ -176,7 +176,10 @@ def _estimator(context: RunContext, seed: int, size: float, *, rate: str = "on-p
 
 
 def _control(kind: str, context: RunContext, seed: int, size: float) -> Result:
-    """`kind` is which teacher: "own", "random", "equal" to the student, or the own one asked "another" problem."""
+    """
+    `kind` is which teacher: "own", "random", "equal" to the student, the own one asked "another" problem, or "none" but
+    a fixed negative advantage for every token.
+    """
     models, cost, schedule = TaskModels("one", context), Cost(), Schedule(round(60 * size), seed, "on-policy")
     student = models.student()
     if kind == "random":
@@ -188,6 +191,9 @@ def _control(kind: str, context: RunContext, seed: int, size: float) -> Result:
         rows = models.task.problems(BATCH * schedule.steps, TRAIN + seed)
         rows = rows.add_column("teacher_prompt", [*rows["prompt"][1:], rows["prompt"][0]])
         distil(models, student, schedule, cost, rows=rows)
+    elif kind == "none":  # TRL wants a reward, which is not used
+        changes = {"beta": 0.0, "num_generations": 1, "reward_baseline": "batch"}
+        distil(models, student, schedule, cost, reward=[models.task.verifier], kind=FixedAdvantage, **changes)
     else:
         distil(models, student, schedule, cost)
     return Result(measured(models, student, seed), cost)
@@ -286,6 +292,7 @@ CLAIMS = {
             "random": Arm("random teacher", run_with(_control, "random")),
             "equal": Arm("teacher equal to student", run_with(_control, "equal")),
             "another-problem": Arm("teacher of another problem", run_with(_control, "another")),
+            "fixed-advantage": Arm("no teacher, advantage −1 everywhere", run_with(_control, "none")),
         },
     ),
     "collapse": Claim(

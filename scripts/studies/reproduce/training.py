@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -78,6 +79,19 @@ class AccuracyProbe(TrainerCallback):
             self._look(model)
 
 
+class FixedAdvantage(OPDTrainer):
+    """
+    A trainer in which every token of every completion has the advantage −1, whatever rewards say.
+
+    The control of arXiv 2608.31046. Its expected gradient is 0, E[∇ log q] = 0; what it does, noise, clipping and the
+    optimizer do.
+    """
+
+    def on_rollouts(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+        super().on_rollouts(rows, batch)
+        batch["advantages"] = -torch.ones_like(batch["advantages"])
+
+
 def settings(models: TaskModels, schedule: Schedule) -> dict[str, Any]:
     """What both trainers are given."""
     return {
@@ -121,6 +135,7 @@ def distil(
     rows: Dataset | None = None,
     samples: Samples | None = None,
     reward: Any = None,
+    kind: type[OPDTrainer] = OPDTrainer,
     **changes: Any,
 ) -> None:
     """
@@ -135,6 +150,7 @@ def distil(
         rows (`Dataset`, *optional*): the problems.
         samples ([`Samples`], *optional*): problems with answers to train on in place of the student's own.
         reward (*optional*): reward function.
+        kind (`type`): the trainer, or a subclass.
         changes: fields of `OPDConfig`.
     """
     if samples is not None:
@@ -144,7 +160,7 @@ def distil(
     per_step = 0 if samples is None else samples.tokens // schedule.steps
     base = {**settings(models, schedule), "max_completion_length": models.task.limit}
     args = OPDConfig(**{**base, **changes})
-    trainer = OPDTrainer(
+    trainer = kind(
         model=student,
         teacher_model=(models.teacher_path if teacher is None else teacher) if args.beta > 0 else None,
         reward_funcs=reward,
