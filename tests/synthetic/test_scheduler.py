@@ -8,6 +8,7 @@ import pytest
 from chat_server import ChatServer
 
 from trl_distill.synthetic.make_chunks import ChunkMaker, work_folder
+from trl_distill.synthetic.make_chunks import _at_once as at_once
 from trl_distill.synthetic.scheduler import Scheduler, chunks_at_once
 from trl_distill.synthetic.sources.load import load_source
 
@@ -107,6 +108,33 @@ def test_requests_for_the_next_chunk_wait_while_the_last_of_one_are_answered():
     assert chunks_at_once(64, 64) * 64 >= 2 * 64
     assert chunks_at_once(1, 64) == 3
     assert chunks_at_once(100, 4) * 4 >= 100
+
+
+def test_one_slow_answer_in_each_of_several_chunks_does_not_leave_the_endpoint_idle(bench):
+    """Three chunks wait for one answer each, until a chunk far behind them is asked about."""
+    bench.prompts([{"prompt": [{"role": "user", "content": f"word {i}"}]} for i in range(40)])
+    far = threading.Event()
+
+    def answer(text, seed):
+        number = int(text.split()[1])
+        if number == 30:
+            far.set()
+        if number in (4, 8, 12) and not far.wait(20):
+            server.refuse = lambda text: 503
+        return text
+
+    with ChatServer(answer) as server:
+        bench.run(teacher_models={"m": f"{server.url}#m"}, concurrency=4, retries=0)
+    assert far.is_set()
+
+
+def test_enough_chunks_for_all_endpoints_of_a_model_and_for_a_share_of_the_prompts(bench):
+    config = bench.config(teacher_model_name_or_path="http://a/v1#m, http://b/v1#m", concurrency=64, chunk_size=64)
+    assert at_once(config) * 64 >= 2 * 64 * 2
+    shares = {"teacher_models": {"a": "http://a/v1#m", "b": "http://b/v1#m"}, "teacher_assignment": "rotate"}
+    config = bench.config(**shares, concurrency=64, chunk_size=64)
+    assert at_once(config) * 32 >= 2 * 64
+    assert at_once(bench.config(judge="http://a/v1#j,http://b/v1#j", concurrency=64)) * 64 >= 2 * 64 * 2
 
 
 def test_any_share_of_the_work_makes_the_same_files(bench):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .address import parse_address
 from .config import GenerateConfig
 from .plan import Layer, LoadSource, make_plan
 from .scheduler import Scheduler, chunks_at_once
@@ -41,8 +42,15 @@ class ChunkMaker:
 
     def make(self, chunks: Sequence[int], done: Callable[[ChunkStage[Any], int], None] = lambda *_: None) -> None:
         """Make what is missing of some chunks; see [`Scheduler`]."""
-        at_once = chunks_at_once(self.config.concurrency, self.config.chunk_size)
-        Scheduler(self.layers, chunks, at_once, done).run()
+        Scheduler(self.layers, chunks, _at_once(self.config), done).run()
+
+
+def _at_once(config: GenerateConfig) -> int:
+    """Chunks of a stage under way at once: enough for the model at most endpoints, and for a teacher's share."""
+    judge = [parse_address(config.judge)] if config.judge else []
+    endpoints = max(len(address.urls) for address in (*config.teachers.values(), *config.rewriters, *judge))
+    sharing = 1 if config.asks_all else len(config.teachers)
+    return chunks_at_once(config.concurrency * max(endpoints, 1) * sharing, config.chunk_size)
 
 
 def work_folder(config: GenerateConfig) -> WorkFolder:

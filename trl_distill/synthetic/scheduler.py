@@ -18,6 +18,9 @@ from ..http_client import given_up
 from .stages.chunks import ChunkStage
 
 
+AHEAD = 8  # requests of chunks that are begun, for each that is under way
+
+
 class _Tasks:
     """
     The chunks of one stage.
@@ -174,6 +177,15 @@ class Scheduler:
             self._changed.notify_all()
 
 
-def chunks_at_once(concurrency: int, chunk_size: int) -> int:
-    """Chunks under way at once, so that requests of the next are waiting while one's last are answered."""
-    return math.ceil(concurrency / chunk_size) + 2
+def chunks_at_once(requests: int, chunk_size: int) -> int:
+    """
+    Chunks of a stage under way at once.
+
+    A chunk is done when its slowest answer is there, which may take many times as long as the mean; meanwhile requests
+    of other chunks must keep the endpoint busy.
+
+    Args:
+        requests (`int`): under way at once, at all endpoints of a model.
+        chunk_size (`int`): requests of a chunk.
+    """
+    return math.ceil(AHEAD * requests / chunk_size) + 2
