@@ -1,0 +1,45 @@
+"""What the page on synthetic data tells of its example is what the example's results hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "synthetic_data.md").read_text()
+FOUND = json.loads((ROOT / "docs" / "results" / "synthetic" / "example.json").read_text())
+
+
+def test_the_stages_shown_are_those_of_the_run():
+    stages = {stage["stage"]: stage for name in FOUND for stage in FOUND[name]["stages"]}
+    part = PAGE[PAGE.index("`--evolve_keep all`") : PAGE.index("### Difficulty")]
+    rows = re.findall(r"^\| ([^|]+) \| (\w+) \| (\d+) \| (\d+) \| ([^|]*)\|$", part, re.MULTILINE)
+    assert len(rows) == 3
+    for name, unit, given, kept, why in rows:
+        stage = stages[name]
+        assert [unit, int(given), int(kept)] == [stage["unit"], stage["in"], stage["kept"]]
+        assert why.strip() == "; ".join(f"{reason}: {count}" for reason, count in stage["dropped"].items())
+
+
+def test_what_the_weak_model_gets_wrong_is_told_with_its_numbers():
+    part = " ".join(PAGE[PAGE.index("## A weak model") : PAGE.index("## Reference")].split())
+    rewrites = FOUND["all"]["rewrites"]
+    assert (
+        f"of the {len(rewrites)} rewrites in the dataset, {sum(one['asks'] for one in rewrites)} ask something" in part
+    )
+    filtered = next(stage for stage in FOUND["all"]["stages"] if stage["stage"] == "filter")
+    cut = filtered["dropped"]["cut off at the length limit"]
+    assert f"Of {filtered['in']} completions, {cut} were cut off" in part
+    for quoted in re.findall(r'became "([^"]+)"', part):
+        assert quoted in [one["to"] for one in rewrites]
+
+
+@pytest.mark.parametrize("name", sorted(FOUND))
+def test_every_dataset_of_the_example_was_read_by_a_trainer(name):
+    losses = FOUND[name]["read_by"]["losses"]
+    assert len(losses) == 2
+    assert all(0 < loss < 20 for loss in losses)
