@@ -85,8 +85,11 @@ def test_a_second_seed_recovers_most_of_the_gap(tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(summary) == {
         *("teacher_accuracy", "student_accuracy_before", "student_accuracy_after"),
-        *("reverse_kl_before", "reverse_kl_after", "seconds"),
+        *("reverse_kl_before", "reverse_kl_after", "curve", "seconds"),
     }
+    steps, accuracy = zip(*summary["curve"], strict=True)
+    assert steps == tuple(range(0, 301, 25))
+    assert min(accuracy) >= accuracy[0] - 0.05  # the student gets no worse before it gets better
     gap = summary["teacher_accuracy"] - summary["student_accuracy_before"]
     assert gap >= 0.2
     assert summary["student_accuracy_after"] - summary["student_accuracy_before"] >= 0.8 * gap

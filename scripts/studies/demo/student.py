@@ -164,7 +164,7 @@ def train(
         label (`str`): of the progress bar.
         measure_now (`Callable[[], Measured]`): measures the student now and then.
         reward (*optional*): reward function.
-        changes: fields of `OPDConfig` that differ from the demo's.
+        changes: fields of `OPDConfig` that differ from those below.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -180,7 +180,7 @@ def train(
         "per_device_train_batch_size": 64,
         "learning_rate": setting.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": 5,  # at this rate the student first gets worse; gentler starts end lower in the same time
+        "warmup_steps": 5,
         "max_completion_length": MAX_COMPLETION_LENGTH,
         "logging_steps": 1,
         "save_strategy": "no",
