@@ -173,3 +173,24 @@ def test_a_late_reward_needs_the_future_kl(tmp_path):
     print(f"total variation from the closed form: {with_future:.3f}, {without:.3f}, teacher {of_teacher:.3f}")
     assert with_future < 0.03
     assert without > 0.1
+
+
+WEIGHTED = [
+    ("cap", {"nats": 0.3}),
+    ("cap", {"times_mean": 1.0}),
+    ("top_share", {"share": 0.5}),
+    ("teacher_entropy", {}),
+    ("position", {"tokens": 2}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "parameters"), WEIGHTED)
+def test_weighted_tokens_still_end_at_the_teacher(tmp_path, name, parameters):
+    """KL = 0 stays the fixed point, since a weight depends on the prefix alone."""
+    weighting = {"token_weighting": name, "token_weighting_kwargs": parameters}
+    after, of_teacher = train_and_compare(tmp_path, 2, 1.0, lambda y: 0.0, **weighting)
+    start, teacher = (distribution(model, make_tokenizer(WORDS)("a b").input_ids, 2) for model in make_pair(0.3))
+    assert of_teacher < 1e-5
+    assert 0.5 * (start - teacher).abs().sum() > 0.3
+    assert after < 0.03
