@@ -83,6 +83,8 @@ SLOW = pytest.mark.slow
 RUNS = [
     ("ddp", "full"),
     pytest.param("ddp", "full rewards", marks=SLOW),
+    pytest.param("ddp", "full rewards batch_baseline", marks=SLOW),
+    pytest.param("ddp", "full rewards prompt_baseline", marks=SLOW),
     pytest.param("ddp", "full off_policy", marks=SLOW),
     pytest.param("ddp", "full lora", marks=SLOW),
     pytest.param("ddp", "full offload", marks=SLOW),
@@ -123,6 +125,10 @@ def test_two_processes_equal_one(models, engine, options):
     )
     if "rewards" in chosen:
         assert all(row["reward_std"] > 0 for row in single["steps"])
+    if "prompt_baseline" in chosen:
+        assert len(single["means"]) == 8
+        assert [row["distill/known_prompts"] for row in single["steps"]] == [0, 1, 1]
+    assert all(result["means"] == single["means"] for result in both)
     if "off_policy" in chosen:
         assert [row["distill/on_policy"] for row in single["steps"]] == [0.0, 1.0, 0.0]
     assert ("distill/reverse_kl/code" in single["steps"][0]) is ("routed" in chosen)

@@ -32,6 +32,7 @@ from trl_distill.training.deepspeed_ops import build_ops
 
 LOGGED = ("loss", "grad_norm", "distill/reverse_kl", "entropy", "reward", "reward_std", "objective", "policy_loss")
 LOGGED += ("distill/reverse_kl/math", "distill/reverse_kl/code", "distill/off_policy/forward_kl", "distill/on_policy")
+LOGGED += ("distill/known_prompts",)
 
 
 GROUP = 8  # with two processes it lies on both
@@ -147,11 +148,16 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         "scaled",
         "masked",
         "fp32_head",
+        "batch_baseline",
+        "prompt_baseline",
     }
     if unknown:
         raise SystemExit(f"There is no option {unknown}.")
     rewards, off_policy = "rewards" in options, "off_policy" in options
+    baseline = next((kind for kind in ("batch", "prompt") if f"{kind}_baseline" in options), "group")
     prompts = Dataset.from_dict({"prompt": [" ".join("abcdefgh"[i % 8 :][: 1 + i % 5]) + " z" for i in range(32)]})
+    if baseline == "prompt":  # each batch holds all of them
+        prompts = prompts.select(range(8))
     teacher = str(folder / ("student" if "same" in options else "teacher"))
     if "scaled" in options:  # a model whose logits are not those of its head
         scale_logits()
@@ -177,7 +183,8 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
             max_steps=3,
             kl_estimator=estimator,
             kl_top_k=4,
-            num_generations=GROUP if rewards else 2 if off_policy else 1,
+            num_generations=GROUP if rewards and baseline == "group" else 2 if off_policy else 1,
+            reward_baseline=baseline,
             lmbda=0.5 if off_policy else 1.0,
             shuffle_dataset="routed" not in options,
             teacher_offload="offload" in options,
@@ -216,6 +223,7 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         and all(in_shared_memory(p) for p in trainer.teacher.model.model.layers.parameters()),
         "distance": [f.found for f in trainer.preflight.findings if f.check.startswith("teacher differs")],
         "precision": seen,
+        "means": None if trainer.baseline is None else sorted(trainer.baseline._seen.items()),
         "steps": [
             {key: row[key] for key in LOGGED if key in row} for row in trainer.state.log_history if "loss" in row
         ],

@@ -192,7 +192,7 @@ def _control(kind: str, context: RunContext, seed: int, size: float) -> Result:
         rows = rows.add_column("teacher_prompt", [*rows["prompt"][1:], rows["prompt"][0]])
         distil(models, student, schedule, cost, rows=rows)
     elif kind == "none":  # TRL wants a reward, which is not used
-        changes = {"beta": 0.0, "num_generations": 1, "reward_baseline": "batch"}
+        changes: dict[str, Any] = {"beta": 0.0, "num_generations": 1, "reward_baseline": "batch"}
         distil(models, student, schedule, cost, reward=[models.task.verifier], kind=FixedAdvantage, **changes)
     else:
         distil(models, student, schedule, cost)
