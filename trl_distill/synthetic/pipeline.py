@@ -106,14 +106,17 @@ class Pipeline:
         return read_json(self.output / "counts.json")
 
     def _fingerprint(self, settings: dict[str, Any]) -> str:
-        """Of everything that the rows depend on; local files by their contents."""
-        human = self.config.human_data
+        """
+        Of everything that the rows depend on; local files by their contents. What is not used does not count, so that a
+        dataset of an older version, which did not have it, stays the same.
+        """
+        config = self.config
         identity = self.scorer.identity() if self.scorer is not None else []
-        inputs = [_digest(self.config), *(_file(name) for name in (human, self.config.judge_check))]
-        if self.config.benchmarks:
-            inputs.append(benchmarks_digest(self.config))
-        inputs += [*operations_digest(self.config).values(), *revise_identity(self.config)]
-        return digest(settings, identity, inputs).hex()
+        inputs = [_digest(config), _file(config.human_data)]
+        inputs += [_file(config.judge_check)] if config.judge_check else []
+        inputs += [benchmarks_digest(config)] if config.benchmarks else []
+        inputs += [*operations_digest(config).values(), *revise_identity(config)]
+        return digest(_in_use(config, settings), identity, inputs).hex()
 
     def _finished(self, fingerprint: str) -> dict[str, Any] | None:
         """The counts of a dataset that is already there; an error if it is another one."""
@@ -201,6 +204,16 @@ class Pipeline:
 def _settings(config: GenerateConfig) -> dict[str, Any]:
     """The settings that rows depend on, as they are written down: without secrets."""
     return {name: value for name, value in config.shown().items() if name not in FREE}
+
+
+def _in_use(config: GenerateConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the first version in its order, then those that are not at their defaults, by name."""
+    own = [field.name for field in fields(config) if field.name in GenerateConfig.__annotations__]
+    after = own.index("reward_model") + 1
+    first = [name for name in (*own[:after], "judge", "judge_prompt", *own[after:]) if name in settings]
+    defaults = {field.name: field.default for field in fields(config)}
+    later = sorted(name for name in settings if name not in first and settings[name] != defaults[name])
+    return {name: settings[name] for name in (*first, *later)}
 
 
 def _digest(config: GenerateConfig) -> str | None:
