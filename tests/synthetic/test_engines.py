@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import psutil
 import pytest
 from chat_server import ChatServer
 from processes import succeeds
+
+from trl_distill.synthetic import engines
+from trl_distill.synthetic.stages.ingest import Ingest, read_rows
+from trl_distill.synthetic.work_folder import WorkFolder
 
 
 PACKAGES = Path(__file__).parents[2] / ".venv-engines"  # apart: few need them, and Ray is large
@@ -61,6 +68,62 @@ def test_wrong_settings_of_the_engine(bench, changes, message):
         bench.config(**changes)
 
 
+def test_a_queue_that_does_not_answer_is_asked_again(tmp_path, monkeypatch):
+    said = [(0, "12 gpu R", ""), (1, "", "slurm_load_jobs error: Socket timed out"), (0, "", "")]
+    said += [(1, "", "slurm_load_jobs error: Invalid job id specified")]
+    monkeypatch.setattr(subprocess, "run", lambda words, **how: subprocess.CompletedProcess(words, *said.pop(0)))
+    assert [engines._is_queued("12") for _ in range(4)] == [True, True, False, False]
+
+
+def test_jobs_are_cancelled_with_the_run_that_waits_for_them(monkeypatch):
+    asked = []
+
+    class Executor:
+        job_id = "12"
+
+        def __init__(self, pipeline, job_name, **options):
+            pass
+
+        def run(self):
+            pass
+
+    def queue(words, **how):
+        asked.append(words[0])
+        if words[0] == "squeue":
+            raise KeyboardInterrupt
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setitem(sys.modules, "datatrove", ModuleType("datatrove"))
+    monkeypatch.setitem(sys.modules, "datatrove.executor", SimpleNamespace(SlurmPipelineExecutor=Executor))
+    monkeypatch.setattr(subprocess, "run", queue)
+    with pytest.raises(KeyboardInterrupt):
+        engines._run_on_slurm([], {})
+    assert asked == ["squeue", "scancel"]
+
+
+def test_a_rank_that_is_killed_in_an_engine_is_started_again(bench):
+    """In a process of its own, so that the engine's, which would wait for ever, lives on."""
+    bench.prompts(CHATS)
+    killed = threading.Event()
+
+    def answer(text, seed):
+        if text == "question 17 of many" and not killed.is_set():
+            killed.set()
+            for process in psutil.Process().children(recursive=True):
+                if "trl_distill.synthetic.workers" in " ".join(process.cmdline()):
+                    process.kill()
+        return f"{text} is answered with {seed}"
+
+    with ChatServer(answer) as server:
+        settings = {"teacher_models": {"m": f"{server.url}#m"}, "concurrency": 2}
+        config = bench.config(**settings, workers=3)
+        Ingest(WorkFolder(bench.folder / "out.work"), 4).run(read_rows(config.dataset_name))
+        engines._task(asdict(config), None, 1, 3)
+    assert killed.is_set()
+    made = sorted(path.name for path in (bench.folder / "out.work" / "completions" / "0").glob("*.jsonl"))
+    assert made == [f"{number:06}.jsonl" for number in (1, 4, 7)]
+
+
 @pytest.mark.slow
 def test_a_worker_on_ray_is_killed_and_the_dataset_is_that_of_one_process(bench):
     assert PACKAGES.is_dir(), "run `make test-slow`, which installs datatrove and Ray there"
@@ -89,13 +152,13 @@ def test_a_worker_on_ray_is_killed_and_the_dataset_is_that_of_one_process(bench)
 
 
 def kill_a_worker(work, killed):
-    """Kill one of Ray's workers after two chunks are finished."""
+    """Kill a worker on Ray after two chunks are finished."""
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and not killed:
         if len(list(work.glob("completions/*/*.jsonl"))) >= 2:
             for process in psutil.Process().children(recursive=True):
                 try:
-                    if "RankWorker" in " ".join(process.cmdline()):
+                    if "trl_distill.synthetic.workers" in " ".join(process.cmdline()):
                         process.kill()
                         killed.append(process.pid)
                         return

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..redaction import redacted
 from .config import GenerateConfig
-from .workers import Workers, work
+from .workers import Workers
 
 
 EVERY = 10.0  # seconds between two looks at a queue
@@ -51,8 +51,11 @@ def run_workers(config: GenerateConfig, folder: Path, show: Callable[[], Any]) -
 
 
 def _task(settings: dict[str, Any], data: Any, rank: int, world_size: int) -> None:
-    """What datatrove calls for each rank."""
-    work(settings, rank, world_size)
+    """
+    What datatrove calls for each rank, in a process of its pool, which waits for ever if that is killed. So the work is
+    done in another process: the one that grows, and that a system short of memory kills.
+    """
+    Workers(GenerateConfig(**settings), lambda: None, [rank], world_size).run()
 
 
 def _run_on_slurm(pipeline: list[Any], options: dict[str, Any]) -> None:
@@ -63,8 +66,20 @@ def _run_on_slurm(pipeline: list[Any], options: dict[str, Any]) -> None:
         raise _missing("slurm", error) from None
     executor = SlurmPipelineExecutor(pipeline, job_name="trl_distill", **options)
     executor.run()
-    while subprocess.run(["squeue", "-h", "-j", str(executor.job_id)], capture_output=True, text=True).stdout.strip():
-        time.sleep(EVERY)
+    try:
+        while _is_queued(str(executor.job_id)):
+            time.sleep(EVERY)
+    except BaseException:
+        subprocess.run(["scancel", str(executor.job_id)], check=False)  # workers end with whoever waits for them
+        raise
+
+
+def _is_queued(job: str) -> bool:
+    """Whether the queue lists a job. Only the queue's word counts that it is gone, not a failure to ask."""
+    found = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True)
+    if found.returncode:
+        return "invalid job id" not in found.stderr.casefold()
+    return bool(found.stdout.strip())
 
 
 def _run_on_ray(pipeline: list[Any], options: dict[str, Any]) -> None:
