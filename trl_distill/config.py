@@ -109,6 +109,9 @@ class OPDConfig(GRPOConfig):
         assume_same_tokenizer (`bool`, *optional*, defaults to `False`):
             Continue even if the token ids of student and teacher differ. The divergence compares probabilities id by
             id, so this is right only if the ids that occur mean the same to both.
+        cross_tokenizer (`bool`, *optional*, defaults to `False`):
+            The teacher has another tokenizer: it reads completions as text, in its own tokens and chat template, and
+            the reverse KL between texts is minimised, see docs/objective.md.
 
     > Parameters that control the divergence
 
@@ -200,6 +203,7 @@ class OPDConfig(GRPOConfig):
     merge_stop_tokens: bool = True
     assume_different_teacher: bool = False
     assume_same_tokenizer: bool = False
+    cross_tokenizer: bool = False
     divergence: str = field(default="reverse_kl", metadata={"choices": _NamesOrPaths(DIVERGENCES)})
     divergence_alpha: float | None = None
     kl_estimator: str = field(default="full", metadata={"choices": list(KL_ESTIMATORS)})
@@ -268,7 +272,7 @@ class OPDConfig(GRPOConfig):
     @property
     def biased_sampling(self) -> list[str]:
         """Settings that change the sampling distribution, if the estimator relies on samples of the student."""
-        if self.kl_estimator == "full" and self.kl_discount == 0:
+        if self.kl_estimator == "full" and self.kl_discount == 0 and not self.cross_tokenizer:
             return []
         given: dict[str, Any] = dict(self.generation_kwargs or {})  # type: ignore[arg-type]
         if given.get("temperature", self.temperature) == self.temperature:

@@ -59,6 +59,8 @@ def check_values(config: Any) -> None:
     _check_divergence(config)
     _check_schedule(config)
     _check_one_teacher(config)
+    if config.cross_tokenizer:
+        _check_cross_tokenizer(config)
     check_weighting(config)
     if config.sync_ref_model and config.beta > 0:
         raise ValueError(
@@ -241,6 +243,37 @@ def _check_one_teacher(config: Any) -> None:
         raise ValueError(
             "`teacher_offload=True` keeps the teacher's weights in CPU memory, but this teacher has no weights of its "
             "own here. Leave it out."
+        )
+
+
+def _check_cross_tokenizer(config: Any) -> None:
+    """What a teacher with another tokenizer does not have, or not yet."""
+    if config.beta == 0:
+        raise ValueError(
+            "`cross_tokenizer` is True, but `beta` is 0: there is no teacher. Set `beta`, or leave it out."
+        )
+    needed = {
+        "divergence": "reverse_kl",  # of texts, others need the teacher's samples or both whole distributions
+        "kl_estimator": "full",
+        "lmbda": 1.0,
+        "assume_same_tokenizer": False,
+        "token_weighting": None,
+        "teacher_server_urls": None,
+        "teacher_models": None,
+        "teacher_weights": None,
+        "teacher_ema": None,
+    }
+    for name, value in needed.items():
+        if getattr(config, name) != value and (getattr(config, name) or value):
+            raise ValueError(
+                "`cross_tokenizer=True` minimises the reverse KL between texts, from one teacher in this process, and "
+                f"does not go with {name}={getattr(config, name)!r}. Leave `{name}` out, or use a teacher with the "
+                "student's tokenizer."
+            )
+    if config.kl_temperature not in (None, config.temperature):
+        raise ValueError(
+            f"`kl_temperature` is {config.kl_temperature}, but with `cross_tokenizer=True` parts of the divergence "
+            f"come from sampled tokens, at `temperature` {config.temperature}. Leave `kl_temperature` out."
         )
 
 

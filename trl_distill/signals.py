@@ -73,6 +73,48 @@ class TokenLogProbs(_PerToken):
     top_log_p: torch.Tensor
 
 
+@dataclass(frozen=True)
+class SharedIds:
+    """
+    Ids of two vocabularies that the exact part of a divergence between texts runs over, and both models' stop tokens.
+
+    Attributes:
+        student, teacher (`torch.Tensor` of shape `(K,)`, int64): the ids, pair by pair, without stop tokens.
+        student_stops, teacher_stops (`tuple[int, ...]`): they count as one id.
+    """
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    student_stops: tuple[int, ...]
+    teacher_stops: tuple[int, ...]
+
+
+@dataclass
+class AlignedStates(HiddenStates):
+    """
+    The signal of a teacher with another tokenizer: spans of a completion, and hidden states where both begin anew.
+
+    One row for each of the student's judged tokens, as in [`HiddenStates`]; `hidden` is 0 but at the starts of spans,
+    where it is the state that predicts the teacher's next token.
+
+    Attributes:
+        starts (`torch.Tensor` of shape `(N,)`, bool): whether a span begins with the token.
+        log_p (`torch.Tensor` of shape `(N,)`, fp32): at starts, the log-probability of the teacher's tokens of the
+            span, nats; else 0.
+        whole (`torch.Tensor` of shape `(N,)`, bool): whether the token's span ends before the completion is cut.
+        single (`torch.Tensor` of shape `(N,)`, bool): whether the span is one token of both.
+        charged (`torch.Tensor` of shape `(N,)`, bool): whether the token left the student's canonical path.
+        shared ([`SharedIds`]): ids that are summed exactly.
+    """
+
+    starts: torch.Tensor
+    log_p: torch.Tensor
+    whole: torch.Tensor
+    single: torch.Tensor
+    charged: torch.Tensor
+    shared: SharedIds
+
+
 Signal = HiddenStates | TokenLogProbs
 
 

@@ -14,11 +14,13 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..alignment.vocabularies import Vocabularies
 from ..config import OPDConfig
 from ..data.completions import token_ids
 from ..models.properties import context_of, real_stops, stop_ids, unwrap_adapter
 from ..teachers.self_distillation import ADAPTER_OFF
 from ..teachers.spec import TeacherSpec, student_config
+from . import cross_tokenizer as cross_checks
 from . import models as model_checks
 from . import prompts as prompt_checks
 from . import settings as setting_checks
@@ -134,11 +136,18 @@ class Examined:
         report ([`~trl_distill.checks.findings.Report`]): all findings.
         vocab_size (`int`, *optional*): smallest vocabulary size of the teachers; `None` if unknown.
         merged (`list[int]`): stop tokens that count as one, if student and teachers have different ones.
+        pair ([`~trl_distill.alignment.vocabularies.Vocabularies`], *optional*): with `cross_tokenizer`, both
+            tokenizers.
+        teacher_tokenizer (`PreTrainedTokenizerBase`, *optional*): with `cross_tokenizer`, the teacher's.
+        teacher_stops (`list[int]`): with `cross_tokenizer`, the teacher's ids that end a turn.
     """
 
     report: Report
     vocab_size: int | None = None
     merged: list[int] = field(default_factory=list)
+    pair: Vocabularies | None = None
+    teacher_tokenizer: Any = None
+    teacher_stops: list[int] = field(default_factory=list)
 
 
 def examine(facts: RunFacts, specs: dict[str, TeacherSpec], report: Report) -> Examined:
@@ -195,6 +204,9 @@ def _context(facts: RunFacts, prompts: list[Prompts], context: int | None, whose
 
 def _examine_teacher(facts: RunFacts, spec: TeacherSpec, found: Examined, prompts: list[Prompts]) -> set[int]:
     """Compare one teacher with the student; returns the ids that end a turn for it."""
+    if facts.args.cross_tokenizer:
+        _examine_other_tokenizer(facts, spec, found, prompts)
+        return set()
     if not spec.can_be_examined:
         return set()
     args, report, config, tokenizer = facts.args, found.report, spec.config(), spec.tokenizer()
@@ -211,6 +223,19 @@ def _examine_teacher(facts: RunFacts, spec: TeacherSpec, found: Examined, prompt
         report.add(_context(facts, prompts, context_of(text), "teacher"))
         found.vocab_size = min(text.vocab_size, found.vocab_size or text.vocab_size)
     return stop_ids(config, spec.generation_config(), tokenizer)
+
+
+def _examine_other_tokenizer(facts: RunFacts, spec: TeacherSpec, found: Examined, prompts: list[Prompts]) -> None:
+    """Compare a teacher that has another tokenizer with the student."""
+    config, tokenizer = spec.config(), spec.tokenizer()
+    stops = stop_ids(config, spec.generation_config(), tokenizer)
+    found.teacher_tokenizer, found.teacher_stops = tokenizer, sorted(stops)
+    found.pair, finding = cross_checks.compared(facts.tokenizer, tokenizer, found.teacher_stops)
+    found.report.add(finding)
+    if tokenizer is not None and facts.conversational:
+        found.report.add(cross_checks.thoughts(facts.tokenizer, tokenizer, facts.template_kwargs))
+    if config is not None:  # lengths are in the student's tokens: about as many as the teacher's
+        found.report.add(_context(facts, prompts, context_of(config.get_text_config()), "teacher"))
 
 
 def _examine_completions(facts: RunFacts, report: Report) -> None:

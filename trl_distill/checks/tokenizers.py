@@ -77,8 +77,9 @@ def _differing_ids(
         "tokenizer",
         "error",
         found,
-        "The divergence compares probabilities id by id, so it would compare different tokens. Use a teacher with "
-        "the student's tokenizer, or set `assume_same_tokenizer=True` if these ids do not matter.",
+        "The divergence compares probabilities id by id, so it would compare different tokens. Set "
+        "`cross_tokenizer=True` to compare probabilities of texts, use a teacher with the student's tokenizer, or set "
+        "`assume_same_tokenizer=True` if these ids do not matter.",
     )
 
 

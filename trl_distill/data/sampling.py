@@ -123,6 +123,13 @@ def prompt_ids(
     return encoded["input_ids"]
 
 
+def prompts_ids(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None, tools: list[Any], prompts: list[Any]
+) -> list[list[int]]:
+    """[`prompt_ids`] of several prompts, each with its row's `tools`."""
+    return [prompt_ids(tokenizer, prompt, template_kwargs, own) for prompt, own in zip(prompts, tools, strict=True)]
+
+
 def teacher_prompt_ids(row: dict[str, Any], prompt: list[int], ids_of: Callable[..., list[int]]) -> list[int]:
     """
     Token ids of the prompt that the teacher reads.

@@ -34,6 +34,8 @@ class TokenMeasures:
             [`~trl_distill.heads.comparison.comparison`].
         teacher_entropy (`torch.Tensor`, *optional*): the teacher's entropy at the divergence's temperature, nats.
         agreement (`torch.Tensor`, *optional*): 1 where both models have the same most likely id, else 0.
+        starts (`torch.Tensor`, bool, *optional*): the first token of each span, which holds the span's value; `None` if
+            each token is a span.
     """
 
     divergence: torch.Tensor | None = None
@@ -44,6 +46,7 @@ class TokenMeasures:
     comparison: torch.Tensor | None = None
     teacher_entropy: torch.Tensor | None = None
     agreement: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What was measured, by name: engines find tensors in a module's output where they lie in dictionaries."""

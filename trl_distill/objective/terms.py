@@ -123,7 +123,13 @@ def future_kl(per_token: torch.Tensor, mask: torch.Tensor, discount: float) -> t
     return torch.where(judged, discount * following, 0.0)
 
 
-def sequence_term(per_token: torch.Tensor, mask: torch.Tensor, ratio: torch.Tensor, discount: float) -> torch.Tensor:
+def sequence_term(
+    per_token: torch.Tensor,
+    mask: torch.Tensor,
+    ratio: torch.Tensor,
+    discount: float,
+    starts: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
     A per-token term that is also credited with the later KL it leads to: KL_t + ρ_t F_t in the gradient.
 
@@ -135,10 +141,17 @@ def sequence_term(per_token: torch.Tensor, mask: torch.Tensor, ratio: torch.Tens
         mask (`torch.Tensor` of shape `(B, C)`): 1 where a token is judged.
         ratio (`torch.Tensor` of shape `(B, C)`): ρ as in [`sampled_reverse_kl`].
         discount (`float`): γ in [0, 1].
+        starts (`torch.Tensor` of shape `(B, C)`, bool, *optional*): the first token of each span, which holds the
+            span's value; the discount then counts spans. `None` if each token is one.
 
     Returns:
         `torch.Tensor` of shape `(B, C)`: nats.
     """
     if discount == 0.0:
         return per_token
-    return term(per_token, per_token + ratio * future_kl(per_token, mask, discount))
+    if starts is None:
+        return term(per_token, per_token + ratio * future_kl(per_token, mask, discount))
+    place = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    own = place.masked_fill(~starts, 0).cummax(1).values  # the start of each token's span
+    future = future_kl(per_token, starts, discount).gather(1, own) * mask
+    return term(per_token, per_token + ratio * future)

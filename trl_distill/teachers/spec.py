@@ -6,6 +6,7 @@ One class for each, with the same methods: its name, configuration, tokenizer an
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
@@ -249,7 +250,12 @@ def spec_of(given: Any, args: OPDConfig) -> TeacherSpec:
 
 
 def load_pool(
-    specs: dict[str, TeacherSpec], args: OPDConfig, accelerator: Any, student: nn.Module, student_vocab_size: int
+    specs: dict[str, TeacherSpec],
+    args: OPDConfig,
+    accelerator: Any,
+    student: nn.Module,
+    student_vocab_size: int,
+    wrap: Callable[[TeacherSpec, Teacher], Teacher] | None = None,
 ) -> TeacherPool:
     """
     Load or bind every teacher, once even if it has several names.
@@ -260,11 +266,13 @@ def load_pool(
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
         student (`torch.nn.Module`): the model that is trained, for teachers that use it.
         student_vocab_size (`int`): rows of its LM head.
+        wrap (`Callable`, *optional*): what each loaded teacher is replaced by.
     """
     loaded: dict[Any, Teacher] = {}
     for spec in specs.values():
         if spec.identity not in loaded:
-            loaded[spec.identity] = spec.load(accelerator, student, student_vocab_size)
+            teacher = spec.load(accelerator, student, student_vocab_size)
+            loaded[spec.identity] = teacher if wrap is None else wrap(spec, teacher)
     teachers = {name: loaded[spec.identity] for name, spec in specs.items()}
     return TeacherPool(
         teachers,

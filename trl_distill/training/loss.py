@@ -216,7 +216,9 @@ class DistillationLoss:
         if self.args.kl_discount > 0 and not batch.is_off_policy:
             _, ratio, _ = self._ratios(output, batch)
             assert ratio is not None
-            per_token = terms.sequence_term(per_token, batch.mask, ratio, self.args.kl_discount)
+            starts = output.measured[0].starts if output.measured else None  # spans: one teacher with other tokens
+            starts = None if starts is None else starts.to(per_token.device)
+            per_token = terms.sequence_term(per_token, batch.mask, ratio, self.args.kl_discount, starts)
         return per_token
 
     def _ratios(self, output: DistilledOutput, batch: MicroBatch) -> tuple[torch.Tensor | None, ...]:

@@ -21,13 +21,15 @@ from ..checks.teachers import check_signals
 from ..config import OPDConfig
 from ..estimators import make_estimator
 from ..estimators.base import Estimator
+from ..estimators.cross_tokenizer import CrossTokenizer
 from ..heads.fused import DivergenceSpec
 from ..models.properties import has_relative_positions, name_of, unwrap_adapter
 from ..models.student import add_student_forward, keep_output_dtype
 from ..objective.weighting import measured_for
 from ..reporting.summary_table import SummaryTable
 from ..reporting.trackers import add_trackers
-from ..teachers.base import is_sharded
+from ..teachers.base import Teacher, is_sharded
+from ..teachers.cross_tokenizer import CrossTokenizerTeacher, shared_ids
 from ..teachers.pool import TeacherPool
 from ..teachers.spec import TeacherSpec, load_pool
 
@@ -46,6 +48,7 @@ class Setup:
         off_policy_estimator ([`~trl_distill.estimators.base.Estimator`]): for the dataset's completions.
         same_vocabulary (`bool`): whether the divergence covers all of the student's ids.
         checks ([`~trl_distill.checks.loaded.ModelChecks`]): some are made on the first rollouts if weights are sharded.
+        teacher_tokenizer (`PreTrainedTokenizerBase`, *optional*): the teacher's, if it has another one.
     """
 
     pool: TeacherPool
@@ -53,6 +56,7 @@ class Setup:
     off_policy_estimator: Estimator
     same_vocabulary: bool
     checks: ModelChecks
+    teacher_tokenizer: Any = None
 
 
 def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setup:
@@ -85,7 +89,7 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
         check_head(facts.student, "student", trainer.accelerator)
         if trainer.aux_loss_enabled:
             check_router_loss(facts.student)
-    pool = _load(trainer, specs, estimator)
+    pool = _load(trainer, specs, estimator, found)
     for teacher, columns in pool.members:
         if pool.several:
             teacher.call_it(pool.names[columns[0]])
@@ -96,7 +100,7 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
     checks.before_training(report)
     report.stop_on_errors()
     report.warn()
-    return Setup(pool, estimator, off_policy_estimator, same_vocabulary, checks)
+    return Setup(pool, estimator, off_policy_estimator, same_vocabulary, checks, found.teacher_tokenizer)
 
 
 def _model_checks(trainer: Any, facts: RunFacts, pool: TeacherPool, found: Examined) -> ModelChecks:
@@ -159,22 +163,39 @@ def _estimators(trainer: Any, found: Examined) -> tuple[Estimator, Estimator]:
         alpha=args.alpha_of(args.divergence),
         log_p_temperature=args.temperature if trainer.has_rewards else None,
     )
+    if args.cross_tokenizer:  # exact over shared ids; there are no off-policy batches
+        texts = CrossTokenizer(args.temperature, sorted(trainer.eos_token_ids))
+        return texts, texts
     off_policy = args.off_policy_divergence
     return estimator, make("full", off_policy, alpha=args.alpha_of(off_policy))
 
 
-def _load(trainer: Any, specs: dict[str, TeacherSpec], estimator: Estimator) -> TeacherPool:
+def _load(trainer: Any, specs: dict[str, TeacherSpec], estimator: Estimator, found: Examined) -> TeacherPool:
     """Load the teachers, and check that they give what the estimator needs."""
     args: OPDConfig = trainer.args
     trainer.saves_padding = True
     trainer.trims_prompts = has_relative_positions(unwrap_adapter(trainer.model).config)
     size = unwrap_adapter(trainer.model).config.get_text_config().vocab_size
-    pool = load_pool(specs, args, trainer.accelerator, trainer.model, size)
+    if args.cross_tokenizer:
+        wrap = functools.partial(_reading_text, trainer, found, size)
+        pool = load_pool(specs, args, trainer.accelerator, trainer.model, 0, wrap)
+    else:
+        pool = load_pool(specs, args, trainer.accelerator, trainer.model, size)
     check_signals(args.kl_estimator, estimator, pool.teachers, args.kl_temperature or args.temperature)
     first, _ = pool.members[0]
     if isinstance(first.module, nn.Module):
         trainer.ref_model = first.module  # TRL's name for the model that the KL is measured against
     return pool
+
+
+def _reading_text(trainer: Any, found: Examined, size: int, spec: TeacherSpec, teacher: Teacher) -> Teacher:
+    """A teacher that reads the student's completions as text; `size` is that of the student's vocabulary."""
+    assert found.pair is not None
+    config = spec.config()
+    assert config is not None
+    theirs = config.get_text_config().vocab_size
+    shared = shared_ids(found.pair, sorted(trainer.eos_token_ids), found.teacher_stops, size, theirs)
+    return CrossTokenizerTeacher(teacher, found.pair, shared, trainer.args.temperature)
 
 
 def _stop_at(trainer: Any, ids: list[int]) -> None:

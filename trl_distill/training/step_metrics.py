@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..estimators.cross_tokenizer import SpanMeasures
 from ..reporting.metrics import by_reward, divergence_profile, reward_and_teacher
 from .loss import LossParts
 
@@ -39,7 +40,7 @@ def step_quantities(
         assert parts.batch.advantages is not None
         by_sign = by_reward(parts.per_token, mask, parts.batch.advantages)
         quantities |= {f"{key}/{name}": found for name, found in by_sign.items()}
-    quantities |= weight_quantities(parts, "distill")
+    quantities |= weight_quantities(parts, "distill") | span_quantities(parts)
     return _renamed(quantities, entropy_key)
 
 
@@ -60,6 +61,21 @@ def weight_quantities(parts: LossParts, prefix: str) -> Quantities:
         return {}
     below = (weights < 1).float()
     return {f"{prefix}/token_weight": (weights, mask), f"{prefix}/token_weight/below_1": (below, mask)}
+
+
+def span_quantities(parts: LossParts) -> Quantities:
+    """With a teacher that has another tokenizer: shares of tokens that left the canonical path, and that were exact."""
+    found = [measures for measures in parts.output.measured or [] if isinstance(measures, SpanMeasures)]
+    if not found:
+        return {}
+    mask, (measures,) = parts.batch.mask, found
+    assert measures.charged is not None
+    assert measures.exact is not None
+    device = mask.device
+    return {
+        "distill/non_canonical": (measures.charged.to(device).float(), mask),
+        "distill/exact_tokens": (measures.exact.to(device).float(), mask),
+    }
 
 
 def loss_quantities(terms: dict[str, torch.Tensor], accumulation: int) -> Quantities:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig
 
 from .._trl import get_config_model_id, probe_environments
+from ..checks.cross_tokenizer import check_writers
 from ..checks.datasets import check_datasets
 from ..checks.findings import Report
 from ..checks.preflight import check_before_loading
@@ -23,6 +24,7 @@ from ..config import OPDConfig
 from ..data.completions import Turns, completion_batch
 from ..data.datasets import with_prompts
 from ..data.rewards import check_rewards
+from ..data.sampling import prompts_ids
 from ..errors import RunawayError, StoppedBySignal, TeacherAnswerError, TeacherUnavailable
 from ..estimators.base import Estimator
 from ..heads.tiles import release_memory
@@ -170,6 +172,8 @@ class OPDTrainer(GRPOHooks):
             check_before_loading(model, specs, args, adapter=peft_config is not None)
             writers = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
             check_datasets(train_dataset, eval_dataset, list(specs), args, writers)
+            if args.cross_tokenizer:
+                check_writers(writers)
             if not self.has_rewards:
                 reward_funcs = [no_reward]
 
@@ -283,7 +287,12 @@ class OPDTrainer(GRPOHooks):
             return
         self._check_models(batch)
         own = [row.get("teacher_prompt") for row in rows]
-        tokenize = functools.partial(self.token_ids_of, tools=[row.get("tools") for row in rows])
+        tools = [row.get("tools") for row in rows]
+        tokenize: Any = functools.partial(self.token_ids_of, tools=tools)
+        if self.setup is not None and self.setup.teacher_tokenizer is not None:  # in its own tokens and template
+            own = [prompt or row["prompt"] for prompt, row in zip(own, rows, strict=True)]
+            how = (self.setup.teacher_tokenizer, dict(self.chat_template_kwargs), tools)  # type: ignore[arg-type]
+            tokenize = functools.partial(prompts_ids, *how)
         batch |= teacher_prompts(own, batch, tokenize, self.tokenizer.pad_token_id)
         batch |= self.pool.assign(rows, batch["prompt_ids"].device)
         self.pool.score_ahead(MicroBatch.from_inputs(batch), self.mode == "train")

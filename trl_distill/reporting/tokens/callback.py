@@ -107,8 +107,9 @@ class TokenReport(TrainerCallback):
             raise ValueError(f"`TokenReport(teacher={name!r})`: there is no such teacher, only {', '.join(names)}.")
         if getattr(trainer.pool.teachers[name], "gives", HiddenStates) is not HiddenStates:
             raise ValueError(
-                "`TokenReport` needs the teacher's whole distribution, but a served teacher gives only a few "
-                "log-probabilities. Leave it out, and run `trl-distill report` where the teacher can be loaded."
+                "`TokenReport` needs the teacher's whole distribution over the student's ids. A served teacher gives "
+                "only a few log-probabilities: run `trl-distill report` where it can be loaded. One with another "
+                "tokenizer has other ids and is not shown yet: leave the report out."
             )
         self._rows = self._first_rows(trainer)
         self._trainer, self._name, self._last = trainer, name, -1

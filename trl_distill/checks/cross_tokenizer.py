@@ -1,0 +1,121 @@
+"""Checks of a teacher with another tokenizer: whether completions can be aligned, and both tokenizers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..alignment.text_tokenizer import TextTokenizer
+from ..alignment.vocabularies import Vocabularies, vocabularies
+from .findings import Finding
+from .tokenizers import PROBE_CONVERSATION
+
+
+MOST_CHANGED = 0.05  # of the student's tokens; with more, much of what it writes would count as off the path
+MARKERS = ("<think>", "<|channel|>", "<|start_think|>")
+
+
+def compared(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, teacher_stops: Sequence[int]
+) -> tuple[Vocabularies | None, Finding]:
+    """
+    Compare two tokenizers for `cross_tokenizer=True`.
+
+    Args:
+        student: the student's tokenizer.
+        teacher: the teacher's tokenizer, or `None` if unknown.
+        teacher_stops (`Sequence[int]`): the teacher's ids that end a turn.
+
+    Returns:
+        The [`~trl_distill.alignment.vocabularies.Vocabularies`], `None` if the finding is an error, and the finding.
+    """
+    if teacher is None:
+        return None, _error(
+            "The teacher has no tokenizer with it, but with `cross_tokenizer=True` it reads text.",
+            "Load the teacher from a folder or hub name that holds its tokenizer.",
+        )
+    if not teacher_stops:
+        return None, _error(
+            "No stop token of the teacher is known, so that the student could not learn where to end.",
+            "Set `eos_token_id` in the teacher's generation configuration.",
+        )
+    try:
+        pair = vocabularies(TextTokenizer(student, "student"), TextTokenizer(teacher, "teacher"))
+    except ValueError as error:
+        return None, _error(str(error), "")
+    unlike = _unlike(pair)
+    if unlike is not None:
+        return None, unlike
+    sizes = len(pair.student), len(pair.teacher)
+    return pair, Finding(
+        "tokenizer",
+        "ok",
+        f"Another tokenizer: {sizes[0]} ids of the student, {sizes[1]} of the teacher, {len(pair.shared)} shared by "
+        f"their bytes, {len(pair.closed)} of them closed. Where both begin anew the divergence is exact over "
+        "those, elsewhere it comes from sampled tokens.",
+        notify=True,
+    )
+
+
+def _error(found: str, advice: str) -> Finding:
+    return Finding("tokenizer", "error", found, advice)
+
+
+def _unlike(pair: Vocabularies) -> Finding | None:
+    """Whether the teacher can write what the student writes, with an example if not; `None` if it can."""
+    tokens = [i for i, _ in pair.student.ordinary()]
+    if len(pair.changed) <= MOST_CHANGED * len(tokens):
+        return None
+    text = (pair.student.piece(pair.changed[0]) or b"").decode()
+    read = (pair.teacher.text_bytes(pair.teacher.encode(text)) or b"").decode("utf-8", "replace")
+    return _error(
+        f"The teacher's tokenizer does not keep the text of {len(pair.changed)} of the student's {len(tokens)} tokens: "
+        f"{text!r} becomes {read!r}. Completions of both could not be aligned.",
+        "Use a teacher whose tokenizer keeps text as it is, or one with the student's tokenizer.",
+    )
+
+
+def thoughts(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None
+) -> Finding:
+    """Whether one model's chat template opens a thought before the answer and the other's does not."""
+    ends = [_generation_prompt(tokenizer, template_kwargs) for tokenizer in (student, teacher)]
+    if None in ends:
+        return Finding("chat template", "ok", "Prompts are given to each model in its own form.")
+    opened = [next((mark for mark in MARKERS if mark in str(end)), None) for end in ends]
+    if (opened[0] is None) != (opened[1] is None):
+        return Finding(
+            "chat template",
+            "error",
+            f"Before an answer the student's template writes {ends[0]!r}, the teacher's {ends[1]!r}: one of them opens "
+            "a thought, so that the same completion would be a thought for one and an answer for the other.",
+            "Give both the same thinking mode, such as `chat_template_kwargs={'enable_thinking': False}`, or give the "
+            "student's tokenizer another `chat_template`.",
+        )
+    return Finding("chat template", "ok", "Each model gets prompts in its own template.")
+
+
+def _generation_prompt(tokenizer: Any, template_kwargs: dict[str, Any] | None) -> str | None:
+    """What the chat template writes between the conversation and an answer; `None` if it cannot be rendered."""
+    try:
+        short, full = (
+            tokenizer.apply_chat_template(
+                PROBE_CONVERSATION[1:], tokenize=False, add_generation_prompt=wanted, **(template_kwargs or {})
+            )
+            for wanted in (False, True)
+        )
+    except Exception:  # templates are programs and may raise anything
+        return None
+    return full[len(short) :] if full.startswith(short) else None
+
+
+def check_writers(writers: dict[str, Any]) -> None:
+    """Raise `ValueError` if completions hold what the student did not write, or prompts are not in the dataset."""
+    for name, given in writers.items():
+        if given:
+            raise ValueError(
+                f"`{name}` is given, but with `cross_tokenizer=True` the teacher reads a row's prompt and one answer "
+                f"of the student. Leave `{name}` out, or use a teacher with the student's tokenizer."
+            )
