@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from trl_distill.synthetic.stages.judge_check import sentences
+
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "synthetic_data.md").read_text()
@@ -23,6 +25,13 @@ def test_the_stages_shown_are_those_of_the_run():
         stage = stages[name]
         assert [unit, int(given), int(kept)] == [stage["unit"], stage["in"], stage["kept"]]
         assert why.strip() == "; ".join(f"{reason}: {count}" for reason, count in stage["dropped"].items())
+
+
+def test_the_check_of_the_judge_is_quoted_as_it_was_printed():
+    found = json.loads((ROOT / "docs" / "results" / "synthetic" / "judge_check.json").read_text())
+    quoted = " ".join(re.sub(r"^> ?(- )?", "", line).strip() for line in PAGE.splitlines() if line.startswith(">"))
+    assert " ".join(quoted.split()) == " ".join(sentences(found))
+    assert f"In {found['contradictions']} of {found['comparisons']} comparisons" in " ".join(PAGE.split())
 
 
 def test_what_the_weak_model_gets_wrong_is_told_with_its_numbers():
