@@ -73,8 +73,8 @@ def remainders(log_q: torch.Tensor, spans: Spans) -> torch.Tensor:
     rest = torch.where(spans.whole, from_here(counted) - of_span(spans.log_p), -earlier(counted))
     # what the teacher gave to the first token is known before the later ones, whether the span will be whole or not
     rest = rest + of_span(torch.where(spans.inside, spans.first_log_p, 0.0))
-    # the exact part of a span that is not whole is taken back where it was sampled
-    back = torch.where(spans.starts & spans.inside & ~spans.whole, log_q, 0.0)
+    # the first token's log q is in no `counted`: a span that is not whole takes it back from its exact part
+    back = torch.where(spans.whole, 0.0, of_span(torch.where(spans.inside, log_q, 0.0)))
     return torch.where(number > 0, rest - back + from_here(spans.charges), 0.0)
 
 
