@@ -44,7 +44,7 @@ from trl_distill import OPDConfig, OPDTrainer, foreign_text
 DOCS = Path(__file__).parents[3] / "docs"
 
 
-STEPS = 100  # of 16 answers
+STEPS = 80  # of 16 answers
 
 
 MOMENTS = 4  # measurements during a run
@@ -76,7 +76,7 @@ ARMS = {
 }
 
 
-RATES = {"on-policy": 2e-4, "distributions": 2e-4, "sft": 2e-4}  # peaks; from the sweep, SFT's is that of distributions
+RATES = {"on-policy": 2e-4, "distributions": 4e-4, "sft": 4e-4}  # peaks; from the sweep, SFT's is that of distributions
 
 
 class Study:
@@ -127,7 +127,7 @@ class Study:
         train on the same prompts.
         """
         wanted = self.steps * BATCH
-        asked = training_prompts(self.tokenizer, wanted * 7 // 4, self.seed)
+        asked = training_prompts(self.tokenizer, 2 * wanted, self.seed)
         written = self._kept(
             f"answers-{self.seed}-{wanted}", lambda: self._write_all(list(asked), 1000 * (1 + self.seed))
         )
@@ -283,7 +283,8 @@ def main(words: list[str] | None = None) -> None:
             if not (options.results / f"{name}.json").exists():
                 console.print(f"{ARMS[arm].label}, seed {seed}")
                 found = run(study, arm)
-                save(name, {"arm": arm, "seed": seed, "steps": options.steps, **found}, options.results)
+                rates = {kind: RATES[kind] for kind in ARMS[arm].parts}
+                save(name, {"arm": arm, "seed": seed, "steps": options.steps, "rates": rates, **found}, options.results)
     console.print(f"Results are in {options.output_dir if options.prepare else options.results}.")
 
 
