@@ -343,16 +343,16 @@ def test_what_else_is_measured_at_every_token(name):
 
     generator = torch.Generator().manual_seed(0)
     student, teacher = make_model("tied", seed=1), make_model("softcap", seed=2, hidden_size=24, vocab_size=VOCAB)
-    hidden = torch.randn(40, 16, generator=generator)
-    signal = HiddenStates(torch.randn(40, 24, generator=generator), LMHead(teacher))
+    hidden = torch.randn(400, 16, generator=generator)
+    signal = HiddenStates(torch.randn(400, 24, generator=generator), LMHead(teacher))
     head, stops = LMHead(student), list(range(12))
     estimator = make_estimator(
         name, "reverse_kl", 0.7, 3, stops=stops, also=frozenset({"teacher_entropy", "agreement"})
     )
-    found = estimator.measure(hidden, head, signal, torch.zeros(40).long(), None)
+    found = estimator.measure(hidden, head, signal, torch.zeros(400).long(), None)
     log_q, log_p = ((x / 0.7).log_softmax(-1) for x in (head.logits(hidden), signal.head.logits(signal.hidden)))
     torch.testing.assert_close(found.teacher_entropy, -(log_p.exp() * log_p).sum(-1), rtol=1e-4, atol=1e-5)
     ours, theirs = (x.argmax(-1) for x in (log_q, log_p))
     expected = (ours == theirs) | ((ours < 12) & (theirs < 12))
     assert torch.equal(found.agreement.bool(), expected)
-    assert 0 < (ours == theirs).sum() < expected.sum() < 40
+    assert 0 < (ours == theirs).sum() < expected.sum() < 400
