@@ -13,6 +13,7 @@ from trl_distill import TeacherUnavailable
 from trl_distill.synthetic.make_chunks import ChunkMaker, work_folder
 from trl_distill.synthetic.shared_storage import SharedStorage
 from trl_distill.synthetic.sources.load import load_source
+from trl_distill.synthetic.work_folder import WorkFolder
 
 
 CHATS = [{"prompt": [{"role": "user", "content": f"word {i}"}]} for i in range(14)]
@@ -81,6 +82,42 @@ def test_a_folder_that_is_not_whole_is_not_taken(tmp_path, url):
     storage.push(tmp_path / "one" / "prompts")
     other.pull()
     assert {path.name for path in (tmp_path / "two" / "prompts").iterdir()} == {"000000.jsonl", "counts.json"}
+
+
+def test_what_a_killed_run_had_not_shared_is_shared_later(bench, url):
+    bench.prompts(CHATS)
+    settings = {"work_dir": url}
+    loaded = bench.teach(lambda prompt, seed, model: f"answer {seed}")
+    bench.run(**settings)
+    expected, storage = bench.rows(), SharedStorage(url, bench.folder / "out.work")
+    before = storage._names()
+    for name in ("prompts", "settings.json", "completions"):
+        storage.discard(name)  # as if it was killed before
+    bench.out.rename(bench.folder / "before")
+    bench.run(**settings)
+    assert storage._names() == before
+    shutil.rmtree(bench.folder / "out.work")
+    bench.out.rename(bench.folder / "again")
+    loaded.clear()
+    bench.run(**settings)  # on a machine that has nothing
+    assert (bench.rows(), loaded) == (expected, [])
+
+
+def test_prompts_of_another_run_are_not_taken_for_those_of_the_storage(bench, url):
+    """What a machine still has of a run that started over is replaced; answers of another run are kept, and said."""
+    bench.prompts(CHATS)
+    bench.teach(lambda prompt, seed, model: f"answer {seed}")
+    bench.run(work_dir=url)
+    other = WorkFolder(bench.folder / "machine", storage=url)
+    (other.path / "completions" / "0" / "000000.jsonl").unlink()
+    prompts = (other.path / "prompts" / "000000.jsonl").read_text()
+    (other.path / "prompts" / "000000.jsonl").write_text("old")
+    (other.path / "settings.json").write_text('{"seed": 7}')
+    with pytest.raises(ValueError, match="holds answers of a run with other settings"):
+        WorkFolder(bench.folder / "machine", storage=url)
+    shutil.rmtree(other.path / "completions")
+    WorkFolder(bench.folder / "machine", storage=url)
+    assert (other.path / "prompts" / "000000.jsonl").read_text() == prompts
 
 
 def test_a_file_system_that_nobody_knows(tmp_path):

@@ -41,10 +41,7 @@ class SharedStorage:
 
     def pull(self) -> None:
         """Download what is not on this machine."""
-        self.files.invalidate_cache()
-        found = self.files.find(self.root) if self.files.exists(self.root) else []
-        names = sorted(str(PurePosixPath(path).relative_to(PurePosixPath(self.root))) for path in found)
-        wanted = [name for name in names if not name.endswith(".unfinished")]
+        wanted = self._names()
         for folder in WHOLE:
             inside = [name for name in wanted if name.startswith(f"{folder}/")]
             wanted = [name for name in wanted if name not in set(inside)]
@@ -65,6 +62,32 @@ class SharedStorage:
             self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
             self.files.put_file(str(file), unfinished)
             self.files.mv(unfinished, target)
+
+    def push_missing(self, *names: str) -> None:
+        """Upload what is finished here and missing there: whole folders, files of answers, and those of `names`."""
+        there = set(self._names())
+        for folder in WHOLE:
+            if (self.local / folder).exists() and f"{folder}/{LAST}" not in there:
+                self.push(self.local / folder)
+        for path in sorted(self.local.rglob("*")):
+            name = path.relative_to(self.local).as_posix()
+            of = name.partition("/")[0]
+            finished = path.suffix == ".jsonl" and not of.endswith(".unfinished") and of not in (*WHOLE, "dataset")
+            if path.is_file() and name not in there and (finished or name in names):
+                self.push(path)
+
+    def differs(self, name: str) -> bool:
+        """Whether a file is here and there, with different contents."""
+        here, there = self.local / name, f"{self.root}/{name}"
+        self.files.invalidate_cache()
+        return here.exists() and self.files.exists(there) and self.files.cat_file(there) != here.read_bytes()
+
+    def _names(self) -> list[str]:
+        """All finished files there."""
+        self.files.invalidate_cache()
+        found = self.files.find(self.root) if self.files.exists(self.root) else []
+        names = sorted(str(PurePosixPath(path).relative_to(PurePosixPath(self.root))) for path in found)
+        return [name for name in names if not name.endswith(".unfinished")]
 
     def discard(self, name: str) -> None:
         """Remove a folder there, if there is one."""

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,9 @@ _FLOAT = "\0float"  # the name of an object's only value, a number that JSON doe
 
 
 ANSWERS = ("completions/*/*.jsonl", "rounds/*.jsonl", "evolved/*/*.jsonl")  # files that a model was asked for
+
+
+SETTINGS = "settings.json"
 
 
 class WorkFolder:
@@ -43,9 +47,28 @@ class WorkFolder:
         self.pull()
 
     def pull(self) -> None:
-        """Take over what other machines have finished."""
+        """
+        Take over what other machines have finished.
+
+        Raises:
+            ValueError: answers that are here belong to another run than what is there.
+        """
+        if not self.storage:
+            return
+        if self.storage.differs(SETTINGS):
+            if self._has_answers():
+                raise ValueError(
+                    f"{self.path} holds answers of a run with other settings than the one in `work_dir`. Pass another "
+                    "`--output_dir` or `--work_dir`, or delete that folder if its answers are not needed."
+                )
+            self._discard_prompts()
+            (self.path / SETTINGS).unlink()
+        self.storage.pull()
+
+    def share_all(self) -> None:
+        """Give other machines what is finished here and missing there: a run may have ended between the two."""
         if self.storage:
-            self.storage.pull()
+            self.storage.push_missing(SETTINGS)
 
     def share(self, path: Path) -> None:
         """Give a finished file or folder to other machines."""
@@ -85,17 +108,17 @@ class WorkFolder:
         Raises:
             ValueError: they differ.
         """
-        path = self.path / "settings.json"
+        path = self.path / SETTINGS
         settings = json.loads(json.dumps(settings))
         if not path.exists():
             write_json(path, settings)
             return self.share(path)
         before = {**json.loads(json.dumps(defaults or {})), **read_json(path)}
         changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
-        if changed and not any(next(self.path.glob(made), None) for made in ANSWERS):
-            for name in ("prompts", "new_prompts"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-                if self.storage:
+        if changed and not self._has_answers():
+            self._discard_prompts()
+            if self.storage:
+                for name in WHOLE:
                     self.storage.discard(name)
             write_json(path, settings)
             return self.share(path)
@@ -106,6 +129,13 @@ class WorkFolder:
                 "settings to continue, pass another `--output_dir` to start over beside it, or delete that folder to "
                 "start over here."
             )
+
+    def _has_answers(self) -> bool:
+        return any(next(self.path.glob(made), None) for made in ANSWERS)
+
+    def _discard_prompts(self) -> None:
+        for name in WHOLE:
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def chunk(self, *parts: str | int) -> Path:
         """Path of a chunk's file: folders, then a number."""
@@ -135,7 +165,8 @@ class WorkFolder:
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """One JSON object per line; the file is there when all are in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    # the same process id may come from another machine or container
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
     with open(unfinished, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(dump(row) + "\n")
