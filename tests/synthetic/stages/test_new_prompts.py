@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from trl_distill.synthetic import Completion, Refusal
+from trl_distill import TeacherUnavailable
+from trl_distill.synthetic import Completion, Refusal, pipeline
 
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
@@ -93,3 +94,25 @@ def test_a_restart_uses_the_rounds_that_are_finished(bench):
     bench.run(new_prompts=20)
     assert bench.rows() == rows
     assert not any(json.dumps(prompt) in map(json.dumps, asked) for prompt in teachers[0].asked[:4])
+
+
+def test_the_teachers_connections_are_closed_when_it_fails(bench):
+    bench.prompts([{"prompt": f"question {i}"} for i in range(6)])
+
+    def answer(prompt, seed, model):
+        raise TeacherUnavailable("gone")
+
+    loaded = bench.teach(answer)
+    closed = []
+    load = pipeline.load_source
+
+    def load_and_note(*given):
+        teacher = load(*given)
+        teacher.close = lambda: closed.append(teacher)
+        return teacher
+
+    bench.monkeypatch.setattr(pipeline, "load_source", load_and_note)
+    with pytest.raises(TeacherUnavailable):
+        bench.run(new_prompts=3)
+    assert closed == loaded
+    assert len(loaded) == 1

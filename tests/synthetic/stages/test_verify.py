@@ -199,6 +199,25 @@ def judge(server, template="{prompt} {completion} {answer}"):
     return Judge(EndpointJudging(Endpoint(Address("endpoint", "m", server.url), backoff=0.001, retries=1)), template)
 
 
+def test_a_closed_reward_model_holds_no_weights_and_scores_again(tmp_path):
+    scorer = RewardModel(make_reward_model(tmp_path))
+    rows = [Answered("a", "b", {})]
+    before = scorer.score(rows)
+    scorer.close()
+    assert "model" not in vars(scorer)
+    assert scorer.score(rows) == before
+
+
+def test_a_judge_closes_its_connections_and_can_be_asked_again():
+    with ChatServer(lambda text, seed: "Score: 1") as server:
+        one = judge(server, "{prompt} {completion}")
+        for _ in range(2):
+            assert one.score([Answered("a", "b", {})] * 3) == [1.0] * 3
+            client = one.judging.endpoint._client
+            one.close()
+            assert client._closed.is_set()
+
+
 def test_a_judges_verdicts():
     said = {
         "yes": "It looks like Score: 0 at first.\n**Score:** 1",

@@ -92,7 +92,16 @@ class Endpoint:
             key_advice="Put the key into the environment variable that `api_key_env` names.",
             last_words="All that is finished is kept: start the same command again to go on.",
         )
-        self._client = HTTPClient(settings, servers, api_key, secrets, balanced=True)
+        self._make = partial(HTTPClient, settings, servers, api_key, secrets, balanced=True)
+        self._open: HTTPClient | None = self._make()
+        self._lock = threading.Lock()
+
+    @property
+    def _client(self) -> HTTPClient:
+        """The connections, opened again after they were closed."""
+        with self._lock:
+            self._open = self._open or self._make()
+            return self._open
 
     @property
     def url(self) -> str:
@@ -141,8 +150,11 @@ class Endpoint:
         return self._client.all(calls)
 
     def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
+        """Close the connections; a later request opens others."""
+        with self._lock:
+            opened, self._open = self._open, None
+        if opened is not None:
+            opened.close()
 
 
 def _with_path(server: ServerURL) -> ServerURL:

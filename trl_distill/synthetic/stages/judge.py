@@ -73,7 +73,7 @@ class Judging(Protocol):
 
 class EndpointJudging:
     """
-    A judge behind an endpoint, whose connections are closed with the process.
+    A judge behind an endpoint.
 
     Args:
         endpoint (`Endpoint`): where.
@@ -93,7 +93,8 @@ class EndpointJudging:
         return [self.endpoint.url, self.endpoint.model]
 
     def close(self) -> None:
-        """It is asked about several teachers' completions."""
+        """Close the connections; a later question opens others."""
+        self.endpoint.close()
 
     def _one(self, question: str, halt: threading.Event) -> Completion | Refusal:
         body = {"messages": [{"role": "user", "content": question}], "temperature": 0.0}

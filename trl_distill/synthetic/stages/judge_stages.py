@@ -90,12 +90,15 @@ def run_check(work: WorkFolder, check: JudgeCheck, done: Callable[[int], None]) 
         check (`JudgeCheck`): the rows and the judge.
         done (`Callable[[int], None]`): called with the number of finished parts.
     """
-    for number in range(len(check)):
-        path = work.chunk(check.folder, 0, number)
-        if not path.exists():
-            write_lines(path, check.ask(number))
-        done(number + 1)
-    check.judge.close()
+    try:
+        for number in range(len(check)):
+            path = work.chunk(check.folder, 0, number)
+            if not path.exists():
+                write_lines(path, check.ask(number))
+                work.share(path)
+            done(number + 1)
+    finally:
+        check.judge.close()
 
 
 @dataclass

@@ -56,6 +56,13 @@ class NewPrompts:
         """Make them, unless it was done before; fewer where the teacher has nothing new to say."""
         if (self.work.path / "new_prompts").exists():
             return show(self.config.new_prompts)
+        try:
+            self._make(show)
+        finally:
+            if self.worker is not None:
+                self.worker.close()
+
+    def _make(self, show: Callable[[int], None]) -> None:
         self.seeds = Prompts(self.work)
         self.stage = Stage("new prompts", "prompts")
         pool = self._pool()
@@ -66,8 +73,6 @@ class NewPrompts:
                 index.close()
             (folder / "duplicates.db").unlink()
             PromptCounts([self.stage], chunks, self.seeds.columns, self.seeds.text).write(folder)
-        if self.worker is not None:
-            self.worker.close()
 
     def _pool(self) -> list[str]:
         """An even sample of all prompts (reservoir sampling)."""
@@ -131,6 +136,7 @@ class NewPrompts:
                     raise
                 answers = error.answers  # the rounds before had others
             write_lines(path, map(answer_as_dict, answers))
+            self.work.share(path)
         return [answer_from_dict(found) for found in read_lines(path)]
 
     def _question(self, examples: list[str]) -> Text:

@@ -159,7 +159,10 @@ class RewardModel:
         """Prompt and completion are enough."""
 
     def close(self) -> None:
-        """Its memory goes with the object."""
+        """Give back the model's memory; it is loaded again if more is to be scored."""
+        self.__dict__.pop("model", None)
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def identity(self) -> list[str]:
         return ["reward model", self.name]
