@@ -5,7 +5,7 @@ What the stages do, and how each can be interrupted, is in the modules named aft
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -96,6 +96,7 @@ class Pipeline:
             defaults = {field.name: field.default for field in fields(self.config) if field.name in FIXED}
             digests = {"dataset_digest": _digest(self.config), "benchmarks_digest": benchmarks_digest(self.config)}
             self.work.check_settings({**fixed, **digests, **operations_digest(self.config)}, defaults)
+            self.work.share_all()
             self._read()
             self._check_inputs()
             if self.config.new_prompts:
@@ -152,6 +153,7 @@ class Pipeline:
     def _check_inputs(self) -> None:
         """Find out before any teacher is asked what verifier and human data need."""
         prompts = Prompts(self.work)
+        _check_columns(self.config, prompts.columns)
         if self.scorer is not None:
             self.scorer.needs(prompts.columns)
         self.check = load_check(self.config, self.scorer, RewardFunctions)
@@ -214,6 +216,25 @@ def _in_use(config: GenerateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     defaults = {field.name: field.default for field in fields(config)}
     later = sorted(name for name in settings if name not in first and settings[name] != defaults[name])
     return {name: settings[name] for name in (*first, *later)}
+
+
+def _check_columns(config: GenerateConfig, columns: Collection[str]) -> None:
+    """
+    Raises:
+        ValueError: a column of the input has a name under which a stage would write.
+    """
+    written = {
+        "evolve": ("evolved_from", "evolution") if config.evolve else (),
+        "keep_reasoning": ("reasoning",) if config.keep_reasoning == "column" else (),
+        "keep_drafts": ("draft", "critique", "principle") if config.keep_drafts else (),
+        "difficulty_model": ("ifd", "perplexity", "perplexity_alone") if config.difficulty_model else (),
+    }
+    for setting, names in written.items():
+        if taken := [name for name in names if name in columns]:
+            raise ValueError(
+                f"The dataset has a column {taken[0]!r}, which `{setting}` would write. Rename the column, or leave it "
+                "out."
+            )
 
 
 def _digest(config: GenerateConfig) -> str | None:

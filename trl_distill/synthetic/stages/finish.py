@@ -60,7 +60,7 @@ class DatasetBuilder:
         self.config, self.work, self.scores, self.advance = config, work, scores, advance
         self.benchmarks, self.originals = benchmarks, Prompts(work)
         seeds = next(stage.kept for stage in self.originals.stages if stage.name == "equal prompts")
-        self.variety = Variety(config.seed, seeds, self.originals.total)
+        self.variety = Variety(config.seed, seeds, self.originals.total, bool(config.evolve))
         model = config.difficulty_model
         measured = revised_scores(difficulty_folder(model), work.completions) if model else None
         drafts = DraftReader(config, work, scores) if config.revise else None
@@ -217,7 +217,9 @@ class DatasetBuilder:
 
     def _filter_fault(self, candidate: Candidate) -> str | None:
         """The first filter that a completion does not pass, or `None`."""
-        fault, config = filter_fault(candidate, self.config) or rewrite_fault(candidate), self.config
+        fault, config = filter_fault(candidate, self.config), self.config
+        if fault is None and config.evolve:
+            fault = rewrite_fault(candidate)
         if fault is None and config.language:
             fault = language_fault(candidate.prompt, candidate.text, config.language)
         if fault is None and self.benchmarks:

@@ -25,10 +25,12 @@ class Variety:
         seed (`int`): of the samples.
         seeds (`int`): how many prompts were read; those with a higher id were made.
         total (`int`): how many were read or made.
+        evolves (`bool`, *optional*, defaults to `False`): whether prompts are rewritten; otherwise a column
+            `evolution` is one of the input's.
     """
 
-    def __init__(self, seed: int, seeds: int, total: int):
-        self.seed, self.seeds, self.total = seed, seeds, total
+    def __init__(self, seed: int, seeds: int, total: int, evolves: bool = False):
+        self.seed, self.seeds, self.total, self.evolves = seed, seeds, total, evolves
         self.samples: dict[tuple[str, str], Sample] = {}
         self.operations: Counter[str] = Counter()
 
@@ -39,14 +41,14 @@ class Variety:
             if row.id < self.seeds:
                 self._add("prompts", "seeds", flat(row.prompt))
         for row in completed:
-            if "evolved_from" in row.columns and row.columns.get("evolution"):
+            if self.evolves and row.columns.get("evolution"):
                 self._add("rounds", f"evolve round {len(row.columns['evolution'])}", flat(row.prompt))
 
     def add_row(self, row: dict[str, Any], name: str = "dataset") -> None:
         """A row of the dataset, or (`name="human"`) of the human data."""
         self._add("prompts", name, flat(row["prompt"]))
         self._add("completions", name, flat(row["completion"] if "completion" in row else row["chosen"]))
-        if name == "dataset" and (evolution := row.get("evolution")):
+        if self.evolves and name == "dataset" and (evolution := row.get("evolution")):
             self.operations[evolution[-1]] += 1
 
     def summary(self) -> dict[str, Any]:
