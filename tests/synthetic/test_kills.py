@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from chat_server import ChatServer
-from processes import started, succeeds
+from processes import started, succeeds, wait_until_gone
 
 
 PROMPTS = 60
@@ -117,6 +118,28 @@ def finished(folder):
 
 def test_a_run_that_is_killed_gives_the_uninterrupted_dataset(tmp_path):
     check_kills(tmp_path, workers=1, times=1, seed=1)
+
+
+@pytest.mark.parametrize(("workers", "sign"), [(1, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_stopped_run_ends_at_once_with_all_its_workers(tmp_path, workers, sign):
+    """Although the endpoint answers after minutes."""
+    write(tmp_path)
+    release = threading.Event()
+
+    def answer(text, seed):
+        release.wait(600)
+        return text
+
+    with ChatServer(answer) as server:
+        with started(command(tmp_path, [server], workers)) as process:
+            end = time.monotonic() + 300
+            while len(server.asked) < workers and time.monotonic() < end:
+                time.sleep(0.05)
+            assert len(server.asked) >= workers
+            os.kill(process.pid, sign)
+            assert process.wait(timeout=60) != 0
+            assert wait_until_gone(process, 60) == []
+        release.set()
 
 
 @pytest.mark.slow
