@@ -85,7 +85,7 @@ def cap(
     min(1, c / KL): no token pulls with more than a KL of c would (c is `nats`, or `times_mean` times the mean KL).
 
     At first a few tokens carry most of the divergence: states that no teacher has been in, where its opinion is worth
-    little. The source is this package; docs/results.md has the measurements.
+    little. The source is this package; docs/objective.md says what it brought.
 
     Args:
         divergence (`torch.Tensor` of shape `(B, C)`): nats.
