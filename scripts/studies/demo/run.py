@@ -32,9 +32,9 @@ from scripts.studies.tasks.additions import problems
 STEPS, STEPS_WITH_REWARDS = 300, 500  # unless `--steps` is given
 RATE, RATE_WITH_REWARDS = 6e-4, 1.5e-3  # unless `--learning_rate` is given
 
-# A gentle start, so that the student does not fall before it learns. At first a few tokens carry most of the divergence,
-# in states after a mistake: the cap bounds what one of them may pull. Adam's second moment forgets these first, large
-# gradients within some 20 steps.
+# A gentle start, so that the student does not fall before it learns. At first a few tokens carry most of the
+# divergence, in states after a mistake: the cap bounds what one of them may pull. Adam's second moment forgets these
+# first, large gradients within some 20 steps.
 STEADY: dict[str, Any] = {
     "warmup_steps": 20,
     "adam_beta2": 0.95,
