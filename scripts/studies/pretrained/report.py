@@ -49,6 +49,8 @@ def _cells(measured: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _spread(numbers: Sequence[float], form: str) -> str:
+    if not numbers:
+        return "not measured"
     mean = format(statistics.mean(numbers), form)
     return mean if len(numbers) < 2 else f"{mean} ({format(min(numbers), form)}–{format(max(numbers), form)})"
 
@@ -58,7 +60,7 @@ def table(before: dict[str, Any], runs: Records) -> str:
     head = ["", *COLUMNS, *(f"right: {kind}" for kind in QUESTIONS), "minutes, one core"]
     rows = [["student before", *_cells([before["student"]]), ""]]
     for label, records in runs.items():
-        minutes = _spread([one["seconds"] / 60 for one in records], ".0f")
+        minutes = _spread([one["seconds"] / 60 for one in records if one["seconds"]], ".0f")
         rows.append([label, *_cells([one["final"] for one in records]), minutes])
     rows.append(["teacher", *_cells([before["teacher"]]), ""])
     return _markdown(head, rows)
