@@ -18,7 +18,9 @@ import pytest
 from chat_server import ChatServer
 from processes import started, succeeds
 
+from trl_distill.cli import generate
 from trl_distill.data.datasets import load_splits
+from trl_distill.synthetic import GenerateConfig
 
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +34,6 @@ def run(monkeypatch, tmp_path):
     """Runs the script in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    from trl_distill.cli import generate
 
     def call(*arguments: str) -> dict[str, Any]:
         defaults = ("--dataset_name", "prompts.jsonl", "--output_dir", "out")
@@ -241,3 +242,12 @@ def test_what_reads_the_dataset(run, tmp_path):
     ):
         arguments = [*command, "--dataset_name", folder, "--output_dir", f"trained_{folder}", *common]
         succeeds(arguments, cwd=tmp_path, env=environment(tmp_path))
+
+
+def test_the_last_line_says_where_the_completions_are_without_keys(monkeypatch, capsys):
+    monkeypatch.setattr(generate, "run_pipeline", lambda config, console: {"stages": [], "notes": [], "rows": 2})
+    given = {"dataset_name": "a.jsonl", "output_dir": "out/", "teacher_model_name_or_path": "m"}
+    generate.main(GenerateConfig(**given))
+    assert "kept in out.work, so" in capsys.readouterr().out
+    generate.main(GenerateConfig(**given, work_dir="s3://key:sesame@bucket/run"))
+    assert "kept in s3://***@bucket/run, so" in capsys.readouterr().out

@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .. import foreign_text
 from ..errors import TeacherAnswerError, TeacherUnavailable
+from ..server_urls import without_login
 from ..synthetic import GenerateConfig, run_pipeline
 from .arguments import errors_without_traceback
 from .dataclass_parser import DataclassParser
@@ -52,9 +53,10 @@ def main(config: GenerateConfig) -> None:
         console.print(line)
     for note in counts["notes"]:
         console.print(note, style="yellow")
+    kept = without_login(config.work_dir) if config.work_dir else f"{config.output_dir.rstrip('/')}.work"
     console.print(
         f"{counts['rows']} rows are in {config.output_dir}, with a card in README.md. All completions are kept in "
-        f"{config.output_dir.rstrip('/')}.work, so that filters may be changed; delete it when you are done.",
+        f"{kept}, so that filters may be changed; delete it when you are done.",
         soft_wrap=True,
     )
 
