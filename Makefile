@@ -7,14 +7,16 @@ WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 ||
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 SLOW   := $(VENV)/.installed-slow
+ENGINES := $(VENV)/.installed-engines
 VLLM   := .venv-vllm
 
-.PHONY: help install install-vllm demo test test-slow test-vllm test-stress lint format clean
+.PHONY: help install install-vllm demo test test-slow test-long test-vllm test-stress lint format clean
 
 help:
 	@echo "make demo       on-policy distillation in miniature, about 4 minutes; results in demo_output/"
 	@echo "make test       lint, type check and the fast tests"
 	@echo "make test-slow  the slow tests: two processes (DDP, DeepSpeed, FSDP2), kernels in Triton, quantisers, a second demo seed"
+	@echo "make test-long  kills the data engine at ten moments, on one and on two processes, and a worker on Ray"
 	@echo "make test-vllm  vLLM itself on the CPU, in an environment of its own ($(VLLM), 2.7 GB): rollouts, teachers, generate"
 	@echo "make test-stress  two processes must leave, again and again, on a busy machine; an hour"
 	@echo "make lint       ruff and mypy"
@@ -39,7 +41,7 @@ test: lint
 	@echo "==> Running the fast tests"
 	@$(PYTEST) -m "not slow" -n $(WORKERS) $(PYTEST_ARGS)
 
-$(SLOW): $(STAMP) tests/quantised/requirements.txt tests/synthetic/engines.txt
+$(SLOW): $(STAMP) tests/quantised/requirements.txt
 	@echo "==> Installing DeepSpeed for the distributed tests, and Jupyter's kernel for the notebook (once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,deepspeed,notebook]"
 	@echo "==> Installing Triton, whose interpreter runs GPU kernels, into .venv-triton (once)"
@@ -48,14 +50,21 @@ $(SLOW): $(STAMP) tests/quantised/requirements.txt tests/synthetic/engines.txt
 	@echo "==> Installing quantisers that run on a CPU into .venv-quantised (once)"
 	@rm -rf .venv-quantised
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-quantised -r tests/quantised/requirements.txt
-	@echo "==> Installing datatrove and Ray, for workers on many machines, into .venv-engines (once)"
-	@rm -rf .venv-engines
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-engines -r tests/synthetic/engines.txt
 	@touch $(SLOW)
 
 test-slow: $(SLOW)
 	@echo "==> Running the slow tests"
-	@$(PYTEST) -m slow $(PYTEST_ARGS)
+	@$(PYTEST) -m "slow and not long" $(PYTEST_ARGS)
+
+$(ENGINES): $(STAMP) tests/synthetic/engines.txt
+	@echo "==> Installing datatrove and Ray, for workers on many machines, into .venv-engines (once)"
+	@rm -rf .venv-engines
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-engines -r tests/synthetic/engines.txt
+	@touch $(ENGINES)
+
+test-long: $(ENGINES)
+	@echo "==> Running the tests that kill the data engine again and again, and the one on Ray"
+	@$(PYTEST) -m long $(PYTEST_ARGS)
 
 install-vllm: $(VLLM)/.installed
 

@@ -143,6 +143,7 @@ def test_a_stopped_run_ends_at_once_with_all_its_workers(tmp_path, workers, sign
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_that_is_killed_ten_times_gives_the_uninterrupted_dataset(tmp_path, workers):
     check_kills(tmp_path, workers, times=10, seed=10 + workers)

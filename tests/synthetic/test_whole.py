@@ -263,5 +263,6 @@ def test_the_whole_run_survives_being_killed(bench):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_run_survives_being_killed_ten_times(bench):
     check_kills(bench, times=10, seed=5)

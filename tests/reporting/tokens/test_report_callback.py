@@ -133,7 +133,7 @@ def test_a_report_that_fails_is_a_warning(trained, caplog):
 @pytest.mark.parametrize(
     ("report", "changes", "message"),
     [
-        ({}, {"teacher": ServedTeacher("http://x", "s", top_k=64), "kl_estimator": "topk"}, "a served teacher"),
+        ({}, {"teacher": ServedTeacher("http://x", "s", top_k=64), "kl_estimator": "topk"}, "A served teacher gives"),
         ({}, {"teacher": {"a": make_model(seed=2), "b": make_model(seed=3)}}, "several teachers"),
         ({"teacher": "c"}, {}, "no such teacher"),
         ({"prompts": []}, {}, "at least one row"),
