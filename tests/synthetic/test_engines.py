@@ -127,7 +127,7 @@ def test_a_rank_that_is_killed_in_an_engine_is_started_again(bench):
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_worker_on_ray_is_killed_and_the_dataset_is_that_of_one_process(bench):
-    assert PACKAGES.is_dir(), "run `make test-slow`, which installs datatrove and Ray there"
+    assert PACKAGES.is_dir(), "run `make test-long`, which installs datatrove and Ray there"
     bench.prompts(CHATS)
 
     def answer(text, seed):
