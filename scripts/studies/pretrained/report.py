@@ -112,7 +112,7 @@ def draw(before: dict[str, Any], runs: Records, path: Path) -> None:
             style = {"color": colour, "marker": marker, "linewidth": 1.8, "markersize": 5}
             axis.plot(steps, values, label=label.replace("`", "") if i == 0 else None, **style)
     axis.set_title("A pruned SmolLM2 is healed: KL to the teacher on held-out prompts", loc="left", fontsize=11)
-    axis.set(xlabel="optimizer step, 16 answers each", ylabel="KL(student ‖ teacher), nats per token", yscale="log")
+    axis.set(xlabel="optimizer step, 16 answers each", ylabel="KL(student ‖ teacher), nats per token", ylim=(0, None))
     plain(axis)
     axis.legend(frameon=False)
     figure.savefig(path)
