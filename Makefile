@@ -13,7 +13,7 @@ VLLM   := .venv-vllm
 .PHONY: help install install-vllm demo test test-slow test-long test-vllm test-stress lint format clean
 
 help:
-	@echo "make demo       on-policy distillation in miniature, about 4 minutes; results in demo_output/"
+	@echo "make demo       on-policy distillation in miniature, some 5 minutes; results in demo_output/"
 	@echo "make test       lint, type check and the fast tests"
 	@echo "make test-slow  the slow tests: two processes (DDP, DeepSpeed, FSDP2), kernels in Triton, quantisers, a second demo seed"
 	@echo "make test-long  kills the data engine at ten moments, on one and on two processes, and a worker on Ray"

@@ -2,8 +2,8 @@
 
 The teacher is SmolLM2-135M-Instruct, the student the same without nine of its thirty layers (`models.py`).
 
-    python -m scripts.studies.pretrained.run --prepare    # models and prompts only, ten minutes
-    python -m scripts.studies.pretrained.run              # all arms, one seed; some 25 minutes of one core each
+    python -m scripts.studies.pretrained.run --prepare    # models and prompts only
+    python -m scripts.studies.pretrained.run              # all arms, one seed; on-policy took 21 minutes of one core
     python -m scripts.studies.pretrained.run --seeds 0 1 2
     python -m scripts.studies.pretrained.run --report     # tables and picture from finished runs
 
