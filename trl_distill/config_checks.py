@@ -253,22 +253,17 @@ def _check_cross_tokenizer(config: Any) -> None:
             "`cross_tokenizer` is True, but `beta` is 0: there is no teacher. Set `beta`, or leave it out."
         )
     needed = {
-        "divergence": "reverse_kl",  # of texts, others need the teacher's samples or both whole distributions
         "kl_estimator": "full",
         "lmbda": 1.0,
         "assume_same_tokenizer": False,
         "token_weighting": None,
-        "teacher_server_urls": None,
-        "teacher_models": None,
-        "teacher_weights": None,
         "teacher_ema": None,
     }
     for name, value in needed.items():
         if getattr(config, name) != value and (getattr(config, name) or value):
             raise ValueError(
-                "`cross_tokenizer=True` minimises the reverse KL between texts, from one teacher in this process, and "
-                f"does not go with {name}={getattr(config, name)!r}. Leave `{name}` out, or use a teacher with the "
-                "student's tokenizer."
+                "With `cross_tokenizer=True` a teacher reads the student's own completions as text, which does not go "
+                f"with {name}={getattr(config, name)!r}. Leave `{name}` out, or use a teacher with the student's tokenizer."
             )
     if config.kl_temperature not in (None, config.temperature):
         raise ValueError(

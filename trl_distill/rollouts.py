@@ -103,6 +103,10 @@ class MicroBatch:
             row_weight=inputs.get("row_weight"),
         )
 
+    def read_by(self, prompts: str) -> Rollouts:
+        """What a teacher reads whose own prompts stand in these columns ([`~trl_distill.Teacher`]`.prompts`)."""
+        return self.for_teachers if prompts == "teacher_prompt" else Rollouts.from_inputs(self.inputs, prompts)
+
     @property
     def mask(self) -> torch.Tensor:
         """The judged tokens, `(B, C)`, bool."""
@@ -126,7 +130,11 @@ class MicroBatch:
 
 
 def teacher_prompts(
-    prompts: list[Any], batch: dict[str, Any], tokenize: Callable[[list[Any]], list[list[int]]], pad: int
+    prompts: list[Any],
+    batch: dict[str, Any],
+    tokenize: Callable[[list[Any]], list[list[int]]],
+    pad: int,
+    name: str = "teacher_prompt",
 ) -> dict[str, torch.Tensor]:
     """
     The teacher's own prompts for a batch of `GRPOTrainer`, left-padded; rows without one keep the student's.
@@ -136,6 +144,7 @@ def teacher_prompts(
         batch (`dict`): with "prompt_ids" and "prompt_mask" of shape `(B, P)`.
         tokenize (`Callable`): turns prompts into token ids, as in training.
         pad (`int`): id of the padding token.
+        name (`str`): beginning of the columns' names.
 
     Returns:
         `dict`: "teacher_prompt_ids" and "teacher_prompt_mask" of shape `(B, P')`; empty if no row has one.
@@ -150,6 +159,6 @@ def teacher_prompts(
     ]
     left_padded = functools.partial(pad_sequence, batch_first=True, padding_side="left")
     return {
-        "teacher_prompt_ids": left_padded(ids, padding_value=pad),
-        "teacher_prompt_mask": left_padded([torch.ones_like(row) for row in ids], padding_value=0),
+        f"{name}_ids": left_padded(ids, padding_value=pad),
+        f"{name}_mask": left_padded([torch.ones_like(row) for row in ids], padding_value=0),
     }

@@ -115,6 +115,22 @@ class AlignedStates(HiddenStates):
     shared: SharedIds
 
 
+@dataclass
+class AlignedLogProbs(_PerToken):
+    """
+    What a served teacher with another tokenizer gives: log-probabilities of its own tokens, span by span.
+
+    Attributes:
+        starts, log_p, whole, single, charged: as in [`AlignedStates`].
+    """
+
+    starts: torch.Tensor
+    log_p: torch.Tensor
+    whole: torch.Tensor
+    single: torch.Tensor
+    charged: torch.Tensor
+
+
 Signal = HiddenStates | TokenLogProbs
 
 
@@ -126,12 +142,13 @@ class TeacherScore:
     Attributes:
         mask (`torch.Tensor` of shape `(B, C)`, bool): the tokens that it scored, without rows of other teachers.
         weight (`torch.Tensor` of shape `(B,)`): weight of its divergence in each row.
-        signal ([`HiddenStates`] or [`TokenLogProbs`]): the teacher's signal, in the row-major order of `mask`.
+        signal ([`HiddenStates`], [`TokenLogProbs`] or [`AlignedLogProbs`]): the teacher's signal, in the row-major
+            order of `mask`.
         rows (`dict` of `torch.Tensor` of shape `(B,)`, bool): with several teachers, the rows assigned to it, by each
             of its names.
     """
 
     mask: torch.Tensor
     weight: torch.Tensor
-    signal: Signal
+    signal: Any
     rows: dict[str, torch.Tensor] = field(default_factory=dict)

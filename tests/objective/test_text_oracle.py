@@ -181,8 +181,8 @@ def inputs_of(texts: Texts, completion: list[int], **extra):
     return {
         "prompt_ids": torch.tensor([[0, *own]]),
         "prompt_mask": torch.tensor([[0, *[1] * len(own)]]),
-        "teacher_prompt_ids": torch.tensor([[0, 0, *other]]),
-        "teacher_prompt_mask": torch.tensor([[0, 0, *[1] * len(other)]]),
+        "text_prompt_0_ids": torch.tensor([[0, 0, *other]]),
+        "text_prompt_0_mask": torch.tensor([[0, 0, *[1] * len(other)]]),
         "completion_ids": torch.tensor([completion + padding]),
         "completion_mask": torch.tensor([[1] * len(completion) + padding]),
         "advantages": torch.zeros(1),

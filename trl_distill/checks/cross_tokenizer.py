@@ -5,20 +5,62 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..alignment.text_tokenizer import TextTokenizer
 from ..alignment.vocabularies import Vocabularies, vocabularies
+from ..teachers.pool import check_readers
 from .findings import Finding
-from .tokenizers import PROBE_CONVERSATION
+from .tokenizers import PROBE_CONVERSATION, same_tokenizer
 
 
 MOST_CHANGED = 0.05  # of the student's tokens; with more, much of what it writes would count as off the path
 MARKERS = ("<think>", "<|channel|>", "<|start_think|>")
 
 
+def has_another(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None) -> bool:
+    """Whether a teacher's ids are not the student's; unknown ones are taken for other ones."""
+    return teacher is None or same_tokenizer(student, teacher).level == "error"
+
+
+def needless() -> Finding:
+    """No teacher has another tokenizer."""
+    return Finding(
+        "tokenizer",
+        "warning",
+        "`cross_tokenizer=True`, but every teacher has the student's token ids, and is compared id by id as before.",
+        "Leave it out.",
+    )
+
+
+def weights(dataset: Any, of_all: Any, names: list[str], readers: set[str]) -> list[Finding]:
+    """
+    Whether a teacher with another tokenizer has a negative weight: an error, if so.
+
+    Args:
+        dataset: the training dataset; the rows of a stream are looked at when they come.
+        of_all (`dict[str, float]`, *optional*): `teacher_weights`.
+        names (`list[str]`): of all teachers.
+        readers (`set[str]`): those with another tokenizer.
+    """
+    given = [] if of_all is None else [("`teacher_weights` has", of_all)]
+    if isinstance(dataset, Dataset) and "teacher" in dataset.column_names:
+        rows = enumerate(dataset["teacher"])
+        given += [(f"Row {i} of the training dataset has", own) for i, own in rows if isinstance(own, dict)]
+    for where, own in given:
+        try:
+            check_readers({name: own.get(name) or 0.0 for name in names}, readers, where)
+        except ValueError as error:
+            return [Finding("teachers", "error", str(error))]
+    return []
+
+
 def compared(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, teacher_stops: Sequence[int]
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase | None,
+    teacher_stops: Sequence[int],
+    served: bool = False,
 ) -> tuple[Vocabularies | None, Finding]:
     """
     Compare two tokenizers for `cross_tokenizer=True`.
@@ -27,6 +69,7 @@ def compared(
         student: the student's tokenizer.
         teacher: the teacher's tokenizer, or `None` if unknown.
         teacher_stops (`Sequence[int]`): the teacher's ids that end a turn.
+        served (`bool`): whether the teacher is served, so that its tokenizer can only be found by the model's name.
 
     Returns:
         The [`~trl_distill.alignment.vocabularies.Vocabularies`], `None` if the finding is an error, and the finding.
@@ -34,7 +77,9 @@ def compared(
     if teacher is None:
         return None, _error(
             "The teacher has no tokenizer with it, but with `cross_tokenizer=True` it reads text.",
-            "Load the teacher from a folder or hub name that holds its tokenizer.",
+            "Serve it under its hub name or folder (`--served-model-name`)."
+            if served
+            else "Load the teacher from a folder or hub name that holds its tokenizer.",
         )
     if not teacher_stops:
         return None, _error(

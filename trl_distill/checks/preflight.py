@@ -127,6 +127,24 @@ class RunFacts:
         return not any(isinstance(prompt, str) for prompt, _ in readable_prompts(self.dataset)[:1])
 
 
+@dataclass(frozen=True)
+class OtherTokenizer:
+    """
+    A teacher with another tokenizer than the student's.
+
+    Attributes:
+        pair ([`~trl_distill.alignment.vocabularies.Vocabularies`]): both tokenizers, compared.
+        tokenizer (`PreTrainedTokenizerBase`): the teacher's.
+        stops (`list[int]`): its ids that end a turn.
+        prompts (`str`): the columns of a batch that hold its prompts; teachers with the same tokenizer share them.
+    """
+
+    pair: Vocabularies
+    tokenizer: Any
+    stops: list[int]
+    prompts: str
+
+
 @dataclass
 class Examined:
     """
@@ -136,18 +154,13 @@ class Examined:
         report ([`~trl_distill.checks.findings.Report`]): all findings.
         vocab_size (`int`, *optional*): smallest vocabulary size of the teachers; `None` if unknown.
         merged (`list[int]`): stop tokens that count as one, if student and teachers have different ones.
-        pair ([`~trl_distill.alignment.vocabularies.Vocabularies`], *optional*): with `cross_tokenizer`, both
-            tokenizers.
-        teacher_tokenizer (`PreTrainedTokenizerBase`, *optional*): with `cross_tokenizer`, the teacher's.
-        teacher_stops (`list[int]`): with `cross_tokenizer`, the teacher's ids that end a turn.
+        texts (`dict` of [`OtherTokenizer`]): with `cross_tokenizer`, teachers that have another tokenizer, by identity.
     """
 
     report: Report
     vocab_size: int | None = None
     merged: list[int] = field(default_factory=list)
-    pair: Vocabularies | None = None
-    teacher_tokenizer: Any = None
-    teacher_stops: list[int] = field(default_factory=list)
+    texts: dict[Any, OtherTokenizer] = field(default_factory=dict)
 
 
 def examine(facts: RunFacts, specs: dict[str, TeacherSpec], report: Report) -> Examined:
@@ -174,6 +187,11 @@ def examine(facts: RunFacts, specs: dict[str, TeacherSpec], report: Report) -> E
             report.add(tokenizer_checks.stop_tokens(facts.tokenizer, stops, teacher_stops, args.merge_stop_tokens))
         if teacher_stops and teacher_stops != stops:
             merged |= stops | teacher_stops
+    if args.cross_tokenizer and not found.texts and not report.count("error"):
+        report.add(cross_checks.needless())
+    readers = {name for name, spec in specs.items() if spec.identity in found.texts}
+    if readers and len(specs) > 1:
+        report.add(*cross_checks.weights(facts.dataset, args.teacher_weights, list(specs), readers))
     if args.lmbda < 1:
         _examine_completions(facts, report)
     report.add(
@@ -204,12 +222,12 @@ def _context(facts: RunFacts, prompts: list[Prompts], context: int | None, whose
 
 def _examine_teacher(facts: RunFacts, spec: TeacherSpec, found: Examined, prompts: list[Prompts]) -> set[int]:
     """Compare one teacher with the student; returns the ids that end a turn for it."""
-    if facts.args.cross_tokenizer:
-        _examine_other_tokenizer(facts, spec, found, prompts)
-        return set()
     if not spec.can_be_examined:
         return set()
     args, report, config, tokenizer = facts.args, found.report, spec.config(), spec.tokenizer()
+    if args.cross_tokenizer and cross_checks.has_another(facts.tokenizer, tokenizer):
+        _examine_other_tokenizer(facts, spec, found, prompts)
+        return set()
     report.add(
         tokenizer_checks.same_tokenizer(facts.tokenizer, tokenizer, args.assume_same_tokenizer, spec.served),
         tokenizer_checks.chat_templates(facts.tokenizer, tokenizer, facts.conversational, facts.template_kwargs),
@@ -228,10 +246,13 @@ def _examine_teacher(facts: RunFacts, spec: TeacherSpec, found: Examined, prompt
 def _examine_other_tokenizer(facts: RunFacts, spec: TeacherSpec, found: Examined, prompts: list[Prompts]) -> None:
     """Compare a teacher that has another tokenizer with the student."""
     config, tokenizer = spec.config(), spec.tokenizer()
-    stops = stop_ids(config, spec.generation_config(), tokenizer)
-    found.teacher_tokenizer, found.teacher_stops = tokenizer, sorted(stops)
-    found.pair, finding = cross_checks.compared(facts.tokenizer, tokenizer, found.teacher_stops)
+    stops = sorted(stop_ids(config, spec.generation_config(), tokenizer))
+    pair, finding = cross_checks.compared(facts.tokenizer, tokenizer, stops, spec.served)
     found.report.add(finding)
+    if pair is not None and spec.identity not in found.texts:
+        alike = [text.prompts for text in found.texts.values() if text.pair.teacher.hash == pair.teacher.hash]
+        name = alike[0] if alike else f"text_prompt_{len({text.prompts for text in found.texts.values()})}"
+        found.texts[spec.identity] = OtherTokenizer(pair, tokenizer, stops, name)
     if tokenizer is not None and facts.conversational:
         found.report.add(cross_checks.thoughts(facts.tokenizer, tokenizer, facts.template_kwargs))
     if config is not None:  # lengths are in the student's tokens: about as many as the teacher's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..estimators.base import Estimator
 from ..estimators.topk import TopK
-from ..signals import TokenLogProbs
+from ..signals import AlignedLogProbs, TokenLogProbs
 from ..teachers.base import Teacher, kind_of
 
 
@@ -12,6 +12,13 @@ def check_signals(name: str, estimator: Estimator, teachers: dict[str, Teacher],
     """Every teacher must give a signal that the estimator takes, at its temperature; raises `ValueError` otherwise."""
     for who, teacher in teachers.items():
         gives, fixed = teacher.gives, teacher.temperature
+        if issubclass(gives, AlignedLogProbs) and gives not in estimator.takes:
+            raise ValueError(
+                "With another divergence than the reverse KL, `cross_tokenizer=True` takes the teacher's whole "
+                f"distribution where both tokenizations begin anew, but the teacher {who!r} ({kind_of(teacher)}) gives "
+                "log-probabilities of its own tokens only. Set `divergence='reverse_kl'`, or use a teacher in this "
+                "process."
+            )
         if not issubclass(gives, estimator.takes):
             raise ValueError(
                 f"kl_estimator={name!r} needs hidden states and an LM head, which the teacher {who!r} "

@@ -71,8 +71,8 @@ class _Shared(torch.autograd.Function):
         ctx.how = how
         ctx.save_for_backward(hidden, weight, bias, teacher_hidden)
         total, log_p = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
-        with _projections(ctx, hidden, weight, bias) as both:
-            for part, ours, theirs in _logits(both, hidden, teacher_hidden, ctx, None):
+        with projections(ctx, hidden, weight, bias) as both:
+            for part, ours, theirs in logits_of_both(both, hidden, teacher_hidden, ctx, None):
                 tile = _Tile(ours, theirs, how[2])
                 total[part] = tile.total
                 log_p[part] = tile.log_p_of(asked[part])
@@ -83,9 +83,9 @@ class _Shared(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, bias, teacher_hidden = ctx.saved_tensors
         grads, grad = Gradients.wanted_by(ctx.needs_input_grad), grad.float()
-        with _projections(ctx, hidden, weight, bias) as both:
+        with projections(ctx, hidden, weight, bias) as both:
             grads.begin(hidden, weight)
-            for part, ours, theirs in _logits(both, hidden, teacher_hidden, ctx, grads):
+            for part, ours, theirs in logits_of_both(both, hidden, teacher_hidden, ctx, grads):
                 derivative = _Tile(ours, theirs, ctx.how[2]).derivative().mul_(grad[part, None])
                 both[0].backward_through_scale(derivative, ours, ctx.how[3])
                 ours.copy_(derivative)
@@ -93,10 +93,11 @@ class _Shared(torch.autograd.Function):
 
 
 @contextmanager
-def _projections(
+def projections(
     ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Iterator[tuple[Projection, Projection]]:
-    head, teacher_head, _, _ = ctx.how
+    """Both models' projections, with whole heads; `ctx.how` begins with these."""
+    head, teacher_head = ctx.how[:2]
     theirs = teacher_head.parameters()
     plain = torch.autocast(hidden.device.type, enabled=False)  # autocast would round the sums too
     with plain, gathered_head(weight, bias), gathered_head(*theirs):
@@ -106,7 +107,7 @@ def _projections(
         )
 
 
-def _logits(
+def logits_of_both(
     both: tuple[Projection, Projection],
     hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,

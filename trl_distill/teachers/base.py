@@ -30,6 +30,7 @@ class Teacher:
         follows_student (`bool`): whether it is the student itself, without its adapter or as a moving average.
         starts_equal (`bool`): whether, by design, it gives the student's probabilities before the first step.
         module (`torch.nn.Module`, *optional*): its own model in this process.
+        prompts (`str`): the columns of a batch from which it reads prompts, if they are there.
     """
 
     gives: type = HiddenStates
@@ -39,6 +40,7 @@ class Teacher:
     follows_student: bool = False
     starts_equal: bool = False
     module: Any = None
+    prompts: str = "teacher_prompt"
 
     def score(self, rollouts: Rollouts) -> Signal:
         """

@@ -8,7 +8,7 @@ last use.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,9 @@ class TeacherPool:
                 weights_of(self.weights if own is None else own, self.names, f"Row {i} of a batch", self.divergences)
                 for i, own in enumerate(row.get("teacher") for row in rows)
             ]
+            readers = {name for name, teacher in self.teachers.items() if teacher.prompts != "teacher_prompt"}
+            for i, own in enumerate(weights):
+                check_readers(dict(zip(self.names, own, strict=True)), readers, f"Row {i} of a batch has")
             added["teacher_weights"] = torch.tensor(weights, device=device)
         return added
 
@@ -95,10 +98,11 @@ class TeacherPool:
         Raises:
             TeacherUnavailable: on all processes, if a teacher did not answer one of them.
         """
-        rollouts, weights = batch.for_teachers, self._weights(batch)
+        weights = self._weights(batch)
         for member, (teacher, columns) in enumerate(self.members):
             if not self._at_once(teacher, training):
                 continue
+            rollouts = batch.read_by(teacher.prompts)
             chosen = weights[:, columns].sum(1) != 0
             failure: Exception | None = None
             signal: Any = None
@@ -121,9 +125,10 @@ class TeacherPool:
 
     def score(self, batch: MicroBatch, training: bool) -> list[TeacherScore]:
         """The scores of a micro-batch by all teachers that have a row in it."""
-        rollouts, weights = batch.for_teachers, self._weights(batch)
+        weights = self._weights(batch)
         scores = []
         for member, (teacher, columns) in enumerate(self.members):
+            rollouts = batch.read_by(teacher.prompts)
             weight = weights[:, columns].sum(1)
             chosen = weight != 0
             if self._at_once(teacher, training):
@@ -219,6 +224,27 @@ def checked(teacher: Teacher, signal: Any, tokens: int) -> Signal:
             "for each `True` of `rollouts.mask`, row by row."
         )
     return signal  # type: ignore[return-value]
+
+
+def check_readers(weights: Mapping[str, float], readers: Collection[str], where: str) -> None:
+    """
+    Check that no teacher with another tokenizer has a negative weight.
+
+    Args:
+        weights (`dict[str, float]`): of all teachers, by name.
+        readers (`set[str]`): names of those with another tokenizer.
+        where (`str`): what has the weights, at the start of error messages, with its verb.
+
+    Raises:
+        ValueError: one of them has.
+    """
+    negative = [name for name in readers if weights.get(name, 0.0) < 0]
+    if negative:
+        raise ValueError(
+            f"{where} a negative weight for the teacher {negative[0]!r}, which has another tokenizer. What the student "
+            "is charged for leaving its canonical tokens would be paid to it. Give negative weights only to teachers "
+            "with the student's tokenizer."
+        )
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

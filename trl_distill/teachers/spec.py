@@ -6,7 +6,7 @@ One class for each, with the same methods: its name, configuration, tokenizer an
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from accelerate import Accelerator
@@ -255,7 +255,7 @@ def load_pool(
     accelerator: Any,
     student: nn.Module,
     student_vocab_size: int,
-    wrap: Callable[[TeacherSpec, Teacher], Teacher] | None = None,
+    readers: Mapping[Any, Callable[[Teacher], Teacher]] | None = None,
 ) -> TeacherPool:
     """
     Load or bind every teacher, once even if it has several names.
@@ -266,13 +266,16 @@ def load_pool(
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
         student (`torch.nn.Module`): the model that is trained, for teachers that use it.
         student_vocab_size (`int`): rows of its LM head.
-        wrap (`Callable`, *optional*): what each loaded teacher is replaced by.
+        readers (`dict` of `Callable`, *optional*): by identity, what turns a loaded teacher with another tokenizer into
+            one that reads texts.
     """
     loaded: dict[Any, Teacher] = {}
     for spec in specs.values():
         if spec.identity not in loaded:
-            teacher = spec.load(accelerator, student, student_vocab_size)
-            loaded[spec.identity] = teacher if wrap is None else wrap(spec, teacher)
+            reader = (readers or {}).get(spec.identity)
+            # ids of the student that a reader lacks never reach it
+            teacher = spec.load(accelerator, student, student_vocab_size if reader is None else 0)
+            loaded[spec.identity] = teacher if reader is None else reader(teacher)
     teachers = {name: loaded[spec.identity] for name, spec in specs.items()}
     return TeacherPool(
         teachers,

@@ -110,8 +110,8 @@ class DistillationLoss:
         policy: torch.Tensor | None = None,
     ) -> LossParts:
         """The parts of the loss from the student's output."""
-        per_token, by_teacher, weights = self.kl_term(estimator, output, scores, batch)
-        divergence = beta * self.reduced(self.credited(per_token, weights, output, batch), batch)
+        per_token, by_teacher, weights, spans = self.kl_term(estimator, output, scores, batch)
+        divergence = beta * self.reduced(self.credited(per_token, weights, output, batch, spans), batch)
         return LossParts(batch, scores, output, beta, per_token, by_teacher, divergence, policy, weights)
 
     def _call(self, student: RecordedStudent, inputs: dict[str, Any]) -> None:
@@ -175,12 +175,18 @@ class DistillationLoss:
 
     def kl_term(
         self, estimator: Estimator, output: DistilledOutput, scores: list[TeacherScore], batch: MicroBatch
-    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]:
+    ) -> tuple[
+        torch.Tensor,
+        dict[str, tuple[torch.Tensor, torch.Tensor]],
+        torch.Tensor | None,
+        list[tuple[torch.Tensor, torch.Tensor]],
+    ]:
         """
         The teachers' term for each completion token, `(B, C)`: value in nats, gradient of the divergence.
 
         With several teachers it is the sum of their terms, weighted row by row. The second result is
-        `LossParts.by_teacher`, the third the token weights.
+        `LossParts.by_teacher`, the third the token weights, the fourth those parts of the sum whose values stand at the
+        starts of spans, with the starts.
         """
         pool, device, mask = self.setup.pool, self.trainer.accelerator.device, batch.mask
         assert output.measured is not None
@@ -188,15 +194,19 @@ class DistillationLoss:
         per_token = torch.zeros(mask.shape, device=device)
         by_teacher = {name: (per_token, torch.zeros_like(mask)) for name in pool.names if pool.several}
         measured = [found.map(lambda values: values.to(device)) for found in output.measured]
+        spans = []
         for score, measures in zip(scores, measured, strict=True):
             alone = estimator.term(measures, log_q, ratio, weight) * score.mask
-            per_token = per_token + score.weight[:, None] * alone
+            weighted = score.weight[:, None] * alone
+            per_token = per_token + weighted
+            if measures.starts is not None:
+                spans.append((weighted, measures.starts))
             by_teacher |= {name: (alone, mask & rows[:, None]) for name, rows in score.rows.items()}
         weights = None
         if self.weighting is not None:
             training = self.trainer.mode == "train"
             weights = self.weighting(measured, scores, batch, self.trainer.state.global_step, training)
-        return per_token, by_teacher, weights
+        return per_token, by_teacher, weights, spans
 
     def credited(
         self,
@@ -204,21 +214,24 @@ class DistillationLoss:
         weights: torch.Tensor | None,
         output: DistilledOutput,
         batch: MicroBatch,
+        spans: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> torch.Tensor:
         """
         The term that is minimised, `(B, C)`: weighted, and credited with the later KL by `kl_discount`.
 
         Weights come first. So the later KL is weighted, too, and at γ = 1 the gradient is that of the sum of weighted
-        KLs, with the weights held fixed.
+        KLs, with the weights held fixed. The discount counts tokens, and spans in those parts of the sum that have any.
         """
         if weights is not None:
             per_token = weights * per_token
         if self.args.kl_discount > 0 and not batch.is_off_policy:
             _, ratio, _ = self._ratios(output, batch)
             assert ratio is not None
-            starts = output.measured[0].starts if output.measured else None  # spans: one teacher with other tokens
-            starts = None if starts is None else starts.to(per_token.device)
-            per_token = terms.sequence_term(per_token, batch.mask, ratio, self.args.kl_discount, starts)
+            discount = self.args.kl_discount
+            of_tokens = per_token - sum(part for part, _ in spans) if spans else per_token
+            per_token = terms.sequence_term(of_tokens, batch.mask, ratio, discount)
+            for part, starts in spans:  # token weights are for teachers with the student's tokens alone
+                per_token = per_token + terms.sequence_term(part, batch.mask, ratio, discount, starts)
         return per_token
 
     def _ratios(self, output: DistilledOutput, batch: MicroBatch) -> tuple[torch.Tensor | None, ...]:

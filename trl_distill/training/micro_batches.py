@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 
-PROMPT = ("prompt", "teacher_prompt")
+PROMPT = ("prompt", "teacher_prompt")  # and "text_prompt_0", ... of teachers with other tokenizers
 
 
 COMPLETION = (  # tensors with a column per completion token; (B, 1) where one value holds for the sequence
@@ -39,7 +39,8 @@ def trimmed(batch: dict[str, Any], prompts: bool = True) -> dict[str, Any]:
     for name in COMPLETION:
         if name in batch:
             shorter[name] = batch[name][:, :length]
-    for name in PROMPT if prompts else ():
+    others = [name.removesuffix("_ids") for name in batch if name.startswith("text_prompt_") and name.endswith("_ids")]
+    for name in (*PROMPT, *others) if prompts else ():
         if f"{name}_mask" in batch:
             kept = max(int(batch[f"{name}_mask"].any(0).sum()), 1)
             for what in ("ids", "mask"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate.utils import is_peft_model
@@ -16,12 +16,12 @@ from torch import nn
 from ..checks.findings import Report
 from ..checks.loaded import ModelChecks, check_head
 from ..checks.models import check_router_loss
-from ..checks.preflight import Examined, RunFacts, examine
+from ..checks.preflight import Examined, OtherTokenizer, RunFacts, examine
 from ..checks.teachers import check_signals
 from ..config import OPDConfig
 from ..estimators import make_estimator
 from ..estimators.base import Estimator
-from ..estimators.cross_tokenizer import CrossTokenizer
+from ..estimators.cross_tokenizer import ByTokenizer, ClosedIds, CrossTokenizer
 from ..heads.fused import DivergenceSpec
 from ..models.properties import has_relative_positions, name_of, unwrap_adapter
 from ..models.student import add_student_forward, keep_output_dtype
@@ -29,7 +29,7 @@ from ..objective.weighting import measured_for
 from ..reporting.summary_table import SummaryTable
 from ..reporting.trackers import add_trackers
 from ..teachers.base import Teacher, is_sharded
-from ..teachers.cross_tokenizer import CrossTokenizerTeacher, shared_ids
+from ..teachers.cross_tokenizer import reader_of, shared_ids
 from ..teachers.pool import TeacherPool
 from ..teachers.spec import TeacherSpec, load_pool
 
@@ -48,7 +48,7 @@ class Setup:
         off_policy_estimator ([`~trl_distill.estimators.base.Estimator`]): for the dataset's completions.
         same_vocabulary (`bool`): whether the divergence covers all of the student's ids.
         checks ([`~trl_distill.checks.loaded.ModelChecks`]): some are made on the first rollouts if weights are sharded.
-        teacher_tokenizer (`PreTrainedTokenizerBase`, *optional*): the teacher's, if it has another one.
+        readers (`dict`): tokenizers of teachers that have another than the student, by the columns of their prompts.
     """
 
     pool: TeacherPool
@@ -56,7 +56,7 @@ class Setup:
     off_policy_estimator: Estimator
     same_vocabulary: bool
     checks: ModelChecks
-    teacher_tokenizer: Any = None
+    readers: dict[str, Any] = field(default_factory=dict)
 
 
 def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setup:
@@ -77,7 +77,7 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
     same_vocabulary = _stay_inside_vocabulary(trainer, found.vocab_size)
     if found.merged:
         _stop_at(trainer, sorted({*found.merged, *trainer.eos_token_ids}))
-    estimator, off_policy_estimator = _estimators(trainer, found)
+    estimator, off_policy_estimator = _estimators(trainer, found, len({spec.identity for spec in specs.values()}))
     if not (trainer.has_rewards or trainer.has_side_terms or estimator.needs_log_probs or trainer.args.kl_discount > 0):
         trainer.skip_old_log_probs()
     placed = getattr(facts.student, "is_quantized", False) or getattr(facts.student, "hf_device_map", None)
@@ -100,7 +100,8 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
     checks.before_training(report)
     report.stop_on_errors()
     report.warn()
-    return Setup(pool, estimator, off_policy_estimator, same_vocabulary, checks, found.teacher_tokenizer)
+    readers = {text.prompts: text.tokenizer for text in found.texts.values()}
+    return Setup(pool, estimator, off_policy_estimator, same_vocabulary, checks, readers)
 
 
 def _model_checks(trainer: Any, facts: RunFacts, pool: TeacherPool, found: Examined) -> ModelChecks:
@@ -147,8 +148,8 @@ def add_reporting(trainer: Any, specs: dict[str, TeacherSpec]) -> None:
     add_trackers(trainer, trainer.facts)
 
 
-def _estimators(trainer: Any, found: Examined) -> tuple[Estimator, Estimator]:
-    """The estimators for rollouts of the student and for the dataset's completions."""
+def _estimators(trainer: Any, found: Examined, teachers: int) -> tuple[Estimator, Estimator]:
+    """The estimators for rollouts of the student and for the dataset's completions, from so many teachers."""
     args: OPDConfig = trainer.args
     make = functools.partial(
         make_estimator,
@@ -163,24 +164,34 @@ def _estimators(trainer: Any, found: Examined) -> tuple[Estimator, Estimator]:
         alpha=args.alpha_of(args.divergence),
         log_p_temperature=args.temperature if trainer.has_rewards else None,
     )
-    if args.cross_tokenizer:  # exact over shared ids; there are no off-policy batches
-        texts = CrossTokenizer(args.temperature, sorted(trainer.eos_token_ids))
-        return texts, texts
+    if found.texts:  # there are no off-policy batches
+        estimator = _of_texts(trainer, estimator, len(found.texts) < teachers)
     off_policy = args.off_policy_divergence
     return estimator, make("full", off_policy, alpha=args.alpha_of(off_policy))
 
 
 def _load(trainer: Any, specs: dict[str, TeacherSpec], estimator: Estimator, found: Examined) -> TeacherPool:
+def _of_texts(trainer: Any, of_ids: Estimator, mixed: bool) -> Estimator:
+    """The estimator for teachers with another tokenizer; if `mixed`, there are others beside them."""
+    args: OPDConfig = trainer.args
+    stops = sorted(trainer.eos_token_ids)
+    texts: CrossTokenizer | ClosedIds = CrossTokenizer(args.temperature, stops)
+    if args.divergence != "reverse_kl":
+        texts = ClosedIds(args.divergence, args.alpha_of(args.divergence), args.temperature, stops)
+    return ByTokenizer(of_ids, texts) if mixed else texts
+
+
     """Load the teachers, and check that they give what the estimator needs."""
     args: OPDConfig = trainer.args
     trainer.saves_padding = True
     trainer.trims_prompts = has_relative_positions(unwrap_adapter(trainer.model).config)
     size = unwrap_adapter(trainer.model).config.get_text_config().vocab_size
-    if args.cross_tokenizer:
-        wrap = functools.partial(_reading_text, trainer, found, size)
-        pool = load_pool(specs, args, trainer.accelerator, trainer.model, 0, wrap)
-    else:
-        pool = load_pool(specs, args, trainer.accelerator, trainer.model, size)
+    readers = {
+        spec.identity: functools.partial(_reading_text, trainer, found.texts[spec.identity], size, spec)
+        for spec in specs.values()
+        if spec.identity in found.texts
+    }
+    pool = load_pool(specs, args, trainer.accelerator, trainer.model, size, readers)
     check_signals(args.kl_estimator, estimator, pool.teachers, args.kl_temperature or args.temperature)
     first, _ = pool.members[0]
     if isinstance(first.module, nn.Module):
@@ -188,14 +199,12 @@ def _load(trainer: Any, specs: dict[str, TeacherSpec], estimator: Estimator, fou
     return pool
 
 
-def _reading_text(trainer: Any, found: Examined, size: int, spec: TeacherSpec, teacher: Teacher) -> Teacher:
+def _reading_text(trainer: Any, text: OtherTokenizer, size: int, spec: TeacherSpec, teacher: Teacher) -> Teacher:
     """A teacher that reads the student's completions as text; `size` is that of the student's vocabulary."""
-    assert found.pair is not None
     config = spec.config()
-    assert config is not None
-    theirs = config.get_text_config().vocab_size
-    shared = shared_ids(found.pair, sorted(trainer.eos_token_ids), found.teacher_stops, size, theirs)
-    return CrossTokenizerTeacher(teacher, found.pair, shared, trainer.args.temperature)
+    theirs = len(text.pair.teacher) if config is None else config.get_text_config().vocab_size
+    shared = shared_ids(text.pair, sorted(trainer.eos_token_ids), text.stops, size, theirs)
+    return reader_of(teacher, text.pair, shared, trainer.args.temperature, text.prompts)
 
 
 def _stop_at(trainer: Any, ids: list[int]) -> None:
@@ -225,9 +234,10 @@ def _stay_inside_vocabulary(trainer: Any, teacher_size: int | None) -> bool:
         "Pad the teacher instead: `teacher.resize_token_embeddings(...)` to the student's "
         f"{student_size} rows, save it, and use that."
     )
-    if args.kl_estimator != "full" or args.kl_discount > 0:
+    if args.kl_estimator != "full" or args.kl_discount > 0 or args.cross_tokenizer:
         raise ValueError(
-            f"{found}, and only kl_estimator='full' with kl_discount=0 can renormalise over the shared ids. {remedy}"
+            f"{found}, and only kl_estimator='full' with kl_discount=0 and without `cross_tokenizer` can renormalise "
+            f"over the shared ids. {remedy}"
         )
     if trainer.use_vllm:
         raise ValueError(f"{found}, and vLLM rollouts cannot be kept inside it yet. {remedy}")

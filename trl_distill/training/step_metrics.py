@@ -15,7 +15,7 @@ Quantities = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by name: values, an
 
 
 def step_quantities(
-    parts: LossParts, name: str, has_rewards: bool, entropy_key: str | None, profile: bool
+    parts: LossParts, name: str, has_rewards: bool, entropy_key: str | None, profile: bool, texts: bool = False
 ) -> Quantities:
     """
     Metrics of rollouts of the student.
@@ -26,6 +26,7 @@ def step_quantities(
         has_rewards (`bool`): whether there are rewards.
         entropy_key (`str`, *optional*): name of the entropy metric; `None` if TRL has logged it.
         profile (`bool`): whether to log [`~trl_distill.reporting.metrics.divergence_profile`].
+        texts (`bool`): whether some teacher has another tokenizer.
     """
     mask, key = parts.batch.mask, f"distill/{name}"
     of_tokens, of_rows = reward_and_teacher(parts.output, parts.scores, parts.per_token, parts.batch, parts.beta)
@@ -40,7 +41,9 @@ def step_quantities(
         assert parts.batch.advantages is not None
         by_sign = by_reward(parts.per_token, mask, parts.batch.advantages)
         quantities |= {f"{key}/{name}": found for name, found in by_sign.items()}
-    quantities |= weight_quantities(parts, "distill") | span_quantities(parts)
+    quantities |= weight_quantities(parts, "distill")
+    if texts:
+        quantities |= span_quantities(parts)
     return _renamed(quantities, entropy_key)
 
 
@@ -65,17 +68,17 @@ def weight_quantities(parts: LossParts, prefix: str) -> Quantities:
 
 def span_quantities(parts: LossParts) -> Quantities:
     """With a teacher that has another tokenizer: shares of tokens that left the canonical path, and that were exact."""
-    found = [measures for measures in parts.output.measured or [] if isinstance(measures, SpanMeasures)]
-    if not found:
-        return {}
-    mask, (measures,) = parts.batch.mask, found
-    assert measures.charged is not None
-    assert measures.exact is not None
-    device = mask.device
-    return {
-        "distill/non_canonical": (measures.charged.to(device).float(), mask),
-        "distill/exact_tokens": (measures.exact.to(device).float(), mask),
-    }
+    device, none = parts.batch.mask.device, torch.zeros(1, device=parts.batch.mask.device)
+    # a process may have no row of such a teacher, and needs the same names as the others
+    found = {f"distill/{name}": [(none, none.bool())] for name in ("non_canonical", "exact_tokens")}
+    for score, measures in zip(parts.scores, parts.output.measured or [], strict=True):
+        if not isinstance(measures, SpanMeasures) or measures.charged is None or measures.exact is None:
+            continue
+        for name, values in (("non_canonical", measures.charged), ("exact_tokens", measures.exact)):
+            judged = values.to(device).float()[score.mask]
+            found[f"distill/{name}"].append((judged, torch.ones_like(judged, dtype=torch.bool)))
+    # a token counts once for each teacher that reads it as text
+    return {name: (torch.cat([v for v, _ in of]), torch.cat([m for _, m in of])) for name, of in found.items()}
 
 
 def loss_quantities(terms: dict[str, torch.Tensor], accumulation: int) -> Quantities:

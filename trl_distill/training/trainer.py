@@ -286,14 +286,16 @@ class OPDTrainer(GRPOHooks):
         if self.pool is None or self.beta_at(self.state.global_step) == 0:  # a weight that has reached 0 stays 0
             return
         self._check_models(batch)
+        assert self.setup is not None
         own = [row.get("teacher_prompt") for row in rows]
         tools = [row.get("tools") for row in rows]
-        tokenize: Any = functools.partial(self.token_ids_of, tools=tools)
-        if self.setup is not None and self.setup.teacher_tokenizer is not None:  # in its own tokens and template
-            own = [prompt or row["prompt"] for prompt, row in zip(own, rows, strict=True)]
-            how = (self.setup.teacher_tokenizer, dict(self.chat_template_kwargs), tools)  # type: ignore[arg-type]
-            tokenize = functools.partial(prompts_ids, *how)
-        batch |= teacher_prompts(own, batch, tokenize, self.tokenizer.pad_token_id)
+        pad = self.tokenizer.pad_token_id
+        if any(teacher.prompts == "teacher_prompt" for teacher, _ in self.pool.members):
+            batch |= teacher_prompts(own, batch, functools.partial(self.token_ids_of, tools=tools), pad)
+        for name, tokenizer in self.setup.readers.items():  # in their own tokens and templates
+            read = [prompt or row["prompt"] for prompt, row in zip(own, rows, strict=True)]
+            how = (tokenizer, dict(self.chat_template_kwargs), tools)  # type: ignore[arg-type]
+            batch |= teacher_prompts(read, batch, functools.partial(prompts_ids, *how), pad, name)
         batch |= self.pool.assign(rows, batch["prompt_ids"].device)
         self.pool.score_ahead(MicroBatch.from_inputs(batch), self.mode == "train")
 
@@ -334,7 +336,8 @@ class OPDTrainer(GRPOHooks):
             quantities = off_policy_quantities(parts, self.args.off_policy_divergence)
         else:
             how = (self.args.divergence, self.has_rewards, self._entropy_key(parts), self.estimator.profiles)
-            quantities = step_quantities(parts, *how)
+            assert self.setup is not None
+            quantities = step_quantities(parts, *how, texts=bool(self.setup.readers))
         accumulation = self.current_gradient_accumulation_steps if self.mode == "train" else 1
         quantities |= loss_quantities(terms, accumulation)
         for name, mean in means(self.accelerator, quantities).items():
