@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import EOS, SIZES, VOCAB, make_model
-from transformers import AutoModelForCausalLM, GPT2Config, Lfm2Config, Qwen3NextConfig, set_seed
+from helpers import EOS, VOCAB, make_model
+from hybrid_models import hybrid
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from trl_distill.models import hidden_states, packing
 from trl_distill.models.hidden_states import last_hidden
-
-
-def hybrid(name: str):
-    """Models with layers that keep a state over time."""
-    set_seed(0)
-    if name == "lfm2":
-        return AutoModelForCausalLM.from_config(Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])).eval()
-    special = {"layer_types": ["linear_attention", "full_attention"], "num_experts": 0, "linear_num_value_heads": 2}
-    special |= {
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "mlp_only_layers": [0, 1],
-    }
-    return AutoModelForCausalLM.from_config(Qwen3NextConfig(**SIZES, **special)).eval()
 
 
 def rows() -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,9 +109,9 @@ def test_a_leak_at_the_beginning_of_rows_is_no_rounding(length):
     kept = torch.ones(4, length, dtype=torch.bool)
     kept[1, : length // 3] = False  # padded on the left
     rounded = padded * (1 + 4e-3 * torch.randn(padded.shape, generator=draw))
-    assert not packing._leaks(rounded, padded, kept)
+    assert not packing.leaks(rounded, padded, kept)
     leaking = rounded.clone()
     for row in range(1, 4):
         start = int(kept[row].int().argmax())
         leaking[row, start : start + 3] += 0.15 * torch.randn(3, 16, generator=draw)
-    assert packing._leaks(leaking, padded, kept)
+    assert packing.leaks(leaking, padded, kept)

@@ -275,7 +275,7 @@ def rollouts_of(prompts: Sequence[list[int]], completions: Sequence[list[int]], 
 
 def scorer_of(model: nn.Module, as_in_training: bool = False) -> Signals:
     """
-    A function from rollouts to a model's hidden states.
+    A function from rollouts to a model's hidden states; a prompt that rows share is read once.
 
     Args:
         model (`torch.nn.Module`): extended by [`~trl_distill.models.hidden_states.add_teacher_forward`].
@@ -289,6 +289,7 @@ def scorer_of(model: nn.Module, as_in_training: bool = False) -> Signals:
     def answer(rollouts: Rollouts) -> HiddenStates:
         attended = rollouts.attention_mask
         places = {"position_ids": (attended.cumsum(1) - 1).clamp(min=0)} if given else {}
-        return model(input_ids=rollouts.input_ids, attention_mask=attended, rollouts=rollouts, **places)
+        inputs = {"input_ids": rollouts.input_ids, "attention_mask": attended, **places}
+        return model(**inputs, rollouts=rollouts, share_prompts=len(rollouts))
 
     return answer

@@ -15,29 +15,78 @@ from transformers import PreTrainedModel
 from ..heads.lm_head import LMHead
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
+from . import shared_prompts
 from .packing import is_exact, packed_hidden, packs
 from .properties import backbone_of, unwrap_adapter
+from .shared_prompts import Prompts
 
 
 def add_teacher_forward(model: nn.Module) -> None:
     """
     Add a forward pass that ends before the LM head: `model(..., rollouts=rollouts)` returns [`HiddenStates`].
 
-    Without `rollouts` the model behaves as before. Raises `ValueError` if it has no usable LM head.
+    With `share_prompts=n` a prompt that several rows share is read once, and n completions at a time. Without
+    `rollouts` the model behaves as before. Raises `ValueError` if it has no usable LM head.
     """
     base = unwrap_adapter(model)
     LMHead(base)  # raises if there is none that can be used
     original_forward = unbound_forward(base)
 
     @functools.wraps(original_forward)  # keeps the signature, which `generate` inspects
-    def forward(self: PreTrainedModel, *args: Any, rollouts: Rollouts | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        rollouts: Rollouts | None = None,
+        share_prompts: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if rollouts is None:
             return original_forward(self, *args, **kwargs)
-        hidden = last_hidden(self, *args, **kwargs)
-        # a plain dataclass, because accelerate would cast the tensors of a `ModelOutput` to fp32
-        return HiddenStates(judged_states(hidden, rollouts.mask), LMHead(self))
+        return scored(self, rollouts, share_prompts, *args, **kwargs)
 
     base.forward = types.MethodType(forward, base)
+
+
+def scored(
+    model: PreTrainedModel, rollouts: Rollouts, share_prompts: int | None, *args: Any, **kwargs: Any
+) -> HiddenStates:
+    """
+    The signal of a model for rollouts.
+
+    Args:
+        model: the model.
+        rollouts ([`~trl_distill.Rollouts`]): what is judged.
+        share_prompts (`int`, *optional*): read each distinct prompt once, where the model allows it and it saves
+            enough, and this many completions at a time. `None` reads whole rows.
+        args, kwargs: of the model's forward pass.
+    """
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    states = None
+    if share_prompts is not None and not args and set(given) - {"position_ids"} == {"input_ids", "attention_mask"}:
+        states = _sharing_prompts(model, rollouts, given, share_prompts)
+    if states is None:
+        states = judged_states(last_hidden(model, *args, **kwargs), rollouts.mask)
+    # a plain dataclass, because accelerate would cast the tensors of a `ModelOutput` to fp32
+    return HiddenStates(states, LMHead(model))
+
+
+def _sharing_prompts(
+    model: PreTrainedModel, rollouts: Rollouts, inputs: dict[str, torch.Tensor], at_once: int
+) -> torch.Tensor | None:
+    """States `(N, H)` of rows whose prompts are read once; `None` if the model, or these rows, had better not."""
+    if model.training or torch.is_grad_enabled() or not shared_prompts.can_share(model):
+        return None
+    prompts = Prompts.among(inputs["input_ids"], inputs["attention_mask"], rollouts.mask.shape[1])
+    if prompts.saved(rollouts.input_ids.shape[1]) < shared_prompts.LEAST_SAVED:
+        return None
+    if shared_prompts.is_exact(model, inputs, prompts):
+        states = shared_prompts.completion_states(backbone_of(model), inputs, prompts, at_once)
+        return None if states is None else states[rollouts.mask.to(states.device)]
+    pieces = [  # the rows came together for their prompt's sake; now they are too many for one pass
+        judged_states(last_hidden(model, **{name: value[part] for name, value in inputs.items()}), rollouts.mask[part])
+        for part in torch.arange(len(rollouts), device=rollouts.mask.device).split(at_once)
+    ]
+    return torch.cat(pieces)
 
 
 def unbound_forward(model: nn.Module) -> Callable[..., Any]:

@@ -92,7 +92,7 @@ def is_exact(model: PreTrainedModel, ids: torch.Tensor, attended: torch.Tensor) 
     expected = padded[kept].float()
     error = ((packed[kept].float() - expected).norm() / expected.norm().clamp(min=1e-12)).item()
     exact = error <= TOLERANCE.get(padded.dtype, ROUNDED)
-    exact = exact and (padded.dtype in TOLERANCE or not _leaks(packed, padded, kept))
+    exact = exact and (padded.dtype in TOLERANCE or not leaks(packed, padded, kept))
     if not exact:
         logger.warning(
             f"{type(model).__name__} is not computed on packed rows: hidden states would differ from those of padded "
@@ -102,7 +102,7 @@ def is_exact(model: PreTrainedModel, ids: torch.Tensor, attended: torch.Tensor) 
     return exact
 
 
-def _leaks(packed: torch.Tensor, padded: torch.Tensor, kept: torch.Tensor) -> bool:
+def leaks(packed: torch.Tensor, padded: torch.Tensor, kept: torch.Tensor) -> bool:
     """
     Whether the first tokens of rows, which would see the row before, differ more than others do.
 

@@ -26,7 +26,7 @@ from ..heads.fused import ExpectedSlopes
 from ..heads.lm_head import LMHead
 from ..rollouts import Rollouts
 from ..signals import HiddenStates, TeacherScore
-from .hidden_states import judged_states, last_hidden, last_hidden_state, scatter, unbound_forward
+from .hidden_states import judged_states, last_hidden, last_hidden_state, scatter, scored, unbound_forward
 from .properties import backbone_of, unwrap_adapter
 from .quantised import keep_differentiable
 
@@ -113,7 +113,8 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
     `model(input_ids, attention_mask, rollouts=..., scores=..., plan=...)` returns a [`DistilledOutput`]; `scores`, a
     list, and `plan` are wrapped in [`Uncast`]. With TRL's `fused_lm_head=True` (and `labels`) the output also has
     log-probabilities and entropy, from the same backbone pass.
-    With `rollouts` alone it returns [`HiddenStates`], like a teacher; without `rollouts` the model behaves as before.
+    With `rollouts` alone, or with `share_prompts`, it returns [`HiddenStates`], like a teacher; without `rollouts` the
+    model behaves as before.
 
     Args:
         model: the student, after TRL has added its fused LM head; its forward is extended in place.
@@ -131,13 +132,14 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
         rollouts: Rollouts | None = None,
         scores: Uncast | None = None,
         plan: Uncast | None = None,
+        share_prompts: int | None = None,
         fused_lm_head: bool = False,
         **kwargs: Any,
     ) -> Any:
         if rollouts is None:
             return fused_forward(self, *args, fused_lm_head=fused_lm_head, **kwargs)
         if scores is None or plan is None:
-            return HiddenStates(judged_states(last_hidden(self, *args, **kwargs), rollouts.mask), LMHead(self))
+            return scored(self, rollouts, share_prompts, *args, **kwargs)
         how: ForwardPlan = plan.content
         if fused_lm_head and how.log_probs == "trl":
             hidden, fields = _trl_forward(fused_forward, self, *args, **kwargs)

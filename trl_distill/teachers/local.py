@@ -14,6 +14,7 @@ from torch import nn
 from .._trl import prepare_deepspeed
 from ..models.hidden_states import add_teacher_forward
 from ..models.properties import has_relative_positions, unwrap_adapter
+from ..models.shared_prompts import Prompts, can_share
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
 from .base import Teacher
@@ -40,6 +41,7 @@ class LocalTeacher(Teacher):
         self.vocab_size: int = unwrap_adapter(model).config.get_text_config().vocab_size
         self._lacks_ids = self.vocab_size < student_vocab_size
         self._trims_prompts = has_relative_positions(unwrap_adapter(model).config)
+        self._base = unwrap_adapter(model)
         model.requires_grad_(False)
         model.eval()
         add_teacher_forward(model)
@@ -52,6 +54,11 @@ class LocalTeacher(Teacher):
         if accelerator.distributed_type == DistributedType.FSDP:
             return sharded(model, accelerator)
         return accelerator.prepare_model(model, evaluation_mode=True)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt that rows share is read once."""
+        return can_share(self._base)
 
     @contextmanager
     def on_device(self) -> Iterator[nn.Module]:
@@ -75,36 +82,69 @@ class LocalTeacher(Teacher):
             )
         with self.on_device() as model, self.accelerator.autocast():
             return in_parts(
-                lambda part: model(input_ids=part.input_ids, attention_mask=part.attention_mask, rollouts=part),
+                model,
                 Rollouts(input_ids, rollouts.attention_mask, rollouts.mask),
                 self.batch_size,
                 self._trims_prompts,
+                self.shares_prompts,
             )
 
 
 def in_parts(
-    forward: Callable[[Rollouts], HiddenStates],
+    model: Callable[..., HiddenStates],
     rollouts: Rollouts,
     batch_size: int | None = None,
     trims_prompts: bool = False,
+    shares_prompts: bool = False,
 ) -> HiddenStates:
     """
     Score `batch_size` rows at a time, rows of similar length together, without unnecessary padding.
 
     Args:
-        forward (`Callable`): the teacher's forward pass.
+        model (`Callable`): the teacher's forward pass, see [`~trl_distill.models.hidden_states.add_teacher_forward`].
         rollouts ([`Rollouts`]): what to score.
         batch_size (`int`, *optional*): rows at a time. Defaults to all.
         trims_prompts (`bool`): whether padding on the left is cut too.
+        shares_prompts (`bool`): whether a prompt that rows share is read once. Its rows are then scored together, and
+            `batch_size` of their completions at a time.
 
     Returns:
         [`HiddenStates`]: in the order of `rollouts`.
     """
-    size = batch_size or len(rollouts)
-    order = rollouts.attention_mask.sum(1).argsort(descending=True, stable=True)
+    size = batch_size or max(len(rollouts), 1)
     pieces: dict[int, HiddenStates] = {}
-    for rows in order.split(size):
+    for rows in parts_of(rollouts, size, shares_prompts):
         part = rollouts.rows(rows).trimmed(trims_prompts)
         counts = part.mask.sum(1).tolist()
-        pieces |= dict(zip(rows.tolist(), forward(part).split(counts), strict=True))
+        signal = model(
+            input_ids=part.input_ids,
+            attention_mask=part.attention_mask,
+            rollouts=part,
+            **({"share_prompts": size} if shares_prompts else {}),
+        )
+        pieces |= dict(zip(rows.tolist(), signal.split(counts), strict=True))
     return HiddenStates.cat([pieces[row] for row in range(len(rollouts))])
+
+
+def parts_of(rollouts: Rollouts, size: int, whole_groups: bool) -> list[torch.Tensor]:
+    """
+    Indices of the rows that are scored together, the longest first.
+
+    Args:
+        rollouts ([`Rollouts`]): all rows.
+        size (`int`): rows of a part.
+        whole_groups (`bool`): keep rows with the same prompt together; a part with one prompt may have more rows.
+    """
+    lengths = rollouts.attention_mask.sum(1)
+    if not whole_groups:
+        return list(lengths.argsort(descending=True, stable=True).split(size))
+    prompts = Prompts.among(rollouts.input_ids, rollouts.attention_mask, rollouts.mask.shape[1])
+    of_row, groups = prompts.of_row.tolist(), dict[int, list[int]]()  # in the order of their longest rows
+    for row in lengths.argsort(descending=True, stable=True).tolist():
+        groups.setdefault(of_row[row], []).append(row)
+    parts: list[list[int]] = [[]]
+    for group in groups.values():
+        if parts[-1] and len(parts[-1]) + len(group) > size:
+            parts.append([])
+        parts[-1] += group
+    return [torch.tensor(part, device=lengths.device) for part in parts]

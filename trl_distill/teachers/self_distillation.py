@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from ..heads.lm_head import FixedHead
 from ..models.properties import has_relative_positions, unwrap_adapter
+from ..models.shared_prompts import can_share
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
 from .base import Teacher, is_sharded
@@ -185,10 +186,11 @@ def _score_as_student(
     try:
         with accelerator.autocast():
             return in_parts(
-                lambda part: student(input_ids=part.input_ids, attention_mask=part.attention_mask, rollouts=part),
+                student,
                 rollouts,
                 batch_size,
                 has_relative_positions(unwrap_adapter(student).config),
+                can_share(unwrap_adapter(student)),
             )
     finally:
         student.train(training)
