@@ -16,6 +16,7 @@ from trl import GRPOConfig
 
 from ._trl import DICT_FIELDS, post_init_without_group_check
 from .config_checks import (
+    DIVERGENCE_KERNELS,
     KL_ESTIMATORS,
     REWARD_BASELINES,
     SCHEDULES,
@@ -129,6 +130,10 @@ class OPDConfig(GRPOConfig):
             alone. For the reverse KL all three have the same expected gradient.
         kl_top_k (`int`, *optional*, defaults to `64`):
             Number of ids that `"topk"` computes exactly.
+        divergence_kernel (`str`, *optional*, defaults to `"fused"`):
+            What `"full"` computes with: `"fused"`, one projection of each model, tile by tile; or `"trl"`, TRL's Triton
+            kernel, on GPUs, for the KLs and the JSD where no stop tokens are merged. Values and gradients are equal up
+            to rounding.
         kl_discount (`float`, *optional*, defaults to `0.0`):
             Discount γ of the later KL that is credited to a token. 0: each token is credited with its own KL alone. 1:
             the true gradient of the sequence KL, which is noisy on long completions.
@@ -208,6 +213,7 @@ class OPDConfig(GRPOConfig):
     divergence_alpha: float | None = None
     kl_estimator: str = field(default="full", metadata={"choices": list(KL_ESTIMATORS)})
     kl_top_k: int = 64
+    divergence_kernel: str = field(default="fused", metadata={"choices": list(DIVERGENCE_KERNELS)})
     kl_discount: float = 0.0
     kl_temperature: float | None = None
     lmbda: float = 1.0

@@ -14,6 +14,9 @@ from .objective.weighting import make_weighting
 logger = logging.getLogger(__name__)
 
 KL_ESTIMATORS = ("full", "topk", "sampled")
+
+
+DIVERGENCE_KERNELS = ("fused", "trl")
 TOPK_DIVERGENCES = ("reverse_kl", "forward_kl")  # those of which the k likeliest ids are an estimate
 REFERENCE_BETA = 0.05  # GRPO's usual weights of a reference model are below it
 SCHEDULES = ("constant", "linear", "cosine", "step")
@@ -74,6 +77,7 @@ def _check_choices(config: Any) -> None:
         ("divergence", DIVERGENCES),
         ("off_policy_divergence", DIVERGENCES),
         ("kl_estimator", KL_ESTIMATORS),
+        ("divergence_kernel", DIVERGENCE_KERNELS),
         ("beta_schedule", SCHEDULES),
         ("reward_baseline", REWARD_BASELINES),
     )

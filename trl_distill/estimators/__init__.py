@@ -19,6 +19,7 @@ def make_estimator(
     stops: list[int] | None = None,
     log_p_temperature: float | None = None,
     also: frozenset[str] = frozenset(),
+    kernel: str = "fused",
 ) -> Estimator:
     """
     The estimator that `kl_estimator` names.
@@ -34,10 +35,11 @@ def make_estimator(
             token at this temperature, for the log. Another temperature than that of the divergence costs one more
             projection of the teacher.
         also (`frozenset[str]`): further measures for a token weighting: "teacher_entropy", "agreement".
+        kernel (`str`): what "full" computes with, see [`OPDConfig`].
     """
     stops = stops or []
     table: dict[str, Callable[[], Estimator]] = {
-        "full": lambda: Full(divergence, alpha, temperature, stops, log_p_temperature, also),
+        "full": lambda: Full(divergence, alpha, temperature, stops, log_p_temperature, also, kernel),
         "topk": lambda: TopK(k, divergence, temperature, stops, also),
         "sampled": lambda: Sampled(temperature, stops, also),
     }

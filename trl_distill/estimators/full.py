@@ -17,9 +17,9 @@ from .log_probs import measured_also, teacher_log_p
 KERNEL_BETA = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": None}
 
 
-def uses_kernel(device: torch.device, divergence: str) -> bool:
-    """Whether TRL's kernel computes this divergence here; it is used if it runs in Triton."""
-    return divergence in KERNEL_BETA and has_triton(device)
+def uses_kernel(device: torch.device, divergence: str, kernel: str) -> bool:
+    """Whether TRL's kernel computes this divergence here; it is used only where it runs in Triton."""
+    return kernel == "trl" and divergence in KERNEL_BETA and has_triton(device)
 
 
 class Full:
@@ -37,13 +37,16 @@ class Full:
         stops: list[int],
         log_p_temperature: float | None = None,
         also: frozenset[str] = frozenset(),
+        kernel: str = "fused",
     ):
-        self.also = also
+        self.also, self.kernel = also, kernel
         self.divergence, self.alpha, self.temperature, self.stops = divergence, alpha, temperature, stops
         self.log_p_temperature = log_p_temperature
 
     def _uses_kernel(self, device: torch.device) -> bool:
-        return uses_kernel(device, self.divergence) and not self.stops  # it cannot count several ids as one
+        return (
+            uses_kernel(device, self.divergence, self.kernel) and not self.stops
+        )  # it cannot count several ids as one
 
     def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> TokenMeasures:
         if self._uses_kernel(hidden.device):

@@ -157,6 +157,7 @@ def _estimators(trainer: Any, found: Examined, teachers: int) -> tuple[Estimator
         k=args.kl_top_k,
         stops=found.merged,
         also=measured_for(args),
+        kernel=args.divergence_kernel,
     )
     estimator = make(
         args.kl_estimator,
@@ -170,7 +171,6 @@ def _estimators(trainer: Any, found: Examined, teachers: int) -> tuple[Estimator
     return estimator, make("full", off_policy, alpha=args.alpha_of(off_policy))
 
 
-def _load(trainer: Any, specs: dict[str, TeacherSpec], estimator: Estimator, found: Examined) -> TeacherPool:
 def _of_texts(trainer: Any, of_ids: Estimator, mixed: bool) -> Estimator:
     """The estimator for teachers with another tokenizer; if `mixed`, there are others beside them."""
     args: OPDConfig = trainer.args
@@ -181,6 +181,7 @@ def _of_texts(trainer: Any, of_ids: Estimator, mixed: bool) -> Estimator:
     return ByTokenizer(of_ids, texts) if mixed else texts
 
 
+def _load(trainer: Any, specs: dict[str, TeacherSpec], estimator: Estimator, found: Examined) -> TeacherPool:
     """Load the teachers, and check that they give what the estimator needs."""
     args: OPDConfig = trainer.args
     trainer.saves_padding = True

@@ -155,6 +155,9 @@ COMBINED = ("ours, combined", "grpo")
 METRICS = ("ours", "ours, without metrics")
 
 
+KERNELS = ("ours", "ours, TRL's kernel")
+
+
 def cpu_cells() -> list[Cell]:
     student, teacher = Size(256, 6, 768, 4, 2), Size(512, 8, 1536, 8, 4)
     base = Cell("", student, teacher, PURE)
@@ -188,12 +191,12 @@ def gpu_cells() -> list[Cell]:
     base = Cell("", student, teacher, PURE, vocab=151_936, tokens=2048, prompt=256, dtype="bfloat16")
     ragged: dict[str, Any] = {"ragged": True, "tokens": 800}  # up to 8000
     return [
-        replace(base, name="uniform", contenders=ALL_PURE, generates=True),
-        replace(base, name="ragged", generates=True, **ragged),
+        replace(base, name="uniform", contenders=(*KERNELS, "distillation", "gkd"), generates=True),
+        replace(base, name="ragged", contenders=(*KERNELS, "distillation"), generates=True, **ragged),
         replace(base, name="ragged, estimators", contenders=("ours", *ESTIMATORS), **ragged),
         replace(base, name="uniform, LoRA", lora=True),
         replace(base, name="ragged, LoRA", lora=True, **ragged),
-        replace(base, name="uniform, 32k", vocab=32_000),
+        replace(base, name="uniform, 32k", vocab=32_000, contenders=(*KERNELS, "distillation")),
         replace(base, name="ragged, 32k", vocab=32_000, **ragged),
         replace(base, name="uniform, combined", contenders=COMBINED, group=4),
         replace(base, name="ragged, combined", contenders=COMBINED, group=4, **ragged),

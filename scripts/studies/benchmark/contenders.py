@@ -31,6 +31,9 @@ from trl_distill import OPDConfig, OPDTrainer
 BETA = 0.1  # weight of the teacher beside a reward
 
 
+ROOM = 0.5  # share of a GPU's memory that must be free for a step; contenders wait in CPU memory where it is not
+
+
 @dataclass(frozen=True)
 class StepTime:
     """One optimizer step; seconds."""
@@ -202,6 +205,9 @@ CONTENDERS = {
     "ours": _ours("`OPDTrainer`", "reverse KL", ours),
     "distillation": _trls("`DistillationTrainer`", "reverse KL", distillation),
     "gkd": _trls("`GKDTrainer`", "reverse KL", gkd),
+    "ours, TRL's kernel": _ours(
+        "`OPDTrainer`, TRL's kernel", "reverse KL", lambda parts: ours(parts, divergence_kernel="trl")
+    ),
     "ours, without metrics": _ours("`OPDTrainer`, without metrics", "reverse KL", ours_unprofiled),
     "ours, top-k": _ours("`OPDTrainer`, top-k", "top-k KL", lambda parts: ours(parts, kl_estimator="topk")),
     "ours, sampled": _ours("`OPDTrainer`, sampled", "sampled KL", lambda parts: ours(parts, kl_estimator="sampled")),
@@ -243,7 +249,7 @@ class Contender:
         self.clock = StepClock(parts.device)
         self.trainer.add_callback(self.clock)
         self.trainer.remove_callback(PrinterCallback)
-        self.generated, self._really = 0.0, False
+        self.generated, self._really, self._parked = 0.0, False, False
         self._replace_generate()
         self.park()
 
@@ -274,8 +280,13 @@ class Contender:
         self.student.generate = types.MethodType(generate, self.student)
 
     def park(self) -> None:
-        """Make room on a GPU for the next; on a CPU there is nothing to do."""
-        self._move(torch.device("cpu"))
+        """Make room on a GPU for the next, unless there is enough; on a CPU there is nothing to do."""
+        if self.parts.device.type != "cpu":
+            torch.cuda.empty_cache()
+            free, whole = torch.cuda.mem_get_info(self.parts.device)
+            if free < ROOM * whole:
+                self._move(torch.device("cpu"))
+                self._parked = True
 
     def _move(self, device: torch.device) -> None:
         if self.parts.device.type == "cpu":
@@ -295,7 +306,8 @@ class Contender:
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
-        self._move(self.parts.device)
+        if self._parked:
+            self._move(self.parts.device)
         try:
             yield
         finally:
@@ -309,11 +321,18 @@ class Contender:
         return StepTime(self.clock.seconds - self.generated, self.generated, loss)
 
     def turn(self, seed: int, generating: bool = False) -> StepTime:
-        """A measured step. On a GPU the optimizer's state is made in a step before it, which is not measured."""
+        """A measured step. After parking, the optimizer's state is made in a step before it, which is not measured."""
         with self.on_device():
-            if self.parts.device.type != "cpu":
+            if self._parked:
                 self.step(seed)
             return self.step(seed, generating)
+
+    def peak(self, seed: int) -> float:
+        """MiB at the peak of one more step on a GPU, above models and optimizer."""
+        with self.on_device():
+            if self._parked:
+                self.step(seed)
+            return peak_memory(self.parts.device, lambda: self.step(seed))
 
     def shares(self, seed: int) -> dict[str, float]:
         """Seconds of one more step, by what they are spent on."""

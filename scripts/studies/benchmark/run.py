@@ -67,13 +67,17 @@ class Measuring:
         repeats (`int`): timed turns of each contender, times the cell's own `turns`.
         threads (`int`): of PyTorch, in the processes that measure memory.
         device (`torch.device`): that contenders train on.
-        pool (`ProcessPoolExecutor`, *optional*): measures memory; without one it is left out.
+        pool (`ProcessPoolExecutor`, *optional*): measures memory on a CPU; without one it is left out.
+        memory_of_gpu (`bool`): measure memory on a GPU, whose allocator counts it.
+        generation (`bool`): also time steps with generation.
     """
 
     repeats: int
     threads: int
     device: torch.device
     pool: ProcessPoolExecutor | None = None
+    memory_of_gpu: bool = False
+    generation: bool = True
 
 
 def measure(cell: Cell, how: Measuring, advance: Callable[[], object]) -> CellResult:
@@ -91,7 +95,7 @@ def measure(cell: Cell, how: Measuring, advance: Callable[[], object]) -> CellRe
             parts = {
                 name: TrainerParts(cell, rollouts, Path(folder) / str(i), how.device) for i, name in enumerate(found)
             }
-            result.floor_s = take_turns(cell, parts, found, how.repeats * cell.turns, advance)
+            result.floor_s = take_turns(cell, parts, found, how, advance)
         for name in cell.contenders:
             if how.pool is None:
                 break
@@ -108,24 +112,24 @@ def take_turns(
     cell: Cell,
     parts: dict[str, TrainerParts],
     found: dict[str, ContenderResult],
-    repeats: int,
+    how: Measuring,
     advance: Callable[[], object],
 ) -> list[float]:
     """
-    Time the contenders of a cell one after another, `repeats` times.
+    Time the contenders of a cell one after another, several times; on a GPU also measure their peak memory.
 
     Args:
         cell ([`Cell`]): the shape.
         parts (`dict[str, TrainerParts]`): of each contender, by name.
         found (`dict[str, ContenderResult]`): is filled in.
-        repeats (`int`): rounds.
+        how ([`Measuring`]): rounds, device, and what is left out.
         advance (`Callable`): called after each turn.
 
     Returns:
         `list[float]`: seconds of the floor in each round.
     """
     contenders: dict[str, Contender] = {}
-    floor = []
+    floor, repeats = [], how.repeats * cell.turns
     for name, its_parts in parts.items():
         try:
             contender = Contender(name, its_parts)
@@ -142,10 +146,12 @@ def take_turns(
         if not cell.axis:
             floor.append(floor_seconds(cell, rollouts, device))
     for name, contender in contenders.items() if not cell.axis else ():
-        if cell.generates:
+        if cell.generates and how.generation:
             turn = contender.turn(repeats, generating=True)
             found[name].step_s, found[name].generation_s = [turn.update + turn.generation], turn.generation
         found[name].shares = contender.shares(repeats)
+        if how.memory_of_gpu:
+            found[name].peak_mib = contender.peak(repeats)
         advance()
     for contender in contenders.values():
         contender.close()
@@ -221,6 +227,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="timed turns of each contender")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
     parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--no_generation", action="store_true", help="do not time steps with generation")
     parser.add_argument("--no_growth", action="store_true", help="do not measure growth with size")
     parser.add_argument("--write_docs", action="store_true", help="write the tables and the picture to docs/")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmark_output"))
@@ -244,8 +251,10 @@ def main(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if options.preset == "gpu" and not options.dry_run else "cpu")
     results = no_results_yet(options, device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with memory_pool(not options.no_memory) as pool, Progress(*columns, console=console) as progress:
-        how = Measuring(options.repeats, options.threads, device, pool)
+    on_gpu = device.type == "cuda"
+    with memory_pool(not options.no_memory and not on_gpu) as pool, Progress(*columns, console=console) as progress:
+        memory_of_gpu = on_gpu and not options.no_memory
+        how = Measuring(options.repeats, options.threads, device, pool, memory_of_gpu, not options.no_generation)
         for cell in cells:
             task = progress.add_task(cell.name, total=steps_of(cell, options.repeats, pool is not None))
             results.cells.append(measure(cell, how, functools.partial(progress.advance, task)))

@@ -48,10 +48,10 @@ def compare(student: Any, teacher: Any, written: Written) -> dict[str, float]:
     """
     sums, tokens = torch.zeros(5, dtype=torch.float64), 0
     for start in range(0, len(written), BATCH):
-        rollouts = batch_of(written[start : start + BATCH])
+        rollouts = batch_of(written[start : start + BATCH], student.device)
         ours, theirs = log_probs(student, rollouts), log_probs(teacher, rollouts)  # (N, V)
         chosen = rollouts.input_ids[:, -rollouts.mask.shape[1] :][rollouts.mask].unsqueeze(1)
-        sums += torch.stack(
+        found = torch.stack(
             [
                 (ours.exp() * (ours - theirs)).sum(),
                 (theirs.exp() * (theirs - ours)).sum(),
@@ -59,16 +59,17 @@ def compare(student: Any, teacher: Any, written: Written) -> dict[str, float]:
                 -theirs.gather(1, chosen).sum(),
                 -ours.gather(1, chosen).sum(),
             ]
-        ).double()
+        )
+        sums += found.double().cpu()
         tokens += len(chosen)
     names = ("reverse_kl", "forward_kl", "agreement", "teacher_nll", "student_nll")
     return dict(zip(names, (sums / tokens).tolist(), strict=True))
 
 
-def batch_of(written: Written) -> Rollouts:
+def batch_of(written: Written, device: torch.device) -> Rollouts:
     """Answers as one batch."""
     prompts, completions = zip(*written, strict=True)
-    return rollouts_of(prompts, completions, 0, torch.device("cpu"))
+    return rollouts_of(prompts, completions, 0, device)
 
 
 @torch.no_grad()

