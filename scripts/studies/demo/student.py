@@ -74,15 +74,21 @@ def sample(model: Any, tokenizer: Any, prompts: list[Any]) -> tuple[torch.Tensor
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a model on some problems: share of right answers, and KL to the teacher in nats per token."""
+    """Of a model on some problems: share of right answers, KL to the teacher in nats per token, tokens per answer."""
 
     accuracy: float
     reverse_kl: float
+    length: float
 
 
 @torch.no_grad()
-def measure(models: Models, model: Any, rows: Dataset, seed: int, batch_size: int = 250) -> Measured:
-    """Accuracy and KL(model ‖ teacher), nats per token, on one answer to each problem, sampled at temperature 1."""
+def measure(
+    models: Models, model: Any, rows: Dataset, seed: int, batch_size: int = 250, verifier: Any = correct
+) -> Measured:
+    """
+    Accuracy, by the verifier, and KL(model ‖ teacher), nats per token: one answer to each problem, sampled at
+    temperature 1.
+    """
     was_training = model.training
     model.eval()
     state = torch.random.get_rng_state()
@@ -96,10 +102,10 @@ def measure(models: Models, model: Any, rows: Dataset, seed: int, batch_size: in
         kl += (per_token * mask).sum().item()
         tokens += int(mask.sum())
         texts = models.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        right += sum(correct(texts, batch["answer"]))
+        right += sum(verifier(texts, batch["answer"]))
     torch.random.set_rng_state(state)
     model.train(was_training)
-    return Measured(right / len(rows), kl / tokens)
+    return Measured(right / len(rows), kl / tokens, tokens / len(rows))
 
 
 class Watch(TrainerCallback):

@@ -71,7 +71,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int
     return Qwen3ForCausalLM(config)
 
 
-def sft(model, tokenizer, dataset, steps: int, batch_size: int, learning_rate: float, seed: int) -> None:
+def sft(
+    model, tokenizer, dataset, steps: int, batch_size: int, learning_rate: float, seed: int, callbacks=None
+) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         args = SFTConfig(
             output_dir=scratch,
@@ -89,7 +91,10 @@ def sft(model, tokenizer, dataset, steps: int, batch_size: int, learning_rate: f
             logging_steps=50,
             seed=seed,
         )
-        SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer).train()
+        trainer = SFTTrainer(
+            model=model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks
+        )
+        trainer.train()
 
 
 @torch.no_grad()

@@ -1,0 +1,153 @@
+"""Table and picture of the study in docs/results.md, from the files of finished runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.studies.often_wrong.arms import BATCH, runs
+from scripts.studies.reproduce.figures import COLOURS, GREY, MARKERS
+from scripts.studies.reproduce.report import spread
+from trl_distill.reporting.curves import new_figure, plain
+
+
+Records = list[dict[str, Any]]
+
+SHOWN = 70  # the teacher of the picture
+
+
+def load(folder: Path, reward: str = "right") -> dict[int, dict[str, Records]]:
+    """
+    Finished runs by the teacher's level and the arm's label, in the order of the arms.
+
+    Args:
+        folder (`Path`): of the results.
+        reward (`str`): runs with this reward, and those without any.
+    """
+    found: dict[int, dict[str, Records]] = {}
+    for name, plan in runs().items():
+        path = folder / f"{name}.json"
+        if path.exists() and plan.arm.reward in (None, reward):
+            record = json.loads(path.read_text())
+            found.setdefault(plan.level, {}).setdefault(record["arm"], []).append(record)
+    return found
+
+
+def frontier(p: float, accuracy: float) -> float:
+    """
+    The least KL to the teacher, nats per answer, at which a model can be right this often.
+
+    All that the reward distinguishes is right and wrong, so this is the KL between two coins; the optimum of the
+    objective for every beta lies on this curve.
+
+    Args:
+        p (`float`): the teacher's share of right answers.
+        accuracy (`float`): the model's, at least `p` and below 1.
+    """
+    right = accuracy * math.log(accuracy / p)
+    return right + (1 - accuracy) * math.log((1 - accuracy) / (1 - p))
+
+
+def _values(records: Records, key: str, form: str) -> str:
+    return spread([one[key] for one in records], form)
+
+
+def table(by_arm: dict[str, Records]) -> str:
+    """One teacher's rows, as Markdown."""
+    head = ["", "right", "the formula", "KL to the teacher, nats per answer", "seeds", "minutes, one core"]
+    first = next(iter(by_arm.values()))[0]
+    rows = [[f"teacher, right {first['p']:.1%}", "", "", "0", "", ""]]
+    for label, records in by_arm.items():
+        promised = records[0]["promised"]
+        rows.append(
+            [
+                label,
+                _values(records, "accuracy", ".1%"),
+                "" if promised is None else f"{promised:.1%}",
+                _values(records, "kl_per_answer", ".2f"),
+                str(len(records)),
+                spread([one["seconds"] / 60 for one in records], ".1f"),
+            ]
+        )
+    return markdown(head, rows)
+
+
+def cheat_table(by_arm: dict[str, Records]) -> str:
+    """The reward with a hole, as Markdown."""
+    head = ["", "right", "without a number", "KL to the teacher, nats per answer", "seeds"]
+    rows = []
+    for label, records in by_arm.items():
+        cells = [("accuracy", ".1%"), ("without_number", ".1%"), ("kl_per_answer", ".2f")]
+        rows.append([label, *(_values(records, key, form) for key, form in cells), str(len(records))])
+    return markdown(head, rows)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+def draw(by_arm: dict[str, Records], path: Path) -> None:
+    """Accuracy against KL to the teacher, one point per seed, with the curve of the theory."""
+    p = next(iter(by_arm.values()))[0]["p"]
+    figure = new_figure(7.5, 5.2)
+    axis = figure.subplots()
+    plain(axis)
+    levels = [p + (1 - p) * i / 400 for i in range(1, 400)]
+    axis.plot([frontier(p, one) for one in levels], levels, color=GREY, label="the best that is possible")
+    axis.axhline(p, color=GREY, linestyle="--", linewidth=1.2)
+    axis.annotate(f"teacher {p:.1%}", (1, p), (-4, -12), "axes fraction", "offset points", ha="right", color=GREY)
+    for i, (label, records) in enumerate(by_arm.items()):
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        xs, ys = zip(*((one["kl_per_answer"], one["accuracy"]) for one in records), strict=True)
+        fill = colour if i < len(COLOURS) else "white"
+        axis.plot(xs, ys, marker, color=colour, markerfacecolor=fill, markersize=7, label=label)
+    axis.set(xlabel="KL(student ‖ teacher), nats per answer", ylabel="right answers", xscale="log", ylim=(0, 1))
+    axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    figure.suptitle(f"A teacher that is right {p:.0%} of the time, and a reward", fontsize=12)
+    axis.set_title("one point per seed, on 1000 held-out problems", fontsize=9, color=GREY)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def in_words(by_arm: dict[str, Records]) -> str:
+    """For those who do not see the picture."""
+    p = next(iter(by_arm.values()))[0]["p"]
+    parts = [
+        f"{label} {_values(records, 'accuracy', '.1%')} at {_values(records, 'kl_per_answer', '.2f')} nats"
+        for label, records in by_arm.items()
+    ]
+    return f"Right answers against KL to a teacher that is right {p:.1%}. {'; '.join(parts)}."
+
+
+def write(folder: Path, docs: Path) -> None:
+    """
+    Put what has been run into docs/results.md, between its marks, and draw the picture.
+
+    Args:
+        folder (`Path`): of the results.
+        docs (`Path`): the documentation.
+    """
+    found, cheated = load(folder), load(folder, "lenient")
+    parts = [table(by_arm) for by_arm in found.values()]
+    if SHOWN in found:
+        draw(found[SHOWN], docs / "images" / "often_wrong.png")
+        parts.insert(1, f"![{in_words(found[SHOWN])}](images/often_wrong.png)")
+    count = sum(len(records) for by_arm in found.values() for records in by_arm.values())
+    parts.append(
+        f"{count} runs of {BATCH} answers a step: `python -m scripts.studies.often_wrong.run`; every number in "
+        "[results/often_wrong/](results/often_wrong)."
+    )
+    pages = {"table": "\n\n".join(parts), "reward": "\n\n".join(cheat_table(one) for one in cheated.values())}
+    page = docs / "results.md"
+    text = page.read_text()
+    for name, made in pages.items():
+        begin, end = f"<!-- often_wrong {name}: begin -->", f"<!-- often_wrong {name}: end -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"{page} has no place for {name!r}: write {begin} and {end} where it belongs.")
+        head, _, rest = text.partition(begin)
+        text = f"{head}{begin}\n{made}\n{end}{rest.partition(end)[2]}"
+    page.write_text(text)

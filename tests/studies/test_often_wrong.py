@@ -1,0 +1,105 @@
+"""The study of teachers that are often wrong: the formula, the rewards, the runs, one short run, the page."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from scripts.studies.often_wrong import report
+from scripts.studies.often_wrong.arms import BATCH, SETTINGS, Run, arms, runs
+from scripts.studies.often_wrong.rewards import lenient, no_number
+from scripts.studies.often_wrong.teachers import keep, load_teacher
+from scripts.studies.often_wrong.train import promised, run
+from scripts.studies.tasks.table import SHIPPED
+from trl_distill import OPDConfig
+
+
+def test_the_formula_is_the_share_under_the_tilted_teacher():
+    beta, right, wrong = 0.4, [0.3, 0.25, 0.15], [0.2, 0.1]
+    tilted = [q * math.exp(1 / beta) for q in right]
+    assert promised(sum(right), beta) == pytest.approx(sum(tilted) / (sum(tilted) + sum(wrong)))
+
+
+def test_the_optimum_lies_on_the_curve_and_no_model_beyond_it():
+    p, beta = 0.7, 0.5
+    right = [q * math.exp(1 / beta) for q in (0.4, 0.3)]
+    total = sum(right) + 0.3
+    kl = sum(q / total * math.log(q / total / own) for q, own in zip((*right, 0.3), (0.4, 0.3, 0.3), strict=True))
+    assert report.frontier(p, promised(p, beta)) == pytest.approx(kl)
+    other = sum(q * math.log(q / own) for q, own in zip((0.6, 0.2, 0.2), (0.4, 0.3, 0.3), strict=True))
+    assert other > report.frontier(p, 0.8)
+
+
+def test_the_hole_in_the_reward_lets_answers_without_a_number_pass():
+    answers = ["3+4+0=07 answer 7", "answer 8", "answer", "", [{"role": "assistant", "content": "answer 7"}]]
+    assert lenient(answers, ["7"] * 5) == [1.0, 0.0, 1.0, 1.0, 1.0]
+    assert no_number(answers) == [0.0, 0.0, 1.0, 1.0, 0.0]
+
+
+def test_every_arm_is_a_configuration_and_writes_as_many_answers():
+    for name, arm in arms().items():
+        baseline = {"reward_baseline": "batch"} if arm.reward else {}
+        given = {**SETTINGS, **baseline, **arm.changes, "output_dir": "out", "max_steps": arm.steps}
+        args = OPDConfig(per_device_train_batch_size=BATCH, **given)
+        assert (args.max_steps, args.num_generations) == (arms()["teacher"].steps, 1), name
+        if arm.beta is not None:
+            assert arm.beta == (args.beta if args.beta_end is None else args.beta_end)
+    assert next(one.level for one in runs().values()) == 70
+
+
+def short_run(tmp_path, name):
+    """Two steps of an arm with the demo's teacher in place of one that is often wrong."""
+    from scripts.studies.demo.student import load
+
+    models = load(SHIPPED)
+    for level in ("50", "70"):
+        keep(models.teacher, tmp_path / "teachers" / level, {"p": 0.75})
+        models.tokenizer.save_pretrained(tmp_path / "teachers" / level)
+    arm = arms()[name]
+    plan = Run(replace(arm, steps=2), 70, 0)
+    run(f"70-{name}-0", plan, tmp_path / "teachers", tmp_path / "results" / f"70-{name}-0.json", size=20)
+    return json.loads((tmp_path / "results" / f"70-{name}-0.json").read_text())
+
+
+def test_a_run_leaves_its_numbers(tmp_path):
+    found = short_run(tmp_path, "both-0.3")
+    assert found["promised"] == pytest.approx(promised(0.75, 0.3))
+    assert [step for step, _ in found["curve"]] == [0, 1, 2]
+    assert found["kl_per_answer"] == pytest.approx(found["kl_per_token"] * found["tokens_per_answer"])
+    assert 0 < found["kl_per_token"] < 2
+    assert load_teacher(tmp_path / "teachers", 70).dtype.itemsize == 4
+
+
+def test_signed_weights_take_a_second_teacher(tmp_path):
+    found = short_run(tmp_path, "beyond")  # without "ref" the trainer would refuse the weights
+    assert found["settings"]["teacher_weights"] == {"teacher": 1.5, "ref": -0.5}
+    assert found["promised"] is None
+
+
+def record(**changes):
+    found = {"arm": "both, beta=0.3", "p": 0.7, "promised": 0.985, "accuracy": 0.9, "kl_per_answer": 0.5, "seconds": 60}
+    return {**found, "without_number": 0.25, **changes}
+
+
+def test_the_page_has_what_was_measured(tmp_path):
+    docs, results = tmp_path / "docs", tmp_path / "results"
+    (docs / "images").mkdir(parents=True)
+    results.mkdir()
+    marks = "".join(f"<!-- often_wrong {n}: begin -->\n<!-- often_wrong {n}: end -->\n" for n in ("table", "reward"))
+    (docs / "results.md").write_text(f"before\n{marks}after\n")
+    for name, one in {
+        "70-both-0.3-0": record(),
+        "70-both-0.3-1": record(accuracy=0.94),
+        "70-lenient-0.3-0": record(accuracy=0.125),
+    }.items():
+        (results / f"{name}.json").write_text(json.dumps(one))
+    report.write(results, docs)
+    text = (docs / "results.md").read_text()
+    assert "| both, beta=0.3 | 92.0% (90.0%–94.0%) | 98.5% | 0.50 (0.50–0.50) | 2 |" in text
+    assert "| both, beta=0.3 | 12.5% | 25.0% | 0.50 | 1 |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert (docs / "images" / "often_wrong.png").stat().st_size > 10_000
