@@ -77,7 +77,7 @@ def _sharing_prompts(
     if model.training or torch.is_grad_enabled() or not shared_prompts.can_share(model):
         return None
     prompts = Prompts.among(inputs["input_ids"], inputs["attention_mask"], rollouts.mask.shape[1])
-    if prompts.saved(rollouts.input_ids.shape[1]) < shared_prompts.LEAST_SAVED:
+    if not prompts.pay(rollouts.input_ids.shape[1]):
         return None
     if shared_prompts.is_exact(model, inputs, prompts):
         states = shared_prompts.completion_states(backbone_of(model), inputs, prompts, at_once)

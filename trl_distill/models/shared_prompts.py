@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 LAYERS = {"full_attention", "sliding_attention", "attention"}  # of these, keys and values are all that is kept
 WHOLE_LENGTH = {"dynamic", "longrope"}  # RoPE whose frequencies depend on the length of the whole sequence
-LEAST_SAVED = 0.2  # share of the tokens below which a second forward pass costs more than it saves
+LEAST_SAVED = 0.2  # share of the tokens, with padding; if fewer are saved, a second forward pass costs more
 _VERDICT = "_trl_distill_shares_prompts"  # attribute of a model: the longest rows for which sharing is exact; 0: never
 
 
@@ -54,10 +54,10 @@ class Prompts:
         first = order.new_full((count,), len(ids)).scatter_reduce(0, of_row, order, "amin")
         return cls(first, of_row, length)
 
-    def saved(self, columns: int) -> float:
-        """Share of the tokens that need not be read, of rows of `columns` tokens, padding included."""
+    def pay(self, columns: int) -> bool:
+        """Whether reading each prompt once saves more than it costs, for rows of `columns` tokens with padding."""
         rows = len(self.of_row)
-        return (rows - len(self.first)) * self.length / max(rows * columns, 1)
+        return (rows - len(self.first)) * self.length >= LEAST_SAVED * max(rows * columns, 1)
 
 
 def can_share(model: PreTrainedModel) -> bool:

@@ -28,6 +28,8 @@ class Teacher:
         temperature (`float`, *optional*): the only softmax temperature that it supports; `None` for any.
         top_k (`int`, *optional*): number of its most likely ids that it gives, if it gives log-probabilities.
         follows_student (`bool`): whether it is the student itself, without its adapter or as a moving average.
+        moves (`bool`): whether it changes with every optimizer step.
+        prompts_once (`bool`): whether it can read a prompt that several rows share once.
         starts_equal (`bool`): whether, by design, it gives the student's probabilities before the first step.
         module (`torch.nn.Module`, *optional*): its own model in this process.
         prompts (`str`): the columns of a batch from which it reads prompts, if they are there.
@@ -38,6 +40,8 @@ class Teacher:
     temperature: float | None = None
     top_k: int | None = None
     follows_student: bool = False
+    moves: bool = False
+    prompts_once: bool = False
     starts_equal: bool = False
     module: Any = None
     prompts: str = "teacher_prompt"

@@ -56,6 +56,7 @@ class _Reader(Teacher):
     def __init__(self, teacher: Teacher, pair: Vocabularies, shared: SharedIds, prompts: str):
         self.teacher, self.pair, self.shared, self.prompts = teacher, pair, shared, prompts
         self.per_generation, self.module = teacher.per_generation, teacher.module
+        self.moves, self.prompts_once = teacher.moves, teacher.prompts_once
 
     def check(self) -> None:
         self.teacher.check()

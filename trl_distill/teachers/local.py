@@ -14,7 +14,7 @@ from torch import nn
 from .._trl import prepare_deepspeed
 from ..models.hidden_states import add_teacher_forward
 from ..models.properties import has_relative_positions, unwrap_adapter
-from ..models.shared_prompts import Prompts, can_share
+from ..models.shared_prompts import Prompts, can_share, obstacle
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
 from .base import Teacher
@@ -46,6 +46,7 @@ class LocalTeacher(Teacher):
         model.eval()
         add_teacher_forward(model)
         self.model = self.module = self._placed(model)
+        self.prompts_once = not obstacle(self._base)
 
     def _placed(self, model: nn.Module) -> Any:
         accelerator = self.accelerator
@@ -54,11 +55,6 @@ class LocalTeacher(Teacher):
         if accelerator.distributed_type == DistributedType.FSDP:
             return sharded(model, accelerator)
         return accelerator.prepare_model(model, evaluation_mode=True)
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether a prompt that rows share is read once."""
-        return can_share(self._base)
 
     @contextmanager
     def on_device(self) -> Iterator[nn.Module]:
@@ -86,7 +82,7 @@ class LocalTeacher(Teacher):
                 Rollouts(input_ids, rollouts.attention_mask, rollouts.mask),
                 self.batch_size,
                 self._trims_prompts,
-                self.shares_prompts,
+                can_share(self._base),
             )
 
 

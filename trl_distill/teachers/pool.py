@@ -2,7 +2,8 @@
 
 A resident teacher scores each micro-batch during its step. One that is offloaded or served, or whose signals are used
 more than once, scores the whole generation batch at once; its signals are kept in CPU memory, by row id, until their
-last use.
+last use. So does one that can read a shared prompt once, where that saves enough: rows with the same prompt are then
+still together, which micro-batches may not have.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import TeacherUnavailable
+from ..models.shared_prompts import Prompts
 from ..objective.weights import check_teacher_weights
 from ..rollouts import MicroBatch, Rollouts
 from ..signals import Signal, TeacherScore
@@ -31,6 +33,7 @@ class TeacherPool:
         teachers (`dict[str, Teacher]`): by name, as in the dataset's `teacher` column. Names may share a teacher.
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
         uses (`int`): number of times that each generation batch is trained on.
+        one_step (`bool`): whether a generation batch is used up within one optimizer step.
         together (`bool`): whether every process must take part in every forward pass of a teacher (ZeRO-3, FSDP).
         weights (`dict[str, float]`, *optional*): of the teachers, for rows that do not give any.
         divergences (`list[str]`): those that are minimised, which decide whether a weight may be negative.
@@ -41,13 +44,14 @@ class TeacherPool:
         teachers: dict[str, Teacher],
         accelerator: Any,
         uses: int = 1,
+        one_step: bool = False,
         together: bool = False,
         weights: dict[str, float] | None = None,
         divergences: Sequence[str] = ("reverse_kl",),
     ):
         adapted = {id(given): as_teacher(given) for given in teachers.values()}  # one for each, whatever its names
         self.teachers, self.names = {name: adapted[id(given)] for name, given in teachers.items()}, list(teachers)
-        self.accelerator, self.uses, self.together = accelerator, uses, together
+        self.accelerator, self.uses, self.one_step, self.together = accelerator, uses, one_step, together
         self.weights, self.divergences = weights, divergences
         self.failed_everywhere = False  # whether all processes have raised the failure of a teacher
         # names of the same teacher share a forward pass
@@ -59,6 +63,7 @@ class TeacherPool:
             else:
                 columns.append(column)
         self._waiting: list[dict[int, tuple[Signal, int]]] = [{} for _ in self.members]  # row id: signal, uses left
+        self._early = [False for _ in self.members]  # whether prompts are shared, so that signals are waiting
         self._nothing: list[Signal | None] = [None for _ in self.members]  # a signal for no tokens
 
     @property
@@ -100,14 +105,18 @@ class TeacherPool:
         """
         weights = self._weights(batch)
         for member, (teacher, columns) in enumerate(self.members):
-            if not self._at_once(teacher, training):
-                continue
             rollouts = batch.read_by(teacher.prompts)
             chosen = weights[:, columns].sum(1) != 0
+            may_share = training and self._may_share(teacher)  # the same on all processes
+            if may_share:
+                self._early[member] = bool(chosen.any()) and _prompts_pay(rollouts.rows(chosen))
+            now = self._at_once(member, training)
+            if not (now or may_share):
+                continue
             failure: Exception | None = None
             signal: Any = None
             try:
-                signal = self._ask(teacher, rollouts, chosen)
+                signal = self._ask(teacher, rollouts, chosen) if now else None
             except Exception as error:  # of any kind: the other processes must not wait for this one
                 failure = error
             self._agree(failure)
@@ -131,7 +140,7 @@ class TeacherPool:
             rollouts = batch.read_by(teacher.prompts)
             weight = weights[:, columns].sum(1)
             chosen = weight != 0
-            if self._at_once(teacher, training):
+            if self._at_once(member, training):
                 signal = self._take(member, self._ids(batch, chosen))
             else:
                 signal = self._ask(teacher, rollouts, chosen)
@@ -161,9 +170,16 @@ class TeacherPool:
             chosen_rollouts = rollouts if chosen.all() else rollouts.rows(chosen)
         return checked(teacher, teacher.score(chosen_rollouts), int(rollouts.mask[chosen].sum()))
 
-    def _at_once(self, teacher: Teacher, training: bool) -> bool:
-        """Whether a teacher scores whole generation batches."""
-        return teacher.per_generation or (training and self.uses > 1)
+    def _at_once(self, member: int, training: bool) -> bool:
+        """Whether a teacher scores whole generation batches, or has scored the last one."""
+        teacher, _ = self.members[member]
+        return teacher.per_generation or (training and (self.uses > 1 or self._early[member]))
+
+    def _may_share(self, teacher: Teacher) -> bool:
+        """Whether a teacher that need not score a whole generation batch may, for the sake of shared prompts."""
+        if teacher.per_generation or self.uses > 1 or self.together or (teacher.moves and not self.one_step):
+            return False
+        return teacher.prompts_once
 
     def _take(self, member: int, row_ids: list[int]) -> Signal | None:
         """The stored signals of these rows, concatenated; they are dropped after their last use."""
@@ -245,6 +261,12 @@ def check_readers(weights: Mapping[str, float], readers: Collection[str], where:
             "is charged for leaving its canonical tokens would be paid to it. Give negative weights only to teachers "
             "with the student's tokenizer."
         )
+
+
+def _prompts_pay(rollouts: Rollouts) -> bool:
+    """Whether it saves enough to read each prompt of these rollouts once."""
+    prompts = Prompts.among(rollouts.input_ids, rollouts.attention_mask, rollouts.mask.shape[1])
+    return prompts.pay(rollouts.input_ids.shape[1])
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from ..heads.lm_head import FixedHead
 from ..models.properties import has_relative_positions, unwrap_adapter
-from ..models.shared_prompts import can_share
+from ..models.shared_prompts import can_share, obstacle
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
 from .base import Teacher, is_sharded
@@ -65,6 +65,7 @@ class AdapterOff(Teacher):
                 "so this teacher would change during training. Set `bias='none'` in the `peft_config`."
             )
         self._student, self._accelerator, self._batch_size = student, accelerator, batch_size
+        self.prompts_once = not obstacle(unwrap_adapter(student))
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts) -> HiddenStates:
@@ -94,7 +95,7 @@ class MovingAverage(Teacher):
         decay (`float`): d in (0, 1).
     """
 
-    follows_student = starts_equal = True
+    follows_student = starts_equal = moves = True
     file_name = "teacher_ema.safetensors"  # in a checkpoint
 
     def __init__(self, decay: float):
@@ -112,6 +113,7 @@ class MovingAverage(Teacher):
                 "(`torchrun`), ZeRO-2, or a fixed teacher."
             )
         self._student, self._accelerator, self._batch_size = student, accelerator, batch_size
+        self.prompts_once = not obstacle(unwrap_adapter(student))
         trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self._parameters = trained
         self.averages = {name: p.detach().float().clone() for name, p in trained.items()}

@@ -281,6 +281,7 @@ def load_pool(
         teachers,
         accelerator,
         uses=args.num_iterations,
+        one_step=(args.steps_per_generation or 1) <= args.gradient_accumulation_steps,
         together=is_sharded(accelerator),
         weights=args.teacher_weights,  # type: ignore[arg-type]
         divergences=divergences_of(args),
