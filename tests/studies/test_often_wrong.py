@@ -10,9 +10,10 @@ import pytest
 
 from scripts.studies.often_wrong import report
 from scripts.studies.often_wrong.arms import BATCH, SETTINGS, Run, arms, runs
+from scripts.studies.often_wrong.formula import frontier, promised, promised_per_token
 from scripts.studies.often_wrong.rewards import lenient, no_number
 from scripts.studies.often_wrong.teachers import keep, load_teacher
-from scripts.studies.often_wrong.train import promised, run
+from scripts.studies.often_wrong.train import run
 from scripts.studies.tasks.table import SHIPPED
 from trl_distill import OPDConfig
 
@@ -28,9 +29,17 @@ def test_the_optimum_lies_on_the_curve_and_no_model_beyond_it():
     right = [q * math.exp(1 / beta) for q in (0.4, 0.3)]
     total = sum(right) + 0.3
     kl = sum(q / total * math.log(q / total / own) for q, own in zip((*right, 0.3), (0.4, 0.3, 0.3), strict=True))
-    assert report.frontier(p, promised(p, beta)) == pytest.approx(kl)
+    assert frontier(p, promised(p, beta)) == pytest.approx(kl)
     other = sum(q * math.log(q / own) for q, own in zip((0.6, 0.2, 0.2), (0.4, 0.3, 0.3), strict=True))
-    assert other > report.frontier(p, 0.8)
+    assert other > frontier(p, 0.8)
+
+
+def test_one_token_at_a_time_is_the_formula_where_there_is_one_token():
+    assert promised_per_token(0.7, 0.5, places=1) == pytest.approx(promised(0.7, 0.5))
+    # two digits, each right 9 times of 10; the first is credited with what the second will be
+    last = 9 * math.exp(1 / 0.5) / (1 + 9 * math.exp(1 / 0.5))
+    first = 9 * math.exp(last / 0.5) / (1 + 9 * math.exp(last / 0.5))
+    assert promised_per_token(0.81, 0.5, places=2) == pytest.approx(first * last)
 
 
 def test_the_hole_in_the_reward_lets_answers_without_a_number_pass():

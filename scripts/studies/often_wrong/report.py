@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts.studies.often_wrong.arms import BATCH, runs
+from scripts.studies.often_wrong.formula import frontier
 from scripts.studies.reproduce.figures import COLOURS, GREY, MARKERS
 from scripts.studies.reproduce.report import spread
 from trl_distill.reporting.curves import new_figure, plain
@@ -34,21 +34,6 @@ def load(folder: Path, reward: str = "right") -> dict[int, dict[str, Records]]:
             record = json.loads(path.read_text())
             found.setdefault(plan.level, {}).setdefault(record["arm"], []).append(record)
     return found
-
-
-def frontier(p: float, accuracy: float) -> float:
-    """
-    The least KL to the teacher, nats per answer, at which a model can be right this often.
-
-    All that the reward distinguishes is right and wrong, so this is the KL between two coins; the optimum of the
-    objective for every beta lies on this curve.
-
-    Args:
-        p (`float`): the teacher's share of right answers.
-        accuracy (`float`): the model's, at least `p` and below 1.
-    """
-    right = accuracy * math.log(accuracy / p)
-    return right + (1 - accuracy) * math.log((1 - accuracy) / (1 - p))
 
 
 def _values(records: Records, key: str, form: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import tempfile
@@ -17,23 +16,13 @@ from transformers import PrinterCallback, TrainerCallback
 
 from scripts.studies.demo.student import Models, load, measure
 from scripts.studies.often_wrong.arms import BATCH, SETTINGS, Run
+from scripts.studies.often_wrong.formula import promised
 from scripts.studies.often_wrong.rewards import REWARDS, no_number
 from scripts.studies.often_wrong.teachers import facts, load_teacher
 from scripts.studies.tasks.additions import MAX_COMPLETION_LENGTH, problems
 from scripts.studies.tasks.seeds import GLANCE_AT, HELD_OUT, TRAIN
 from scripts.studies.tasks.table import SHIPPED
 from trl_distill import OPDConfig, OPDTrainer
-
-
-def promised(p: float, beta: float) -> float:
-    """
-    Share of right answers at the optimum π ∝ teacher · e^{r/β}, with a reward of 1 for a right answer and else 0.
-
-    Args:
-        p (`float`): the teacher's share of right answers, sampled.
-        beta (`float`): weight of the teacher, reward per nat.
-    """
-    return p / (p + (1 - p) * math.exp(-1 / beta))
 
 
 class Curve(TrainerCallback):
