@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -129,6 +129,21 @@ class Settings:
             f"{names['timeout']} (now {self.timeout:g} s), a smaller {names['concurrency']} (now {self.concurrency}) "
             f"or more {names['retries']} (now {self.retries}). {self.last_words}"
         ).rstrip()
+
+
+class _Countdown:
+    """Sets `ended` when `left` futures are done."""
+
+    def __init__(self, left: int):
+        self.left, self.ended, self._lock = left, threading.Event(), threading.Lock()
+        if not left:
+            self.ended.set()
+
+    def one_less(self, _: Future[Any]) -> None:
+        with self._lock:
+            self.left -= 1
+            if not self.left:
+                self.ended.set()
 
 
 class UnderWay:
@@ -303,7 +318,7 @@ class HTTPClient:
             GivenUpError: the event in [`given_up`] was set.
             RuntimeError: the client was closed.
         """
-        halt, errors = threading.Event(), list[BaseException]()
+        halt, errors, left = threading.Event(), list[BaseException](), _Countdown(len(calls))
 
         def guarded(call: Callable[[threading.Event], T]) -> T:
             try:
@@ -311,6 +326,7 @@ class HTTPClient:
             except BaseException as error:
                 errors.append(error)  # before the event is set: later errors may follow from it
                 halt.set()
+                left.ended.set()
                 raise
 
         if self._closed.is_set():
@@ -318,10 +334,10 @@ class HTTPClient:
         outer = given_up.get()
         self._halts.add(halt)
         futures = [self._threads.submit(guarded, call) for call in calls]
+        for future in futures:
+            future.add_done_callback(left.one_less)  # `concurrent.futures.wait` would look at all of them each time
         try:
-            waiting: Any = futures
-            while waiting and not errors:
-                _, waiting = wait(waiting, LOOK_EVERY if outer else None, FIRST_EXCEPTION)
+            while not left.ended.wait(LOOK_EVERY if outer else None):
                 if outer and outer.is_set():
                     raise GivenUpError("Given up, because work beside it failed.")
             if errors:

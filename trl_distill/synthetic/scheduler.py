@@ -7,11 +7,13 @@ main thread, one after the other in the plan's order, so that two models never l
 
 from __future__ import annotations
 
+import gc
 import heapq
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from ..http_client import given_up
@@ -19,6 +21,16 @@ from .stages.chunks import ChunkStage
 
 
 AHEAD = 8  # requests of chunks that are begun, for each that is under way
+
+
+@contextmanager
+def _imports_left_alone() -> Iterator[None]:
+    """Keep the garbage collector from what is there already: to go through all of PyTorch stops every thread."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _Tasks:
@@ -83,7 +95,10 @@ class Scheduler:
         Raises:
             Exception: the first error of any task. No other task goes on when it is raised.
         """
-        tasks = [stage for layer in self.layers for stage in layer]
+        with _imports_left_alone():
+            self._run([stage for layer in self.layers for stage in layer])
+
+    def _run(self, tasks: Sequence[_Tasks]) -> None:
         remote = sum(stage.stage.remote for stage in tasks)
         self._threads = ThreadPoolExecutor(max(1, remote * self.at_once), thread_name_prefix="chunks")
         try:
