@@ -53,8 +53,10 @@ $(SLOW): $(STAMP) tests/quantised/requirements.txt
 	@touch $(SLOW)
 
 test-slow: $(SLOW)
-	@echo "==> Running the slow tests"
-	@$(PYTEST) -m "slow and not long" $(PYTEST_ARGS)
+	@echo "==> Running the slow tests of one process"
+	@$(PYTEST) -m "slow and not long" -n $(WORKERS) --ignore tests/distributed $(PYTEST_ARGS)
+	@echo "==> Running the slow tests of several processes"
+	@$(PYTEST) -m "slow and not long" tests/distributed $(PYTEST_ARGS)
 
 $(ENGINES): $(STAMP) tests/synthetic/engines.txt
 	@echo "==> Installing datatrove and Ray, for workers on many machines, into .venv-engines (once)"

@@ -1,7 +1,7 @@
 """A true example of the data engine, end to end, with a weak model: SmolLM2-135M-Instruct as teacher and judge.
 
     python -m scripts.studies.pretrained.run --prepare                            # makes pretrained_output/teacher
-    python -m scripts.studies.synthetic.example --model pretrained_output/teacher # half an hour of one core
+    python -m scripts.studies.synthetic.example --model pretrained_output/teacher # on a GPU where there is one
 
 24 prompts are rewritten once (`--evolve`) and completed twice each. From the same completions, in one work folder, come
 four datasets: all of them (`all`), the better one of each prompt by pairwise comparison (`best`), pairs of the better
@@ -162,7 +162,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="File of the results.")
     given = parser.parse_args(words)
     write_inputs(given.work)
-    student, found = tiny_student(given.model, given.work / "student"), dict[str, Any]()
+    student = tiny_student(given.model, given.work / "student")
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread"
+    found: dict[str, Any] = {"machine": machine}
     for name in DATASETS:
         counts = run_pipeline(GenerateConfig(**settings_of(name, given.model, given.work)))
         print(f"{name}: {counts['rows']} rows, see {given.work / name / 'README.md'}", flush=True)
