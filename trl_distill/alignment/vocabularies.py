@@ -1,4 +1,7 @@
-"""Two vocabularies side by side: the ids that both have, and which of them are closed; cached by hashes.
+"""Two vocabularies side by side: the ids that both have, and which of them are closed.
+
+A comparison is kept in this process and in a file, by the hashes of both tokenizers: the first one of two vocabularies
+of 200,000 ids takes some seconds.
 
 An id is closed if a token that the teacher has begun with it rarely goes on: where both tokenizations begin anew and
 the student writes it, both begin anew after it, too. No result is wrong where that fails; it costs noise and time.
@@ -6,9 +9,11 @@ the student writes it, both begin anew after it, too. No result is wrong where t
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
+from .kept import cached_file, keep, read
 from .text_tokenizer import TextTokenizer
 
 
@@ -35,6 +40,9 @@ class Vocabularies:
     changed: tuple[int, ...] = ()
 
 
+WORTH_KEEPING = 1.0  # seconds that a comparison took
+
+
 OFTEN = 0.03  # share of cases from which a begun token counts as unfinished
 
 
@@ -43,7 +51,7 @@ _known: dict[tuple[str, str], dict[str, Any]] = {}
 
 def vocabularies(student: TextTokenizer, teacher: TextTokenizer) -> Vocabularies:
     """
-    Compare two vocabularies; once for each pair of hashes, some seconds for two of 200,000 ids.
+    Compare two vocabularies, once for each pair of hashes.
 
     Raises:
         ValueError: one of them writes words with spaces between them, and the other does not.
@@ -56,18 +64,21 @@ def vocabularies(student: TextTokenizer, teacher: TextTokenizer) -> Vocabularies
         )
     key = (student.hash, teacher.hash)
     if key not in _known:
-        _known[key] = _compared(student, teacher)
+        path, begun = cached_file(*key), time.perf_counter()
+        _known[key] = read(path) or _compared(student, teacher)
+        if time.perf_counter() - begun > WORTH_KEEPING:
+            keep(path, _known[key])
     return Vocabularies(student, teacher, **_known[key])
 
 
 def _compared(student: TextTokenizer, teacher: TextTokenizer) -> dict[str, Any]:
-    by_teacher = _spelled(student, teacher, dict(student.ordinary()))
-    by_student = _spelled(teacher, student, dict(teacher.ordinary()))
+    by_teacher = _spelled(teacher, dict(student.ordinary()))
+    by_student = _spelled(student, dict(teacher.ordinary()))
     shared = {v: ids[0] for v, ids in by_teacher.items() if len(ids) == 1 and by_student.get(ids[0]) == [v]}
     unfinished = {tail for tail, share in _going_on(by_student, student, teacher).items() if share > OFTEN}
     closed = {v: w for v, w in shared.items() if (v,) not in unfinished}
     both = {v: teacher.id_of_added[c] for v, c in student.added.items() if c in teacher.id_of_added}
-    changed = tuple(v for v, piece in student.ordinary() if _is_text(piece) and v not in by_teacher)
+    changed = tuple(v for v, piece in student.ordinary() if v not in by_teacher and _text(piece) is not None)
     return {
         "shared": shared | both,
         "closed": closed | both,
@@ -76,11 +87,16 @@ def _compared(student: TextTokenizer, teacher: TextTokenizer) -> dict[str, Any]:
     }
 
 
-def _spelled(one: TextTokenizer, other: TextTokenizer, pieces: dict[int, bytes]) -> dict[int, list[int]]:
-    """How `other` writes those tokens of `one` that are whole text, where it keeps their bytes."""
-    texts = {i: piece.decode() for i, piece in pieces.items() if _is_text(piece)}
-    found = dict(zip(texts, other.encode_all(list(texts.values())), strict=True))
-    return {i: ids for i, ids in found.items() if ids and other.text_bytes(ids) == texts[i].encode()}
+def _spelled(tokenizer: TextTokenizer, pieces: dict[int, bytes]) -> dict[int, list[int]]:
+    """How a tokenizer writes those pieces that are whole text, where it keeps their bytes; by the pieces' ids."""
+    texts = {i: text for i, piece in pieces.items() if (text := _text(piece)) is not None}
+    found, bytes_of = {}, tokenizer.bytes_of
+    for i, ids in zip(texts, tokenizer.encode_all(list(texts.values())), strict=True):
+        # most are one token; added ones have no bytes of their own
+        same = bytes_of[ids[0]] == pieces[i] if len(ids) == 1 else bool(ids) and tokenizer.text_bytes(ids) == pieces[i]
+        if same:
+            found[i] = ids
+    return found
 
 
 def _going_on(spelled: dict[int, list[int]], student: TextTokenizer, teacher: TextTokenizer) -> dict[tuple, float]:
@@ -91,23 +107,24 @@ def _going_on(spelled: dict[int, list[int]], student: TextTokenizer, teacher: Te
     rank. So a token of rank w takes about t / w of the occurrences of its beginning, a token of rank t.
     """
     several = {w: ids for w, ids in spelled.items() if len(ids) > 1}
-    own = _spelled(teacher, teacher, {w: teacher.bytes_of[w] or b"" for w in several})
+    own = _spelled(teacher, {w: teacher.bytes_of[w] or b"" for w in several})
     rank = {piece: i for i, piece in reversed(list(teacher.ordinary()))}
     found: dict[tuple, float] = {}
     for w, ids in several.items():
         if own.get(w) != [w]:
             continue  # its own tokenizer never writes it
+        text = b""
         for count in range(1, len(ids)):
             tail = tuple(ids[:count])
-            begun = rank.get(student.text_bytes(list(tail)) or b"", w)
+            text += student.piece(ids[count - 1]) or b""
+            begun = rank.get(text, w)
             found[tail] = found.get(tail, 0.0) + min(1.0, (begun + 1) / (w + 1))
     return found
 
 
-def _is_text(piece: bytes) -> bool:
-    """Whether bytes are whole characters."""
+def _text(piece: bytes) -> str | None:
+    """Bytes as text; `None` if they are no whole characters."""
     try:
-        piece.decode()
+        return piece.decode()
     except UnicodeDecodeError:
-        return False
-    return True
+        return None
