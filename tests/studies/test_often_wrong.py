@@ -50,10 +50,15 @@ def test_the_hole_in_the_reward_lets_answers_without_a_number_pass():
 
 def test_every_arm_is_a_configuration_and_writes_as_many_answers():
     for name, arm in arms().items():
-        baseline = {"reward_baseline": "batch"} if arm.reward else {}
-        given = {**SETTINGS, **baseline, **arm.changes, "output_dir": "out", "max_steps": arm.steps}
-        args = OPDConfig(per_device_train_batch_size=BATCH, **given)
-        assert (args.max_steps, args.num_generations) == (arms()["teacher"].steps, 1), name
+        given = {
+            **SETTINGS,
+            **({"reward_baseline": "batch"} if arm.reward else {}),
+            **arm.changes,
+            "max_steps": arm.steps,
+        }
+        args = OPDConfig("out", per_device_train_batch_size=BATCH, **given)
+        assert args.max_steps == arms()["teacher"].steps, name
+        assert (args.num_generations == 1) == (arm.part != "settings" or name == "uncapped")
         if arm.beta is not None:
             assert arm.beta == (args.beta if args.beta_end is None else args.beta_end)
     assert next(one.level for one in runs().values()) == 70
@@ -97,18 +102,22 @@ def test_the_page_has_what_was_measured(tmp_path):
     docs, results = tmp_path / "docs", tmp_path / "results"
     (docs / "images").mkdir(parents=True)
     results.mkdir()
-    marks = "".join(f"<!-- often_wrong {n}: begin -->\n<!-- often_wrong {n}: end -->\n" for n in ("table", "reward"))
+    marks = "".join(
+        f"<!-- often_wrong {n}: begin -->\n<!-- often_wrong {n}: end -->\n" for n in ("table", "reward", "settings")
+    )
     (docs / "results.md").write_text(f"before\n{marks}after\n")
     for name, one in {
         "70-both-0.3-0": record(),
         "70-both-0.3-1": record(accuracy=0.94),
         "70-lenient-0.3-0": record(accuracy=0.125),
+        "70-8x8-group-0": record(arm="8 prompts", accuracy=0.0625),
     }.items():
         (results / f"{name}.json").write_text(json.dumps(one))
     report.write(results, docs)
     text = (docs / "results.md").read_text()
     assert "| both, beta=0.3 | 92.0% (90.0%–94.0%) | 98.5% | 0.50 (0.50–0.50) | 2 |" in text
     assert "| both, beta=0.3 | 12.5% | 25.0% | 0.50 | 1 |" in text
+    assert "| 8 prompts | 6.2% |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert (docs / "images" / "often_wrong.png").stat().st_size > 10_000

@@ -6,7 +6,7 @@ than anything else in trials; the reward is compared with the mean of the other 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -48,6 +48,7 @@ class Arm:
         reference (`str`, *optional*): second teacher, for signed weights: "student", or the level of a teacher.
         steps (`int`): optimizer steps.
         changes (`dict[str, Any]`): fields of `OPDConfig`.
+        part (`str`): of the page that shows it: "table", "reward" (the one with a hole) or "settings".
     """
 
     label: str
@@ -58,19 +59,32 @@ class Arm:
     reference: str | None = None
     steps: int = STEPS
     changes: dict[str, Any] = field(default_factory=dict)
+    part: str = "table"
 
 
-RATE, FASTER = 6e-4, 1.2e-3  # peaks
+RATE = 6e-4  # at its peak; "faster" is twice that, "slower" a half
 
 
-def both(beta: float, rate: float = RATE, reward: str = "right") -> Arm:
+def both(beta: float, reward: str = "right") -> Arm:
     """Reward and teacher in one loss."""
-    return Arm(f"both, beta={beta:g}", beta, reward, rate=rate, changes={"beta": beta, **CAP})
+    return Arm(f"both, beta={beta:g}", beta, reward, changes={"beta": beta, **CAP})
 
 
-def from_teacher(beta: float, rate: float) -> Arm:
+def then(beta: float, rate: float = RATE, more: str = "") -> Arm:
+    """The teacher alone, at beta=1, for a third of the steps; then both."""
+    at = STEPS // 3
+    switch = {"beta": 1.0, "beta_schedule": "step", "beta_schedule_steps": at, "beta_end": beta}
+    label = f"teacher alone for {at} steps, then both, beta={beta:g}{more}"
+    return Arm(label, beta, rate=rate, changes={**switch, "reward_start_step": at, **CAP})
+
+
+def reward_alone(rate: float, reward: str = "right", more: str = "") -> Arm:
+    return Arm(f"reward only{more}", None, reward, rate=rate, changes={"beta": 0.0})
+
+
+def from_teacher(beta: float, rate: float, more: str = "") -> Arm:
     """The usual RL: the teacher's own weights are trained, and anchored to it."""
-    return Arm(f"from the teacher, beta={beta:g}", beta, start="teacher", rate=rate, changes={"beta": beta})
+    return Arm(f"from the teacher, beta={beta:g}{more}", beta, start="teacher", rate=rate, changes={"beta": beta})
 
 
 def beyond(teacher: float, reference: str) -> Arm:
@@ -83,27 +97,36 @@ def beyond(teacher: float, reference: str) -> Arm:
 
 def arms() -> dict[str, Arm]:
     """By name, which also names the files of their runs."""
-    at = STEPS // 2  # step at which the reward begins
-    then = {"beta": 1.0, "beta_schedule": "step", "beta_schedule_steps": at, "beta_end": 0.1, "reward_start_step": at}
     falling = {"beta": 1.0, "beta_schedule": "linear", "beta_end": 0.1}
-    slow = {f"both-{beta:g}": both(beta) for beta in BETAS}
-    fast = {f"both-{beta:g}-faster": both(beta, FASTER) for beta in BETAS}
     return {
         "teacher": Arm("teacher only", None, None, changes=CAP),
-        "teacher-faster": Arm("teacher only", None, None, rate=FASTER, changes=CAP),
-        "reward": Arm("reward only", None, rate=1e-4, changes={"beta": 0.0}),
-        "reward-faster": Arm("reward only", None, rate=3e-4, changes={"beta": 0.0}),
-        **slow,
-        **fast,
-        "falling": Arm("both, beta from 1 to 0.1", 0.1, rate=FASTER, changes={**falling, **CAP}),
-        "then-rl": Arm("distil, then RL (beta=0.1)", 0.1, rate=FASTER, changes={**then, **CAP}),
-        "own": from_teacher(0.3, RATE),
-        "own-slower": from_teacher(0.3, RATE / 3),
+        "reward": reward_alone(1e-4),
+        "reward-faster": reward_alone(3e-4, more=", faster"),
+        **{f"both-{beta:g}": both(beta) for beta in BETAS},
+        "falling": Arm("both, beta from 1 to 0.1", 0.1, changes={**falling, **CAP}),
+        "then-0.3": then(0.3),
+        "then-0.1": then(0.1),
+        "then-0.3-faster": then(0.3, 2 * RATE, ", faster"),
+        "own-0.3": from_teacher(0.3, RATE / 2),
+        "own-0.3-faster": from_teacher(0.3, RATE, ", faster"),
         "beyond": beyond(1.5, "50"),
         "beyond-start": beyond(1.25, "student"),
-        "lenient-reward": Arm("reward only", None, "lenient", rate=3e-4, changes={"beta": 0.0}),
-        **{f"lenient-{beta:g}": both(beta, FASTER, "lenient") for beta in (1.0, 0.3, 0.1, 0.03)},
+        "lenient-reward": replace(reward_alone(3e-4, "lenient"), part="reward"),
+        **{f"lenient-{beta:g}": replace(both(beta, "lenient"), part="reward") for beta in (1.0, 0.3, 0.1, 0.03)},
+        **settings(),
     }
+
+
+def settings() -> dict[str, Arm]:
+    """What else decides: prompts and answers of a step, what a reward is compared with, the cap."""
+    found = {}
+    for answers, baseline in ((2, "group"), (4, "group"), (8, "group"), (2, "batch"), (8, "batch")):
+        changes = {**then(0.3).changes, "num_generations": answers, "reward_baseline": baseline}
+        label = f"{BATCH // answers} prompts × {answers} answers, `reward_baseline='{baseline}'`"
+        found[f"{BATCH // answers}x{answers}-{baseline}"] = replace(then(0.3), label=label, changes=changes)
+    plain = {name: value for name, value in then(0.3).changes.items() if name not in CAP}
+    found["uncapped"] = replace(then(0.3), label=f"{BATCH} prompts × 1, no cap", changes=plain)
+    return {name: replace(arm, part="settings") for name, arm in found.items()}
 
 
 @dataclass(frozen=True)
@@ -115,14 +138,15 @@ class Run:
     seed: int
 
 
+WITH_OTHERS = ("teacher", "both-0.3", "then-0.3")  # arms that are tried with all teachers
+
+
 def runs() -> dict[str, Run]:
-    """All runs by name, "70-both-0.3-1", the most important first."""
+    """All runs by name: "70-both-0.3-1" is the teacher's level, the arm and the seed."""
     known = arms()
-    others = ("teacher-faster", "both-0.3-faster", "own")  # tried with the other teachers
-    found = {
+    return {
         f"{level}-{name}-{seed}": Run(known[name], level, seed)
         for level in (70, 85, 50)
-        for name in (known if level == 70 else others)
+        for name in (known if level == 70 else WITH_OTHERS)
         for seed in SEEDS
     }
-    return found

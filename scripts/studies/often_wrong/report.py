@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.studies.often_wrong.arms import BATCH, runs
+from scripts.studies.often_wrong.arms import BATCH, runs, then
 from scripts.studies.often_wrong.formula import frontier
 from scripts.studies.reproduce.figures import COLOURS, GREY, MARKERS
 from scripts.studies.reproduce.report import spread
@@ -19,18 +19,18 @@ Records = list[dict[str, Any]]
 SHOWN = 70  # the teacher of the picture
 
 
-def load(folder: Path, reward: str = "right") -> dict[int, dict[str, Records]]:
+def load(folder: Path, part: str = "table") -> dict[int, dict[str, Records]]:
     """
     Finished runs by the teacher's level and the arm's label, in the order of the arms.
 
     Args:
         folder (`Path`): of the results.
-        reward (`str`): runs with this reward, and those without any.
+        part (`str`): of the page; see [`Arm`].
     """
     found: dict[int, dict[str, Records]] = {}
     for name, plan in runs().items():
         path = folder / f"{name}.json"
-        if path.exists() and plan.arm.reward in (None, reward):
+        if path.exists() and plan.arm.part == part:
             record = json.loads(path.read_text())
             found.setdefault(plan.level, {}).setdefault(record["arm"], []).append(record)
     return found
@@ -40,11 +40,11 @@ def _values(records: Records, key: str, form: str) -> str:
     return spread([one[key] for one in records], form)
 
 
-def table(by_arm: dict[str, Records]) -> str:
-    """One teacher's rows, as Markdown."""
+def table(by_arm: dict[str, Records], first: bool = True) -> str:
+    """One teacher's rows, as Markdown; the `first` is its own."""
     head = ["", "right", "the formula", "KL to the teacher, nats per answer", "seeds", "minutes, one core"]
-    first = next(iter(by_arm.values()))[0]
-    rows = [[f"teacher, right {first['p']:.1%}", "", "", "0", "", ""]]
+    p = next(iter(by_arm.values()))[0]["p"]
+    rows = [["the teacher", f"{p:.1%}", "", "0", "", ""]] if first else []
     for label, records in by_arm.items():
         promised = records[0]["promised"]
         rows.append(
@@ -116,7 +116,8 @@ def write(folder: Path, docs: Path) -> None:
         folder (`Path`): of the results.
         docs (`Path`): the documentation.
     """
-    found, cheated = load(folder), load(folder, "lenient")
+    found, others = load(folder), load(folder, "settings").get(SHOWN, {})
+    alike = {label: records for label, records in found.get(SHOWN, {}).items() if label == then(0.3).label}
     parts = [table(by_arm) for by_arm in found.values()]
     if SHOWN in found:
         draw(found[SHOWN], docs / "images" / "often_wrong.png")
@@ -126,7 +127,8 @@ def write(folder: Path, docs: Path) -> None:
         f"{count} runs of {BATCH} answers a step: `python -m scripts.studies.often_wrong.run`; every number in "
         "[results/often_wrong/](results/often_wrong)."
     )
-    pages = {"table": "\n\n".join(parts), "reward": "\n\n".join(cheat_table(one) for one in cheated.values())}
+    pages = {"table": "\n\n".join(parts), "reward": cheat_table(load(folder, "reward").get(SHOWN, {}))}
+    pages["settings"] = table({**alike, **others}, first=False) if others else ""
     page = docs / "results.md"
     text = page.read_text()
     for name, made in pages.items():

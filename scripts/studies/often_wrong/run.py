@@ -1,7 +1,7 @@
 """The student above its teacher: teachers that are often wrong, a reward for right answers, a weight between them.
 
     python -m scripts.studies.often_wrong.run --teachers      # make the three teachers
-    python -m scripts.studies.often_wrong.run --list          # the names of all runs, most important first
+    python -m scripts.studies.often_wrong.run --list          # the names of all runs
     python -m scripts.studies.often_wrong.run --workers 2     # all runs, two at a time, each on one core
     python -m scripts.studies.often_wrong.run --runs 70-both-0.3-0 70-both-0.3-1
     python -m scripts.studies.often_wrong.run --report        # table and pictures in docs/, from finished runs
