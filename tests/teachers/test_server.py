@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import batch, make_model
+from helpers import VOCAB, batch, make_model
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from teacher_server import TeacherServer
@@ -22,8 +22,10 @@ from trl_distill import http_client
 from trl_distill.errors import TeacherAnswerError, TeacherUnavailable
 from trl_distill.rollouts import Rollouts
 from trl_distill.signals import TokenLogProbs
+from trl_distill.teachers import answer_arrays
+from trl_distill.teachers.answer_arrays import Row, TokenScores, read_good_answer
 from trl_distill.teachers.server import ServedTeacher
-from trl_distill.teachers.server_answers import Row, read_answer
+from trl_distill.teachers.server_answers import _read_carefully, read_answer
 
 
 SOON = 2.0  # seconds: the time-out of tests that wait for it
@@ -605,7 +607,7 @@ def answer(model) -> str:
 
 @torch.no_grad()
 def test_a_good_answer_is_read(model, answer):
-    found = [log_p for log_p, _, _ in read_answer(answer, ROWS, "teacher", K)]
+    found = read_answer(answer, ROWS, "teacher", K).log_p.tolist()
     wanted = [
         model(input_ids=torch.tensor([row.ids])).logits[0, position - 1].log_softmax(-1)[row.ids[position]].item()
         for row in ROWS
@@ -618,18 +620,65 @@ def test_an_impossible_token_that_is_not_judged_does_no_harm(answer):
     changed = json.loads(answer)
     worst = max(changed["choices"][0]["prompt_logprobs"][1].values(), key=lambda value: value["rank"])
     worst["logprob"] = -9999.0
-    assert read_answer(json.dumps(changed), ROWS, "teacher", K) == read_answer(answer, ROWS, "teacher", K)
+    assert_equal(read_answer(json.dumps(changed), ROWS, "teacher", K), read_answer(answer, ROWS, "teacher", K))
+
+
+def assert_equal(found: TokenScores | None, wanted: TokenScores) -> None:
+    assert found is not None
+    for name in ("log_p", "top_ids", "top_log_p"):
+        ours, theirs = getattr(found, name), getattr(wanted, name)
+        assert ours.dtype == theirs.dtype
+        assert ours.tolist() == theirs.tolist()
+
+
+@pytest.fixture(params=["orjson", "json"])
+def parser(request, monkeypatch):
+    if request.param == "orjson":
+        pytest.importorskip("orjson")
+    monkeypatch.setattr(answer_arrays, "_loads", __import__(request.param).loads)
+
+
+@pytest.mark.parametrize(("asked", "kept"), [(1, 0), (1, 1), (K, K), (28, 28)])
+@pytest.mark.parametrize("spaced", [False, True])
+def test_a_good_answer_is_read_at_once_as_with_care(parser, model, asked, kept, spaced):
+    """Whatever the tokens say: quotation marks, colons and names of fields count as text."""
+    texts = ['":', '"logprob":', "\\", '\\":', "logprob", "٣", "\n"]
+    with TeacherServer(model, max_logprobs=VOCAB) as server:
+        body = {"model": "teacher", "prompt": [row.ids for row in ROWS], "prompt_logprobs": asked, "max_tokens": 1}
+        good = server.answer({**body, "return_token_ids": True})[1]
+    for number, value in enumerate(v for c in good["choices"] for e in c["prompt_logprobs"][1:] for v in e.values()):
+        value["decoded_token"] = texts[number % len(texts)]
+    content = json.dumps(good, separators=(", ", ": ") if spaced else (",", ":")).encode()
+    assert_equal(read_good_answer(content, ROWS, "teacher", kept), _read_carefully(content, ROWS, "teacher", kept))
+
+
+def test_an_unusual_answer_is_read_with_care(answer):
+    """Python code for each alternative, but the same numbers: a space before the colon."""
+    changed = answer.replace('":', '" :')
+    assert read_good_answer(changed, ROWS, "teacher", K) is None
+    assert_equal(read_answer(changed, ROWS, "teacher", K), read_answer(answer, ROWS, "teacher", K))
+
+
+def test_rows_without_scores():
+    """One token, of which nothing is said; and no row at all."""
+    choice = {"index": 0, "prompt_token_ids": [5], "prompt_logprobs": [None]}
+    for rows, choices in (([Row(0, [5], [])], [choice]), ([], [])):
+        found = read_answer(json.dumps({"model": "teacher", "choices": choices}), rows, "teacher", K)
+        assert found.log_p.shape == (0,)
+        assert found.top_ids.shape == found.top_log_p.shape == (0, K)
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_no_corruption_becomes_a_number(name, answer):
+def test_no_corruption_becomes_a_number(parser, name, answer):
     @settings(max_examples=30, deadline=None, database=None)
     @given(data=st.data())
     def each(data):
         broken = json.loads(answer)
         text = CORRUPTIONS[name](data.draw, broken)
+        content = text if isinstance(text, str) else json.dumps(broken)
+        assert read_good_answer(content, ROWS, "teacher", K) is None
         with pytest.raises(TeacherAnswerError):
-            read_answer(text if isinstance(text, str) else json.dumps(broken), ROWS, "teacher", K)
+            read_answer(content, ROWS, "teacher", K)
 
     each()
 

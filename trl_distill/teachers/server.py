@@ -24,8 +24,9 @@ from ..http_client import HTTPClient, NoAnswerError, PassingError, Settings, Sta
 from ..rollouts import Rollouts
 from ..server_urls import ServerURL, read_url
 from ..signals import TokenLogProbs
+from .answer_arrays import Row, TokenScores
 from .base import Teacher
-from .server_answers import ErrorInsideError, Row, TokenScore, read_answer, read_models
+from .server_answers import ErrorInsideError, read_answer, read_models
 
 
 logger = logging.getLogger(__name__)
@@ -122,13 +123,11 @@ class ServedTeacher(Teacher):
         rows, size = _rows(rollouts), self.rows_per_request
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         answers = self._client.all([partial(self._score_rows, batch) for batch in batches])
-        scores = list(itertools.chain.from_iterable(answers))  # N
-        log_p, top_ids, top_log_p = zip(*scores, strict=True) if scores else ((), (), ())
-        device, shape = rollouts.input_ids.device, (len(scores), self.top_k)
+        scores, device = TokenScores.cat(answers, self.top_k), rollouts.input_ids.device
         return TokenLogProbs(
-            log_p=torch.tensor(log_p, dtype=torch.float32, device=device),  # (N,)
-            top_ids=torch.tensor(top_ids, dtype=torch.int64, device=device).reshape(shape),  # (N, K)
-            top_log_p=torch.tensor(top_log_p, dtype=torch.float32, device=device).reshape(shape),  # (N, K)
+            log_p=torch.from_numpy(scores.log_p).to(device, torch.float32),  # (N,)
+            top_ids=torch.from_numpy(scores.top_ids).to(device),  # (N, K)
+            top_log_p=torch.from_numpy(scores.top_log_p).to(device, torch.float32),  # (N, K)
         )
 
     def check(self) -> None:
@@ -152,7 +151,7 @@ class ServedTeacher(Teacher):
         """Close the connections; the teacher cannot be used afterwards."""
         self._client.close()
 
-    def _score_rows(self, rows: list[Row], halt: threading.Event, urls: list[str] | None = None) -> list[TokenScore]:
+    def _score_rows(self, rows: list[Row], halt: threading.Event, urls: list[str] | None = None) -> TokenScores:
         body = {
             "model": self.model,
             "prompt": [row.ids for row in rows],

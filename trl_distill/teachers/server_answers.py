@@ -1,6 +1,7 @@
 """Reads the answers of a teacher's server, position by position; an answer is accepted only if all of it matches.
 
-The format is that of vLLM; `server.py` sends the requests.
+The format is that of vLLM; `server.py` sends the requests. Good answers are read by `answer_arrays.py`, at once; what
+is here reads all the others, and says what is wrong with them.
 """
 
 from __future__ import annotations
@@ -8,22 +9,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 import reprlib
-from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from ..errors import TeacherAnswerError
 from ..http_client import error_inside
+from .answer_arrays import IMPOSSIBLE, LARGEST_LOG_PROB, LARGEST_MASS, TOKEN_ID, Row, TokenScores, read_good_answer
 
 
 TokenScore = tuple[float, list[int], list[float]]  # log p of the token; the K most likely ids; their log p
-
-
-IMPOSSIBLE = -9999.0  # what vLLM writes for a log-probability of -inf, which JSON lacks
-
-
-TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 class ErrorInsideError(TeacherAnswerError):
@@ -39,16 +35,7 @@ class ErrorInsideError(TeacherAnswerError):
         self.status = status
 
 
-@dataclass
-class Row:
-    """A row of the rollouts as it is sent: its index, its ids without padding, and the judged positions."""
-
-    index: int
-    ids: list[int]
-    judged: list[int]
-
-
-def read_answer(content: bytes | str, rows: list[Row], model: str, top_k: int) -> list[TokenScore]:
+def read_answer(content: bytes | str, rows: list[Row], model: str, top_k: int) -> TokenScores:
     """
     The scores of all judged tokens, row by row, from the answer of `/v1/completions` for `rows`.
 
@@ -56,6 +43,12 @@ def read_answer(content: bytes | str, rows: list[Row], model: str, top_k: int) -
         TeacherAnswerError: the answer is malformed or does not match the request; the message says where.
         ErrorInsideError: it holds an error.
     """
+    good = read_good_answer(content, rows, model, top_k)
+    return good if good is not None else _read_carefully(content, rows, model, top_k)
+
+
+def _read_carefully(content: bytes | str, rows: list[Row], model: str, top_k: int) -> TokenScores:
+    """The same with Python's own reader; raises if anything is wrong."""
     answer = read_json(content)
     if answer.get("model") != model:
         raise TeacherAnswerError(
@@ -65,11 +58,18 @@ def read_answer(content: bytes | str, rows: list[Row], model: str, top_k: int) -
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != len(rows):
         raise TeacherAnswerError(f"{len(rows)} sequences were sent, found as choices: {show(choices)}.")
-    return [
+    scores = [
         score
         for number, (choice, row) in enumerate(zip(choices, rows, strict=True))
         for score in _read_choice(choice, number, row, top_k)
     ]
+    log_p, top_ids, top_log_p = zip(*scores, strict=True) if scores else ((), (), ())
+    shape = (len(scores), top_k)
+    return TokenScores(
+        np.array(log_p, dtype=np.float64),
+        np.array(top_ids, dtype=np.int64).reshape(shape),
+        np.array(top_log_p, dtype=np.float64).reshape(shape),
+    )
 
 
 def _read_choice(choice: Any, number: int, row: Row, top_k: int) -> list[TokenScore]:
@@ -107,7 +107,7 @@ def _read_position(entry: Any, token: int, k: int, judged: bool) -> TokenScore:
             raise ValueError(f"{show(key)} is not a token id")
         fields: Any = value if isinstance(value, dict) else {}
         log_p, rank = fields.get("logprob"), fields.get("rank")
-        if type(log_p) not in (float, int) or not IMPOSSIBLE <= log_p <= 1e-4:
+        if type(log_p) not in (float, int) or not IMPOSSIBLE <= log_p <= LARGEST_LOG_PROB:
             raise ValueError(f"id {key} should have a log-probability, found {show(value)}")
         if type(rank) is not int or rank in ranked:
             raise ValueError(f"id {key} should have a rank of its own, found {show(value)}")
@@ -121,7 +121,7 @@ def _read_position(entry: Any, token: int, k: int, judged: bool) -> TokenScore:
     log_ps = [ranked[rank][1] for rank in sorted(ranked)]
     if any(better < worse for better, worse in itertools.pairwise(log_ps)):
         raise ValueError(f"log-probabilities do not fall with the rank: {show(log_ps)}")
-    if sum(map(math.exp, log_ps)) > 1 + 1e-3:
+    if sum(map(math.exp, log_ps)) > LARGEST_MASS:
         raise ValueError(f"the listed probabilities sum to {sum(map(math.exp, log_ps)):.4f}, more than 1")
     if judged and log_ps[-1] <= IMPOSSIBLE:
         raise ValueError(
