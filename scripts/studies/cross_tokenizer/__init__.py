@@ -1,0 +1,1 @@
+"""Studies of teachers with another tokenizer."""
