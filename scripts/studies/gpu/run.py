@@ -15,10 +15,12 @@ prepare_environment(HF_HUB_OFFLINE="1", OMP_NUM_THREADS=ONE_THREAD, TOKENIZERS_P
 
 import argparse
 import json
+import multiprocessing
 import platform
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,7 @@ WAYS: dict[str, dict[str, Any]] = {  # settings; "teacher", "rewards" and "lora"
 }
 
 
-PRECISIONS: dict[str, dict[str, Any]] = {"fp32": {"bf16": False}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
+PRECISIONS: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
 
 
 class Steps(TrainerCallback):
@@ -141,10 +143,27 @@ def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"failed": f"{type(error).__name__}: {error}"}
 
 
+def compared(name: str, device: str) -> dict[str, Any]:
+    """One way on the CPU, and in each precision on the device, with the distance from the CPU."""
+    torch.backends.cuda.matmul.allow_tf32 = False  # fp32 as on the CPU
+    with tempfile.TemporaryDirectory() as folder:
+        found = {"cpu": attempt(lambda: train(WAYS[name], "cpu", "fp32", folder))}
+        for precision in PRECISIONS:
+            one = attempt(lambda p=precision: train(WAYS[name], device, p, folder))  # type: ignore[misc]
+            problem = found["cpu"].get("failed") or one.get("failed")
+            found[precision] = {**one, "distance": None if problem else distance(one, found["cpu"])}
+    return found
+
+
+def _shown(told: dict[str, Any]) -> str:
+    return told.get("failed") or format(told["distance"], ".1e")
+
+
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--device", default="cuda", help="beside the CPU")
+    parser.add_argument("--workers", type=int, default=1, help="ways at once")
     options = parser.parse_args(words)
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("This compares a GPU with the CPU, and PyTorch sees no GPU.")
@@ -153,19 +172,13 @@ def main(words: list[str] | None = None) -> int:
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else options.device,
         "versions": {"Python": platform.python_version(), **{name: version(name) for name in libraries}},
-        "ways": {},
     }
-    torch.backends.cuda.matmul.allow_tf32 = False  # fp32 as on the CPU
-    with tempfile.TemporaryDirectory() as folder:
-        for name, way in WAYS.items():
-            expected = attempt(lambda way=way: train(way, "cpu", "fp32", folder))  # type: ignore[misc]
-            told = {}
-            for precision in PRECISIONS:
-                found = attempt(lambda way=way, p=precision: train(way, options.device, p, folder))  # type: ignore[misc]
-                problem = expected.get("failed") or found.get("failed")
-                told[precision] = {**found, "distance": None if problem else distance(found, expected)}
-                console.print(f"{name}, {precision}: {problem or format(told[precision]['distance'], '.1e')}")
-            report["ways"][name] = {"cpu": expected, **told}
+    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), be_quiet) as pool:
+        found = pool.map(compared, WAYS, [options.device] * len(WAYS))
+        report["ways"] = {}
+        for name, told in zip(WAYS, found, strict=True):
+            report["ways"][name] = told
+            console.print(f"{name}: " + ", ".join(f"{p} {_shown(told[p])}" for p in PRECISIONS))
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.write_text(json.dumps(report, indent=1) + "\n")
     failed = [
