@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +19,12 @@ from scripts.studies.often_wrong.formula import frontier, promised, promised_per
 from scripts.studies.often_wrong.rewards import lenient, no_number
 from scripts.studies.often_wrong.teachers import keep, load_teacher
 from scripts.studies.often_wrong.train import run
+from scripts.studies.often_wrong.workers import run_all
 from scripts.studies.tasks.table import SHIPPED
 from trl_distill import OPDConfig
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_formula_is_the_share_under_the_tilted_teacher():
@@ -91,6 +100,49 @@ def test_signed_weights_take_a_second_teacher(tmp_path):
     found = short_run(tmp_path, "beyond")  # without "ref" the trainer would refuse the weights
     assert found["settings"]["teacher_weights"] == {"teacher": 1.5, "ref": -0.5}
     assert found["promised"] is None
+
+
+STARTER = """
+import os, sys
+from pathlib import Path
+from scripts.studies.often_wrong.workers import run_all
+run = [sys.executable, "-c", "import os, sys, time; from scripts.studies.often_wrong.workers import leave_with; "
+    "leave_with(int(sys.argv[1])); print(os.getpid(), flush=True); time.sleep(600)", str(os.getpid())]
+sys.exit(len(run_all(["a", "b", "c"], lambda name: run, Path(sys.argv[1]), workers=2)))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_run_outlives_the_one_that_started_it(tmp_path, how):
+    starter = subprocess.Popen([sys.executable, "-c", STARTER, str(tmp_path)], cwd=ROOT)
+    logs = [tmp_path / f"{name}.log" for name in "ab"]
+    try:
+        wait_until(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs))
+    finally:
+        starter.send_signal(how)
+    assert starter.wait(60) != 0
+    wait_until(lambda: not any(is_running(int(log.read_text())) for log in logs))
+    assert not (tmp_path / "c.log").exists()
+
+
+def is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_runs_that_fail_are_named(tmp_path):
+    commands = {"good": ["true"], "bad": ["sh", "-c", "echo why; exit 3"]}
+    assert run_all(list(commands), commands.get, tmp_path, workers=1) == ["bad"]
+    assert (tmp_path / "bad.log").read_text() == "why\n"
 
 
 def record(**changes):

@@ -21,13 +21,8 @@ prepare_environment(HF_HUB_OFFLINE="1", OMP_NUM_THREADS=ONE_THREAD, TOKENIZERS_P
 import argparse
 import logging
 import os
-import signal
-import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
-from typing import Any
 
 from datasets.utils.logging import disable_progress_bar
 from transformers.utils import logging as transformers_logging
@@ -36,6 +31,7 @@ from scripts.studies.often_wrong import report
 from scripts.studies.often_wrong.arms import runs
 from scripts.studies.often_wrong.teachers import make_teachers
 from scripts.studies.often_wrong.train import run
+from scripts.studies.often_wrong.workers import leave_with, run_all
 from trl_distill import foreign_text
 
 
@@ -68,49 +64,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def leave_with(parent: int) -> None:
-    """End this process when the one that started it has ended, however it ended."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def start(name: str, options: argparse.Namespace) -> subprocess.Popen[bytes]:
-    """A run in a process and session of its own; what it prints is kept beside the teachers."""
-    logs = options.output_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "scripts.studies.often_wrong.run", "--alone", "--runs", name]
-    command += ["--parent", str(os.getpid())]
-    command += ["--output_dir", str(options.output_dir.resolve()), "--results", str(options.results.resolve())]
-    with (logs / f"{name}.log").open("wb") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-
-
-def run_all(names: list[str], options: argparse.Namespace) -> int:
-    """Make the runs, some at a time; the number of those that failed."""
-    todo = [name for name in names if not (options.results / f"{name}.json").exists()]
-    active: dict[str, subprocess.Popen[bytes]] = {}
-    failed = 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        while todo or active:
-            while todo and len(active) < options.workers:
-                name = todo.pop(0)
-                active[name] = start(name, options)
-            time.sleep(0.5)
-            for name in [name for name, process in active.items() if process.poll() is not None]:
-                status = active.pop(name).returncode
-                failed += status != 0
-                where = options.output_dir / "logs" / f"{name}.log"
-                console.print(f"{name}: {'done' if status == 0 else f'failed, see {where}'}; {len(todo)} to start")
-    finally:
-        for process in active.values():
-            process.kill()
-    return failed
+def command(name: str, options: argparse.Namespace) -> list[str]:
+    """The command of one run, as a process of its own."""
+    words = [sys.executable, "-m", "scripts.studies.often_wrong.run", "--alone", "--parent", str(os.getpid())]
+    return [*words, "--runs", name, "--output_dir", str(options.output_dir), "--results", str(options.results)]
 
 
 def be_quiet() -> None:
@@ -122,7 +79,7 @@ def be_quiet() -> None:
 def main(words: list[str] | None = None) -> int:
     options = parse(words)
     be_quiet()
-    names: list[Any] = options.runs or list(runs())
+    names: list[str] = options.runs or list(runs())
     if options.list:
         print("\n".join(names))
         return 0
@@ -137,7 +94,12 @@ def main(words: list[str] | None = None) -> int:
             run(names[0], runs()[names[0]], options.output_dir / "teachers", path)
         return 0
     make_teachers(options.output_dir / "teachers")
-    return 0 if options.teachers else min(run_all(names, options), 1)
+    if options.teachers:
+        return 0
+    todo = [name for name in names if not (options.results / f"{name}.json").exists()]
+    logs = options.output_dir / "logs"
+    failed = run_all(todo, lambda name: command(name, options), logs, options.workers, console.print)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
