@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from scripts.studies.often_wrong import report
-from scripts.studies.often_wrong.arms import BATCH, SETTINGS, Run, arms, runs
+from scripts.studies.often_wrong.arms import BATCH, SETTINGS, STEPS, Run, arms, runs
 from scripts.studies.often_wrong.formula import frontier, promised, promised_per_token
 from scripts.studies.often_wrong.rewards import lenient, no_number
 from scripts.studies.often_wrong.teachers import keep, load_teacher
@@ -66,8 +66,8 @@ def test_every_arm_is_a_configuration_and_writes_as_many_answers():
             "max_steps": arm.steps,
         }
         args = OPDConfig("out", per_device_train_batch_size=BATCH, **given)
-        assert args.max_steps == arms()["teacher"].steps, name
-        assert (args.num_generations == 1) == (arm.part != "settings" or name == "uncapped")
+        assert args.max_steps == STEPS or "steps" in arm.label, name
+        assert (args.num_generations == 1) == (name.partition("x")[0] not in ("8", "16", "32"))
         if arm.beta is not None:
             assert arm.beta == (args.beta if args.beta_end is None else args.beta_end)
     assert next(one.level for one in runs().values()) == 70
@@ -147,7 +147,7 @@ def test_runs_that_fail_are_named(tmp_path):
 
 def record(**changes):
     found = {"arm": "both, beta=0.3", "p": 0.7, "promised": 0.985, "accuracy": 0.9, "kl_per_answer": 0.5, "seconds": 60}
-    return {**found, "without_number": 0.25, **changes}
+    return {**found, "without_number": 0.25, "curve": [[0, 0.25], [50, 0.05], [100, 0.9]], **changes}
 
 
 def test_the_page_has_what_was_measured(tmp_path):
@@ -167,9 +167,9 @@ def test_the_page_has_what_was_measured(tmp_path):
         (results / f"{name}.json").write_text(json.dumps(one))
     report.write(results, docs)
     text = (docs / "results.md").read_text()
-    assert "| both, beta=0.3 | 92.0% (90.0%–94.0%) | 98.5% | 0.50 (0.50–0.50) | 2 |" in text
-    assert "| both, beta=0.3 | 12.5% | 25.0% | 0.50 | 1 |" in text
-    assert "| 8 prompts | 6.2% |" in text
+    assert "| both, beta=0.3 (2 seeds) | 92.0% (90.0%–94.0%) | 98.5% | 0.50 (0.50–0.50) | 5% (5%–5%) |" in text
+    assert "| both, beta=0.3 (1 seed) | 12.5% | 25.0% | 0.50 |" in text
+    assert "| 8 prompts (1 seed) | 6.2% |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert (docs / "images" / "often_wrong.png").stat().st_size > 10_000

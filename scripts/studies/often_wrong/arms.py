@@ -118,7 +118,7 @@ def arms() -> dict[str, Arm]:
 
 
 def settings() -> dict[str, Arm]:
-    """What else decides: prompts and answers of a step, what a reward is compared with, the cap."""
+    """What else decides: prompts and answers of a step, what a reward is compared with, the cap, time."""
     found = {}
     for answers, baseline in ((2, "group"), (4, "group"), (8, "group"), (2, "batch"), (8, "batch")):
         changes = {**then(0.3).changes, "num_generations": answers, "reward_baseline": baseline}
@@ -126,6 +126,8 @@ def settings() -> dict[str, Arm]:
         found[f"{BATCH // answers}x{answers}-{baseline}"] = replace(then(0.3), label=label, changes=changes)
     plain = {name: value for name, value in then(0.3).changes.items() if name not in CAP}
     found["uncapped"] = replace(then(0.3), label=f"{BATCH} prompts × 1, no cap", changes=plain)
+    longer = from_teacher(0.3, RATE / 2, more=f", {3 * STEPS} steps")
+    found["own-0.3-longer"] = replace(longer, steps=3 * STEPS)
     return {name: replace(arm, part="settings") for name, arm in found.items()}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.studies.often_wrong.arms import BATCH, runs, then
+from scripts.studies.often_wrong.arms import BATCH, SEEDS, runs, then
 from scripts.studies.often_wrong.formula import frontier
 from scripts.studies.reproduce.figures import COLOURS, GREY, MARKERS
 from scripts.studies.reproduce.report import spread
@@ -40,20 +40,25 @@ def _values(records: Records, key: str, form: str) -> str:
     return spread([one[key] for one in records], form)
 
 
+def _named(label: str, records: Records) -> str:
+    """The arm, and how many seeds it had if not all."""
+    return label if len(records) == len(SEEDS) else f"{label} ({len(records)} seed{'s' * (len(records) > 1)})"
+
+
 def table(by_arm: dict[str, Records], first: bool = True) -> str:
     """One teacher's rows, as Markdown; the `first` is its own."""
-    head = ["", "right", "the formula", "KL to the teacher, nats per answer", "seeds", "minutes, one core"]
+    head = ["", "right", "the formula", "KL to the teacher, nats per answer", "lowest on the way", "minutes, one core"]
     p = next(iter(by_arm.values()))[0]["p"]
     rows = [["the teacher", f"{p:.1%}", "", "0", "", ""]] if first else []
     for label, records in by_arm.items():
         promised = records[0]["promised"]
         rows.append(
             [
-                label,
+                _named(label, records),
                 _values(records, "accuracy", ".1%"),
                 "" if promised is None else f"{promised:.1%}",
                 _values(records, "kl_per_answer", ".2f"),
-                str(len(records)),
+                spread([min(right for _, right in one["curve"]) for one in records], ".0%"),
                 spread([one["seconds"] / 60 for one in records], ".1f"),
             ]
         )
@@ -62,11 +67,11 @@ def table(by_arm: dict[str, Records], first: bool = True) -> str:
 
 def cheat_table(by_arm: dict[str, Records]) -> str:
     """The reward with a hole, as Markdown."""
-    head = ["", "right", "without a number", "KL to the teacher, nats per answer", "seeds"]
+    head = ["", "right", "without a number", "KL to the teacher, nats per answer"]
     rows = []
     for label, records in by_arm.items():
         cells = [("accuracy", ".1%"), ("without_number", ".1%"), ("kl_per_answer", ".2f")]
-        rows.append([label, *(_values(records, key, form) for key, form in cells), str(len(records))])
+        rows.append([_named(label, records), *(_values(records, key, form) for key, form in cells)])
     return markdown(head, rows)
 
 
