@@ -13,6 +13,7 @@ import torch
 from helpers import make_model
 from processes import succeeds
 from safetensors.torch import load_file
+from text_models import make_pair
 from transformers import AutoModelForCausalLM
 
 
@@ -139,6 +140,38 @@ def test_two_processes_equal_one(models, engine, options):
         assert result["teacher_is_shared"] is ("offload" in chosen)  # one copy for both processes
         share = result["teacher_parameters_held"] / result["teacher_parameters"]
         assert share <= 0.51 if engine in SHARDED else share == 1
+
+
+TEXTS = [("ddp", ""), ("ddp", "offload"), ("zero2", ""), ("zero3", ""), ("fsdp2", "")]
+TEXTS += [(engine, "routed") for engine in ("ddp", *SHARDED)]
+
+
+@pytest.mark.parametrize(("engine", "more"), TEXTS)
+@pytest.mark.slow
+def test_two_processes_equal_one_with_another_tokenizer(tmp_path, engine, more):
+    """With "routed" one process has no text for that teacher, and takes part in its forward passes all the same."""
+    _, own, teacher, other = make_pair(tmp_path / "teacher")
+    student, second = (  # greedy, the one writes many different completions
+        make_model("untied", seed=seed, vocab_size=len(own), hidden_size=8, head_dim=4, initializer_range=1.0)
+        for seed in (8, 3)
+    )
+    for model, tokenizer, name in ((student, own, "student"), (teacher, other, "teacher"), (second, own, "second")):
+        model.config._name_or_path = ""
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    options = ["full", "texts", *more.split()]
+    (single,) = launch(tmp_path, torchrun(1), 1, *options)
+    expected = vector(weights(tmp_path))
+    both = on_two(engine, tmp_path, *options)
+    assert_same_run(both, single)
+    assert all(0 < row["distill/exact_tokens"] < 1 for row in single["steps"])
+    tight = engine == "ddp"
+    torch.testing.assert_close(
+        vector(weights(tmp_path)), expected, rtol=1e-4 if tight else 1e-3, atol=1e-6 if tight else 1e-5
+    )
+    if more == "routed":
+        texts = [sum(result["sequences"]) for result in both]
+        assert min(texts) == 0 < max(texts)
 
 
 @pytest.mark.parametrize("engine", SHARDED)

@@ -32,7 +32,7 @@ from trl_distill.training.deepspeed_ops import build_ops
 
 LOGGED = ("loss", "grad_norm", "distill/reverse_kl", "entropy", "reward", "reward_std", "objective", "policy_loss")
 LOGGED += ("distill/reverse_kl/math", "distill/reverse_kl/code", "distill/off_policy/forward_kl", "distill/on_policy")
-LOGGED += ("distill/known_prompts",)
+LOGGED += ("distill/known_prompts", "distill/exact_tokens", "distill/non_canonical")
 
 
 GROUP = 8  # with two processes it lies on both
@@ -121,6 +121,21 @@ def watch_precision(trainer: OPDTrainer) -> dict[str, float]:
     return seen
 
 
+def count_sequences() -> list[int]:
+    """How many texts a teacher with another tokenizer has on this process, at each call."""
+    from trl_distill.teachers import cross_tokenizer
+
+    original, counts = cross_tokenizer.aligned_rows, list[int]()
+
+    def counting(*args):
+        rows = original(*args)
+        counts.append(sum(len(row.aligned.paths) for row in rows))
+        return rows
+
+    cross_tokenizer.aligned_rows = counting
+    return counts
+
+
 def in_shared_memory(tensor: torch.Tensor) -> bool:
     """Whether a tensor lies in memory that this process shares with others."""
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -150,6 +165,7 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         "fp32_head",
         "batch_baseline",
         "prompt_baseline",
+        "texts",
     }
     if unknown:
         raise SystemExit(f"There is no option {unknown}.")
@@ -158,6 +174,10 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
     prompts = Dataset.from_dict({"prompt": [" ".join("abcdefgh"[i % 8 :][: 1 + i % 5]) + " z" for i in range(32)]})
     if baseline == "prompt":  # each batch holds all of them
         prompts = prompts.select(range(8))
+    if "texts" in options:  # of letters, for a student and a teacher whose tokenizers are over pieces of them
+        texts = ["a", "bab", "abb", "ba", "aab", "bbab", "aba", "bb"]
+        prompts = Dataset.from_dict({"prompt": [texts[i % 8] + "ab" * (i // 8) for i in range(32)]})
+    sequences = count_sequences()
     teacher = str(folder / ("student" if "same" in options else "teacher"))
     if "scaled" in options:  # a model whose logits are not those of its head
         scale_logits()
@@ -189,6 +209,8 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
             shuffle_dataset="routed" not in options,
             teacher_offload="offload" in options,
             teacher_ema=0.8 if "ema" in options else None,
+            cross_tokenizer="texts" in options,
+            kl_discount=0.5 if "texts" in options else 0.0,
             bf16="bf16" in options,
             cast_lm_head_to_fp32="fp32_head" in options,
             mask_truncated_completions="masked" in options,
@@ -211,7 +233,8 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
     accelerator = trainer.accelerator
     if accelerator.is_main_process:
         save_file(live, folder / "live.safetensors")
-    held = list(getattr(trainer.teacher, "model", trainer.model).parameters())
+    judge = getattr(trainer.teacher, "teacher", trainer.teacher)  # of one that reads texts, who reads them
+    held = list(getattr(judge, "model", trainer.model).parameters())
     result = {
         "distributed_type": accelerator.distributed_type.value,
         "processes": accelerator.num_processes,
@@ -220,9 +243,10 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         "teacher_parameters_held": sum(held_here(p) for p in held),
         "teacher_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in held),
         "teacher_is_shared": "offload" in options
-        and all(in_shared_memory(p) for p in trainer.teacher.model.model.layers.parameters()),
+        and all(in_shared_memory(p) for p in judge.model.model.layers.parameters()),
         "distance": [f.found for f in trainer.preflight.findings if f.check.startswith("teacher differs")],
         "precision": seen,
+        "sequences": sequences,
         "means": None if trainer.baseline is None else sorted(trainer.baseline._seen.items()),
         "steps": [
             {key: row[key] for key in LOGGED if key in row} for row in trainer.state.log_history if "loss" in row

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 from datasets import Dataset
 from helpers import config, gradients, in_training, relative_error
-from text_models import make_pair
+from text_models import MERGES, STUDENT, TEACHER, make_bpe, make_pair
 
 from trl_distill import OPDTrainer
+from trl_distill.alignment.completions import align
+from trl_distill.alignment.spellings import spellings
+from trl_distill.alignment.text_tokenizer import TextTokenizer
+from trl_distill.alignment.vocabularies import vocabularies
 from trl_distill.checks.findings import PreflightError
 
 
@@ -101,3 +106,38 @@ def test_a_teacher_without_a_tokenizer_is_refused(tmp_path):
     made[2].config._name_or_path = ""
     with pytest.raises(PreflightError, match="has no tokenizer with it"):
         trainer_of(tmp_path, made, cross_tokenizer=True)
+
+
+def findings(trainer: OPDTrainer) -> dict[str, str]:
+    return {finding.check: finding.found for finding in trainer.preflight.findings}
+
+
+def test_the_preflight_shows_both_tokenizers_side_by_side(tmp_path):
+    made = make_pair(tmp_path / "teacher")
+    found = findings(trainer_of(tmp_path, made, cross_tokenizer=True))
+    assert "5 ids of the student, 7 of the teacher, 3 shared by their bytes, 1 of them closed" in found["tokenizer"]
+    assert found["stop tokens"].startswith(
+        "The student ends with '<eos>' (1), the teacher with '<end>' (1), '<alt>' (2): any of the one counts as any"
+    )
+    spans = found["spans"]
+    assert re.match(r"Of \d+ tokens of the teacher's first completions, \d+% are exact, in \d+ spans", spans), spans
+    assert "The commonest other spans, student against teacher: " in spans
+    shown = re.findall(r"'([^']*)' against '([^']*)' \((\d+)\)", spans)
+    assert 0 < len(shown) <= 10
+    counts = [int(count) for _, _, count in shown]
+    assert counts == sorted(counts, reverse=True)
+    for ours, theirs, _ in shown:
+        assert ours.replace(" | ", "") == theirs.replace(" | ", "")
+
+
+def test_spellings_hold_every_token_once():
+    own, other = make_bpe(STUDENT, MERGES["student"], "<eos>"), make_bpe(TEACHER, MERGES["teacher"], "<end>")
+    pair = vocabularies(TextTokenizer(own, "student"), TextTokenizer(other, "teacher"))
+    ids = own("abbaab").input_ids
+    found = spellings(pair, ids, align(pair, ids, True))
+    assert [i for one in found for i in one.student] == ids
+    assert [i for one in found for i in one.teacher] == other("abbaab").input_ids
+    assert [one.stop for one in found] == [*(one.start for one in found[1:]), len(ids) + 1]
+    assert not any(one.charged for one in found)
+    (through_pad,) = spellings(pair, [0], align(pair, [0], False))
+    assert through_pad.exact

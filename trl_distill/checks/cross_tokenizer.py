@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..alignment.completions import align
+from ..alignment.spellings import shown, spellings
 from ..alignment.text_tokenizer import TextTokenizer
 from ..alignment.vocabularies import Vocabularies, vocabularies
 from ..teachers.pool import check_readers
 from .findings import Finding
-from .tokenizers import PROBE_CONVERSATION, same_tokenizer
+from .tokenizers import PROBE_CONVERSATION, named, same_tokenizer
 
 
 MOST_CHANGED = 0.05  # of the student's tokens; with more, much of what it writes would count as off the path
+MOST_SHOWN = 10  # spans in the preflight
 MARKERS = ("<think>", "<|channel|>", "<|start_think|>")
 
 
@@ -122,6 +126,59 @@ def _unlike(pair: Vocabularies) -> Finding | None:
     )
 
 
+def stop_tokens(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    stops: Sequence[int],
+    teacher_stops: Sequence[int],
+) -> Finding:
+    """The stop tokens of both, each of which are one class."""
+    return Finding(
+        "stop tokens",
+        "ok",
+        f"The student ends with {named(student, set(stops))}, the teacher with {named(teacher, set(teacher_stops))}: "
+        "any of the one counts as any of the other.",
+    )
+
+
+def spans(pair: Vocabularies, completions: Sequence[tuple[Sequence[int], bool]], whose: str, name: str = "") -> Finding:
+    """
+    How completions are spelled by both tokenizers: the share of tokens that are exact, and the commonest spans.
+
+    Args:
+        pair ([`~trl_distill.alignment.vocabularies.Vocabularies`]): the tokenizers.
+        completions (`list` of `tuple[list[int], bool]`): the student's ids, without a stop token; whether one follows.
+        whose (`str`): who wrote them, such as "the teacher's first completions".
+        name (`str`): the teacher's, if there are several.
+    """
+    counts: Counter[str] = Counter()
+    tokens = exact = charged = whole = 0
+    for ids, stopped in completions:
+        aligned = align(pair, ids, stopped)
+        tokens += len(ids) + stopped
+        charged += sum(aligned.charged)
+        for spelling in spellings(pair, ids, aligned):
+            exact, whole = exact + spelling.exact, whole + 1
+            if not spelling.exact and spelling.student:
+                counts[shown(pair, spelling)] += 1
+    check = f"spans, {name}" if name else "spans"
+    if not tokens:
+        return Finding(check, "skipped", "There are no completions to look at.")
+    examples = "; ".join(f"{text} ({count})" for text, count in counts.most_common(MOST_SHOWN))
+    found = (
+        f"Of {tokens} tokens of {whose}, {exact / tokens:.0%} are exact, in {whole} spans; {charged} would be charged "
+        "for leaving the canonical tokens. "
+    )
+    return Finding(
+        check, "ok", found + (f"The commonest other spans, student against teacher: {examples}." if examples else "")
+    )
+
+
+def respelled(pair: Vocabularies, ids: Sequence[int]) -> list[int]:
+    """The student's tokens for a text in the teacher's; a character that is not whole is left out."""
+    return pair.student.encode((pair.teacher.text_bytes(list(ids)) or b"").decode("utf-8", "ignore"))
+
+
 def thoughts(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None
 ) -> Finding:
@@ -139,7 +196,12 @@ def thoughts(
             "Give both the same thinking mode, such as `chat_template_kwargs={'enable_thinking': False}`, or give the "
             "student's tokenizer another `chat_template`.",
         )
-    return Finding("chat template", "ok", "Each model gets prompts in its own template.")
+    return Finding(
+        "chat template",
+        "ok",
+        "Each model gets prompts in its own template. Before an answer the student's writes "
+        f"{ends[0]!r}, the teacher's {ends[1]!r}.",
+    )
 
 
 def _generation_prompt(tokenizer: Any, template_kwargs: dict[str, Any] | None) -> str | None:

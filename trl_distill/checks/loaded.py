@@ -8,8 +8,8 @@ the first rollouts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..config import OPDConfig
-from ..data.sampling import Sampling, rollouts_of, sample_ids
+from ..data.sampling import Sampling, prompts_ids, rollouts_of, sample_ids
 from ..heads.fused import DivergenceSpec, fused_divergence
 from ..models.properties import unwrap_adapter
 from ..rollouts import Rollouts
-from ..signals import HiddenStates
+from ..signals import AlignedLogProbs, HiddenStates
 from ..teachers.base import Teacher, is_sharded
 from ..teachers.pool import TeacherPool, checked
+from . import cross_tokenizer as cross_checks
 from . import models as model_checks
 from .findings import Finding, Report
 from .models import Distance
@@ -32,6 +33,7 @@ from .preflight import RunFacts, readable_prompts
 
 PROBE_PROMPTS = 4  # prompts that the student completes to be compared with a teacher
 PROBE_LENGTH = 32  # tokens of each of these completions
+PROBE_TEXT = 64  # tokens of each completion of a teacher with another tokenizer
 LEAST_TOKENS = 8  # tokens of all processes, below which rollouts show nothing
 
 
@@ -47,6 +49,7 @@ class ModelChecks:
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
         spec ([`~trl_distill.heads.fused.DivergenceSpec`]): the reverse KL, with temperature and stop tokens.
         suppressed (`Sequence[int]`): ids that are never sampled.
+        readers (`dict`): tokenizers of teachers that have another one, by the columns of their prompts.
     """
 
     facts: RunFacts
@@ -55,6 +58,7 @@ class ModelChecks:
     accelerator: Accelerator
     spec: DivergenceSpec
     suppressed: Sequence[int] = ()
+    readers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def wait_for_rollouts(self) -> bool:
@@ -75,7 +79,7 @@ class ModelChecks:
             report.add(Finding("models", "skipped", "Weights are sharded: heads and distance are checked in step 1."))
             return
         rollouts = None
-        if any(teacher.gives is HiddenStates for teacher, _ in self.pool.members):
+        if any(teacher.gives in (HiddenStates, AlignedLogProbs) for teacher, _ in self.pool.members):
             rollouts = own_completions(self.facts, self.student, self.accelerator, self.suppressed)
         self._check_teachers(rollouts, report)
 
@@ -111,7 +115,39 @@ class ModelChecks:
                 if model is not None:
                     check_head(model, "teacher", self.accelerator)
             names = [self.pool.names[i] for i in columns]
+            if teacher.prompts in self.readers:
+                report.add(self._spans(teacher, names[0] if self.pool.several else "", rollouts))
             report.add(teacher_differs(self, teacher, names, rollouts, whose))
+
+    def _spans(self, teacher: Any, name: str, rollouts: Rollouts | None) -> Finding:
+        """
+        How completions are spelled for a teacher with another tokenizer: its own first ones, or the student's where it
+        is served or its weights are sharded.
+        """
+        if rollouts is not None and (teacher.gives is AlignedLogProbs or self.wait_for_rollouts):
+            stops, pieces = teacher.shared.student_stops, []
+            for ids in _judged(rollouts):
+                stopped = bool(ids) and ids[-1] in stops
+                pieces.append((ids[: len(ids) - stopped], stopped))
+            return cross_checks.spans(teacher.pair, pieces, "the student's own first completions", name)
+        facts, tokenizer = self.facts, self.readers[teacher.prompts]
+        rows = readable_prompts(facts.dataset)[:PROBE_PROMPTS]
+        if facts.has_environments or not rows:
+            return Finding("spans", "skipped", "Prompts are not known before training, so the teacher wrote nothing.")
+        prompts = prompts_ids(tokenizer, facts.template_kwargs, [t for _, t in rows], [prompt for prompt, _ in rows])
+        limit = min(PROBE_TEXT, facts.args.max_completion_length or PROBE_TEXT)
+        how = Sampling(limit, teacher.shared.teacher_stops, facts.args.temperature, seed=facts.args.seed)
+        with teacher.on_device() as model, self.accelerator.autocast():
+            plain = self.accelerator.unwrap_model(model)
+            written = [one for (one,) in sample_ids(plain, prompts, teacher.shared.teacher_stops[0], how)]
+        texts = [(cross_checks.respelled(teacher.pair, ids[: len(ids) - (not cut)]), not cut) for ids, cut in written]
+        return cross_checks.spans(teacher.pair, texts, "the teacher's first completions", name)
+
+
+def _judged(rollouts: Rollouts) -> list[list[int]]:
+    """The judged tokens of each row."""
+    ids = rollouts.input_ids[:, -rollouts.mask.shape[1] :]
+    return [row[mask].tolist() for row, mask in zip(ids, rollouts.mask, strict=True)]
 
 
 def check_head(model: nn.Module, whose: str, accelerator: Accelerator) -> None:

@@ -253,6 +253,9 @@ def _examine_other_tokenizer(facts: RunFacts, spec: TeacherSpec, found: Examined
         alike = [text.prompts for text in found.texts.values() if text.pair.teacher.hash == pair.teacher.hash]
         name = alike[0] if alike else f"text_prompt_{len({text.prompts for text in found.texts.values()})}"
         found.texts[spec.identity] = OtherTokenizer(pair, tokenizer, stops, name)
+    if tokenizer is not None and stops:
+        own = sorted(real_stops(set(facts.stops), facts.tokenizer))
+        found.report.add(cross_checks.stop_tokens(facts.tokenizer, tokenizer, own, stops))
     if tokenizer is not None and facts.conversational:
         found.report.add(cross_checks.thoughts(facts.tokenizer, tokenizer, facts.template_kwargs))
     if config is not None:  # lengths are in the student's tokens: about as many as the teacher's

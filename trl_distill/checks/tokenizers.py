@@ -127,8 +127,8 @@ def vocabulary(
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, student: set[int], teacher: set[int], merge: bool) -> Finding:
     """Whether student and teacher end a turn with the same ids."""
     if student == teacher:
-        return Finding("stop tokens", "ok", f"Both end with {_named(tokenizer, student)}.")
-    found = f"The student ends with {_named(tokenizer, student)}, the teacher with {_named(tokenizer, teacher)}."
+        return Finding("stop tokens", "ok", f"Both end with {named(tokenizer, student)}.")
+    found = f"The student ends with {named(tokenizer, student)}, the teacher with {named(tokenizer, teacher)}."
     if merge:
         return Finding("stop tokens", "ok", f"{found} They are compared as one class.", notify=True)
     return Finding(
@@ -139,7 +139,8 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, student: set[int], teacher: 
     )
 
 
-def _named(tokenizer: PreTrainedTokenizerBase, ids: set[int]) -> str:
+def named(tokenizer: PreTrainedTokenizerBase, ids: set[int]) -> str:
+    """Ids with their tokens, for messages."""
     return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in sorted(ids)) or "nothing"
 
 

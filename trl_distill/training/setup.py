@@ -113,6 +113,7 @@ def _model_checks(trainer: Any, facts: RunFacts, pool: TeacherPool, found: Exami
         accelerator=trainer.accelerator,
         spec=DivergenceSpec(temperature=args.kl_temperature or args.temperature, stops=tuple(found.merged)),
         suppressed=[] if trainer.use_vllm else trainer.generation_config.suppress_tokens or [],
+        readers={text.prompts: text.tokenizer for text in found.texts.values()},
     )
 
 
