@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from ..heads.few_ids import log_probs_of, top_ids
+from ..heads.comparison import compared_positions
+from ..heads.few_ids import Foreseen, few_ids_of_both, log_probs_of, top_ids
+from ..heads.fused import ExpectedSlopes, scaled
 from ..heads.lm_head import LMHead
 from ..signals import HiddenStates, Signal, TokenLogProbs
 from .base import TokenMeasures
@@ -14,19 +18,112 @@ from .base import TokenMeasures
 
 class FromLogProbs:
     """
-    Base of estimators that use log-probabilities of a few ids.
+    Base of estimators that use log-probabilities of a few ids: one projection of each model.
 
     They come from a projection of the estimator's own, with fp32 sums, even where TRL's forward pass has already given
-    some: its logits are rounded to 16 bits, and a KL is a small difference of such numbers.
+    some: its logits are rounded to 16 bits, and a KL is a small difference of such numbers. The gradient is that of
+    `term` on fresh rollouts, and of the policy loss if it is known; so it is formed while the logits are there.
     """
 
     needs_log_probs, profiles = True, True
     takes: tuple[type, ...] = (HiddenStates, TokenLogProbs)
     measures: type[TokenMeasures] = TokenMeasures
     also: frozenset[str] = frozenset()
+    has_exact_part = False  # whether the term has a gradient beside that of the sampled token's ratio
+    temperature: float
+    stops: list[int]
 
     def shares_logits(self, device: torch.device) -> bool:
         return True  # the temperature is always that of sampling
+
+    def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> TokenMeasures:
+        ids, top_k = self.chosen_ids(head, signal, sampled)
+        local = isinstance(signal, HiddenStates)
+        found = few_ids_of_both(
+            hidden,
+            head,
+            signal if local else None,
+            ids,
+            self.temperature,
+            top_k=top_k,
+            foreseen=self._foreseen(head, signal, sampled, log_q is None, slopes),
+            positions=compared_positions(sampled) if self.profiles and local else None,
+            stops=tuple(self.stops),
+        )
+        measured = self.measures_of(found.log_q, self._log_p(signal, found.log_p), found.ids, signal, sampled, head)
+        more = measured_also(self.also, hidden, head, signal, sampled, self.temperature, self.stops)
+        return replace(
+            measured,
+            policy_log_q=found.log_q[:, 0],
+            entropy=found.entropy,
+            comparison=found.comparison if self.profiles and local else None,
+            **more,
+        )
+
+    def chosen_ids(self, head: LMHead, signal: Signal, sampled: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Ids `(N, k)`, the sampled ones first, and the number of the student's most likely ones behind them."""
+        raise NotImplementedError
+
+    def measures_of(
+        self,
+        log_q: torch.Tensor,
+        log_p: torch.Tensor,
+        ids: torch.Tensor,
+        signal: Signal,
+        sampled: torch.Tensor,
+        head: LMHead,
+    ) -> TokenMeasures:
+        """
+        What `term` needs, for some of the tokens.
+
+        Args:
+            log_q (`torch.Tensor` of shape `(n, K)`): the student's log-probabilities of `ids`, with gradient.
+            log_p (`torch.Tensor` of shape `(n, K)`): the teacher's; as far as the signal has them.
+            ids (`torch.Tensor` of shape `(n, K)`): the sampled ids, then others.
+            signal ([`HiddenStates`] or [`TokenLogProbs`]): the teacher's at these tokens.
+            sampled (`torch.Tensor` of shape `(n,)`): ids of the tokens.
+            head ([`LMHead`]): the student's.
+        """
+        raise NotImplementedError
+
+    def term(self, measured: Any, log_q: Any, ratio: Any, weight: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+    @staticmethod
+    def _log_p(signal: Signal, found: torch.Tensor) -> torch.Tensor:
+        """The teacher's log-probabilities: of the sampled token, and of the ids that a served teacher gives."""
+        if isinstance(signal, TokenLogProbs):
+            return torch.cat([signal.log_p[:, None], signal.top_log_p], dim=1)
+        return found
+
+    def _foreseen(
+        self, head: LMHead, signal: Signal, sampled: torch.Tensor, fresh: bool, slopes: ExpectedSlopes | None
+    ) -> Foreseen | None:
+        """
+        The derivative of the loss on fresh rollouts by log-probabilities; `None` if the loss is not known yet.
+
+        Args:
+            fresh (`bool`): whether the ratio is 1, with the gradient of these log-probabilities. If it comes from
+                TRL's, they get no gradient from it.
+            slopes ([`ExpectedSlopes`], *optional*): derivatives by the term, and by the sampled log-probability.
+        """
+        if slopes is None or slopes.divergence is None or not (fresh or self.has_exact_part):
+            return None
+        by_term, by_policy = scaled(slopes)
+        assert by_term is not None
+
+        def derivative(rows: slice, log_q: torch.Tensor, log_p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            some = signal.map(lambda tensor: tensor[rows])
+            with torch.enable_grad():
+                own = log_q.detach().requires_grad_()
+                measured = self.measures_of(own, self._log_p(some, log_p), ids, some, sampled[rows], head)
+                ratio = (own[:, 0] - own[:, 0].detach()).exp() if fresh else torch.ones_like(own[:, 0])
+                loss = (by_term[rows] * self.term(measured, own[:, 0], ratio, None)).sum()
+                if by_policy is not None and fresh:
+                    loss = loss + (by_policy[rows] * own[:, 0]).sum()
+                return torch.autograd.grad(loss, own)[0]
+
+        return derivative
 
 
 def is_in(ids: torch.Tensor, few: list[int]) -> torch.Tensor:
@@ -80,25 +177,6 @@ def measured_also(
             ours, theirs = (ids.where(~is_in(ids, list(stops)), stops[0]) for ids in (ours, theirs))
         found["agreement"] = (ours == theirs.to(ours.device)).float()
     return found
-
-
-@torch.no_grad()
-def teacher_log_probs(
-    signal: Signal, ids: torch.Tensor, vocab_size: int, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The teacher's log-probabilities of the sampled tokens, `(N,)`, and of other ids, `(N, K)`.
-
-    Args:
-        signal ([`HiddenStates`] or [`TokenLogProbs`]): the teacher's; the latter has its own first K ids.
-        ids (`torch.Tensor` of shape `(N, 1 + K)`): the sampled ids, then the others.
-        vocab_size (`int`): the student's; a larger teacher is renormalised over it.
-        temperature (`float`): softmax temperature.
-    """
-    if isinstance(signal, TokenLogProbs):
-        return signal.log_p, signal.top_log_p[:, : ids.shape[1] - 1]
-    log_p, _ = log_probs_of(signal.hidden, signal.head, ids, vocab_size, temperature)
-    return log_p[:, 0], log_p[:, 1:]
 
 
 def with_sampled(sampled: torch.Tensor, *others: torch.Tensor | list[int]) -> torch.Tensor:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from ..config_checks import TOPK_DIVERGENCES
-from ..heads.few_ids import log_probs_of, top_ids
 from ..objective import terms
 from ..signals import TokenLogProbs
 from .base import TokenMeasures
-from .log_probs import FromLogProbs, is_in, measured_also, teacher_log_probs, with_sampled
+from .log_probs import FromLogProbs, is_in, with_sampled
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class TopK(FromLogProbs):
     """
 
     measures = TopKMeasures
+    has_exact_part = True
 
     def __init__(
         self, k: int, divergence: str, temperature: float, stops: list[int], also: frozenset[str] = frozenset()
@@ -46,31 +46,35 @@ class TopK(FromLogProbs):
             raise ValueError(f"`topk` has no estimate of divergence={divergence!r}. Use kl_estimator='full'.")
         self.k, self.divergence, self.temperature, self.stops, self.also = k, divergence, temperature, stops, also
 
-    def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> TokenMeasures:
+    def chosen_ids(self, head, signal, sampled) -> tuple[torch.Tensor, int]:
+        """The sampled id, the stop tokens, and the head."""
         if isinstance(signal, TokenLogProbs):
-            chosen = signal.top_ids[:, : self.k]
-        else:
-            chosen = top_ids(hidden, head, min(self.k, head.vocab_size))  # (N, K)
-        k, outside = chosen.shape[1], ~(chosen == sampled[:, None]).any(-1)
-        unknown = chosen >= head.vocab_size  # padding rows of the teacher, which the student never writes
-        ids = with_sampled(sampled, chosen.masked_fill(unknown, 0), self.stops)
-        of_student, entropy = log_probs_of(hidden, head, ids, head.vocab_size, self.temperature)
-        log_p, of_teacher = teacher_log_probs(signal, ids, head.vocab_size, self.temperature)
-        both = of_student[:, 1:], of_teacher
-        left_out = (unknown | is_in(chosen, self.stops)) if self.stops else unknown
-        heads = [x[:, :k].masked_fill(left_out, _NEVER) for x in both]
+            chosen = signal.top_ids[:, : self.k].to(sampled.device)
+            unknown = chosen >= head.vocab_size  # padding rows of the teacher, which the student never writes
+            return with_sampled(sampled, self.stops, chosen.masked_fill(unknown, 0)), 0
+        return with_sampled(sampled, self.stops), min(self.k, head.vocab_size)
+
+    def measures_of(self, log_q, log_p, ids, signal, sampled, head) -> TopKMeasures:
+        first = 1 + len(self.stops)  # of the head's columns
+        chosen, served = ids[:, first:], isinstance(signal, TokenLogProbs)
+        outside = ~(chosen == sampled[:, None]).any(-1)
+        left_out = is_in(chosen, self.stops) if self.stops else torch.zeros_like(chosen, dtype=torch.bool)
+        if served:
+            real = signal.top_ids[:, : self.k].to(chosen.device)
+            outside = ~(real == sampled[:, None]).any(-1)
+            left_out = left_out | (real >= head.vocab_size)
+        of_teacher = log_p[:, 1 : 1 + chosen.shape[1]] if served else log_p[:, first:]
+        heads = [x.masked_fill(left_out, _NEVER) for x in (log_q[:, first:], of_teacher)]
         if self.stops:  # stop tokens leave the head and come back as one id
-            heads = [torch.cat([x, y[:, k:].logsumexp(-1, keepdim=True)], 1) for x, y in zip(heads, both, strict=True)]
+            stopped = [x[:, 1:first].logsumexp(-1, keepdim=True) for x in (log_q, log_p)]
+            heads = [torch.cat(pair, dim=1) for pair in zip(heads, stopped, strict=True)]
             outside &= ~is_in(sampled, self.stops)
         return TopKMeasures(
-            log_p=log_p,
-            log_q=of_student[:, 0].detach(),
-            policy_log_q=of_student[:, 0],
-            entropy=entropy,
+            log_p=log_p[:, 0],
+            log_q=log_q[:, 0].detach(),
             head_log_q=heads[0],
             head_log_p=heads[1],
             outside=outside,
-            **measured_also(self.also, hidden, head, signal, sampled, self.temperature, self.stops),
         )
 
     def term(self, measured, log_q, ratio, weight) -> torch.Tensor:

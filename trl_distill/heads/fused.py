@@ -109,7 +109,7 @@ def fused_divergence(
     if shared < head.vocab_size:
         weight, bias = weight[:shared], None if bias is None else bias[:shared]
     ids = torch.zeros(len(hidden), dtype=torch.long) if sampled is None else sampled.clamp(max=shared - 1)
-    expected = _scaled(slopes)
+    expected = scaled(slopes)
     settings = _Settings(spec, head, teacher_head, positions)
     found = _Fused.apply(
         hidden.to(device), weight, bias, teacher_hidden.to(device), ids.to(device), *expected, settings
@@ -117,7 +117,7 @@ def fused_divergence(
     return TokenStatistics(*found)
 
 
-def _scaled(slopes: ExpectedSlopes | None) -> list[torch.Tensor | None]:
+def scaled(slopes: ExpectedSlopes | None) -> list[torch.Tensor | None]:
     """Slopes by a common factor, with `LARGEST_SLOPE` as the largest: others may underflow where products are fp16."""
     given = [None if slope is None else slope.float() for slope in slopes or (None, None)]
     largest = [slope.abs().amax() for slope in given if slope is not None and slope.numel()]
@@ -165,7 +165,7 @@ class _Fused(torch.autograd.Function):
         if grads is None:
             grads, rest = Gradients.wanted_by(ctx.needs_input_grad), given
         else:
-            factor, rest = _as_expected(given, [slope, slope_log_q])
+            factor, rest = as_expected(given, [slope, slope_log_q])
             grads.scale(factor)
         if on_any_process(any(part is not None for part in rest), tensors[1]):  # not as expected: project again
             _run(ctx, tensors, None, grads, *rest)
@@ -182,7 +182,7 @@ def on_any_process(needed: bool, weight: torch.Tensor) -> bool:
     return bool(found.item())
 
 
-def _as_expected(
+def as_expected(
     given: list[torch.Tensor | None], expected: list[torch.Tensor | None]
 ) -> tuple[float, list[torch.Tensor | None]]:
     """The factor between the given and the expected gradients, and the remainder of each, `None` if negligible."""

@@ -149,7 +149,9 @@ class DistillationLoss:
     def forward_plan(self, batch: MicroBatch, scores: list[TeacherScore], beta: float) -> ForwardPlan:
         """How to run the student's forward pass with as few projections as these rollouts allow."""
         estimator = self.setup.estimator
-        plan = ForwardPlan(estimator, divergence_slopes=self._divergence_slopes(scores, batch, beta))
+        plan = ForwardPlan(estimator)
+        if not (estimator.needs_log_probs and self.args.kl_discount > 0):  # later tokens are part of such a slope
+            plan = replace(plan, divergence_slopes=self._divergence_slopes(scores, batch, beta))
         # ratios to TRL's log-probabilities need TRL's own values, rounded the same way; side terms need TRL's outputs
         if self.trainer.has_side_terms or batch.needs_trl_log_probs:
             return plan
