@@ -126,6 +126,7 @@ def settings() -> dict[str, Arm]:
         found[f"{BATCH // answers}x{answers}-{baseline}"] = replace(then(0.3), label=label, changes=changes)
     plain = {name: value for name, value in then(0.3).changes.items() if name not in CAP}
     found["uncapped"] = replace(then(0.3), label=f"{BATCH} prompts × 1, no cap", changes=plain)
+    found["teacher-uncapped"] = Arm("teacher only, no cap", None, None)
     longer = from_teacher(0.3, RATE / 2, more=f", {3 * STEPS} steps")
     found["own-0.3-longer"] = replace(longer, steps=3 * STEPS)
     return {name: replace(arm, part="settings") for name, arm in found.items()}
