@@ -130,10 +130,10 @@ class OPDConfig(GRPOConfig):
             alone. For the reverse KL all three have the same expected gradient.
         kl_top_k (`int`, *optional*, defaults to `64`):
             Number of ids that `"topk"` computes exactly.
-        divergence_kernel (`str`, *optional*, defaults to `"fused"`):
-            What `"full"` computes with: `"fused"`, one projection of each model, tile by tile; or `"trl"`, TRL's Triton
-            kernel, on GPUs, for the KLs and the JSD where no stop tokens are merged. Values and gradients are equal up
-            to rounding.
+        divergence_kernel (`str`, *optional*, defaults to `"trl"`):
+            What `"full"` computes with: `"trl"`, TRL's Triton kernel, where it can: on GPUs, for the KLs and the JSD,
+            without merged stop tokens; or `"fused"`, always our own, which projects each model once. Values and
+            gradients are equal up to rounding; which is faster on a GPU is in docs/benchmarks.md.
         kl_discount (`float`, *optional*, defaults to `0.0`):
             Discount γ of the later KL that is credited to a token. 0: each token is credited with its own KL alone. 1:
             the true gradient of the sequence KL, which is noisy on long completions.
@@ -213,7 +213,7 @@ class OPDConfig(GRPOConfig):
     divergence_alpha: float | None = None
     kl_estimator: str = field(default="full", metadata={"choices": list(KL_ESTIMATORS)})
     kl_top_k: int = 64
-    divergence_kernel: str = field(default="fused", metadata={"choices": list(DIVERGENCE_KERNELS)})
+    divergence_kernel: str = field(default="trl", metadata={"choices": list(DIVERGENCE_KERNELS)})
     kl_discount: float = 0.0
     kl_temperature: float | None = None
     lmbda: float = 1.0

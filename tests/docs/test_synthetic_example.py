@@ -14,6 +14,7 @@ from trl_distill.synthetic.stages.judge_check import sentences
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "synthetic_data.md").read_text()
 FOUND = json.loads((ROOT / "docs" / "results" / "synthetic" / "example.json").read_text())
+FOUND.pop("machine")
 
 
 def test_the_stages_shown_are_those_of_the_run():
@@ -45,6 +46,23 @@ def test_what_the_weak_model_gets_wrong_is_told_with_its_numbers():
     assert f"Of {filtered['in']} completions, {cut} were cut off" in part
     for quoted in re.findall(r'became "([^"]+)"', part):
         assert quoted in [one["to"] for one in rewrites]
+
+
+def test_what_became_of_comparisons_and_revisions_is_told_with_its_numbers():
+    part = " ".join(PAGE[PAGE.index("## A weak model") : PAGE.index("## Reference")].split())
+    capitals, judged = FOUND["revised"]["capitals"], FOUND["best"]["judge"]["comparisons"]
+    assert (
+        f"Of {capitals['pairs']} pairs about capitals, {capitals['right_drafts']} drafts name the right one and "
+        f"{capitals['right_revisions']} revisions do: {capitals['spoilt']} were spoilt, none was mended" in part
+    )
+    assert capitals["mended"] == 0
+    assert f"Of {judged['comparisons']} comparisons, {judged['decided']} have a winner" in part
+    silent = sum(judged["no_verdict"].values())
+    assert f"in {judged['contradictions']} the judge contradicts itself, and to {silent} it gives no verdict" in part
+    shown = FOUND["revised"]["shown"][0]
+    assert f'"{shown["draft"]}", criticised for stereotypes, came back as "{shown["revision"]}"' in part
+    for name in FOUND:
+        assert f"`{name}` ({FOUND[name]['rows']}" in part
 
 
 @pytest.mark.parametrize("name", sorted(FOUND))

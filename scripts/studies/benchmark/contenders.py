@@ -205,8 +205,8 @@ CONTENDERS = {
     "ours": _ours("`OPDTrainer`", "reverse KL", ours),
     "distillation": _trls("`DistillationTrainer`", "reverse KL", distillation),
     "gkd": _trls("`GKDTrainer`", "reverse KL", gkd),
-    "ours, TRL's kernel": _ours(
-        "`OPDTrainer`, TRL's kernel", "reverse KL", lambda parts: ours(parts, divergence_kernel="trl")
+    "ours, own head": _ours(
+        "`OPDTrainer`, own head", "reverse KL", lambda parts: ours(parts, divergence_kernel="fused")
     ),
     "ours, without metrics": _ours("`OPDTrainer`, without metrics", "reverse KL", ours_unprofiled),
     "ours, top-k": _ours("`OPDTrainer`, top-k", "top-k KL", lambda parts: ours(parts, kl_estimator="topk")),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from scripts.studies.benchmark.cells import Cell
+from scripts.studies.benchmark.cells import Cell, Size
 
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}  # of a loss, relative to the size of its terms
@@ -126,6 +126,19 @@ class Results:
             for name, theirs in found.contenders.items():
                 if name != base and not found.cell.axis:
                     yield found, name, found.contenders[base], theirs
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """What [`save`] wrote."""
+        whole = json.loads(path.read_text())
+        cells = []
+        for one in whole["cells"]:
+            kept = {field.name: one[field.name] for field in fields(Cell) if field.name in one}
+            kept |= {name: Size(**one[name]) for name in ("student", "teacher")}
+            contenders = {name: ContenderResult(**found) for name, found in one["contenders"].items()}
+            cell = Cell(**{**kept, "contenders": tuple(contenders)})
+            cells.append(CellResult(cell, one["tokens_in_all"], one["completion_tokens"], contenders, one["floor_s"]))
+        return cls(**{**whole, "machine": Machine(**whole["machine"]), "cells": cells})
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -229,6 +229,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--no_generation", action="store_true", help="do not time steps with generation")
     parser.add_argument("--no_growth", action="store_true", help="do not measure growth with size")
+    parser.add_argument("--tables_of", type=Path, help="measure nothing: show (and write) a benchmark.json")
     parser.add_argument("--write_docs", action="store_true", help="write the tables and the picture to docs/")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmark_output"))
     return parser.parse_args(arguments)
@@ -236,6 +237,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> int:
     """Measure, show and save; 1 where a loss was not its objective's."""
+    if options.tables_of:
+        return tables(Results.load(options.tables_of), options.write_docs)
     if options.preset == "gpu" and not options.dry_run and not torch.cuda.is_available():
         sys.exit(
             "The GPU preset needs a GPU, and PyTorch sees none. Rehearse it with `--dry_run`, or use `--preset cpu`."
@@ -262,17 +265,23 @@ def main(options: argparse.Namespace) -> int:
             results.save(options.output_dir)  # nothing is lost where a later cell fails
             if not console.is_terminal:  # where bars are drawn only at the end
                 console.print(f"{cell.name}: done")
-    report.show(results, console)
     if any(found.cell.axis for found in results.cells):
         growth.draw(growth.curves_of(results), options.output_dir / "benchmark_growth.png")
-    if options.write_docs:
+    status = tables(results, options.write_docs)
+    console.print(f"Results are in {options.output_dir}: benchmark.json" + ", and docs/" * options.write_docs)
+    return status
+
+
+def tables(results: Results, into_docs: bool) -> int:
+    """Show the tables, and write them into the docs; 1 where a loss was not its objective's."""
+    report.show(results, console)
+    if into_docs:
         report.write_docs(results, ROOT / "docs" / "benchmarks.md")
         if any(found.cell.axis for found in results.cells):
             growth.draw(growth.curves_of(results), ROOT / "docs" / "images" / "benchmark_growth.png")
     others = report.disagreeing(results)
     for line in others:
         console.print(line)
-    console.print(f"Results are in {options.output_dir}: benchmark.json" + ", and docs/" * options.write_docs)
     return 1 if others else 0
 
 

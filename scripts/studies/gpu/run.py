@@ -66,7 +66,6 @@ WAYS: dict[str, dict[str, Any]] = {  # settings; "teacher", "rewards" and "lora"
     "sampled": {"kl_estimator": "sampled"},
     "γ = 1": {"kl_discount": 1.0},
     "parked teacher": {"teacher_offload": True},
-    "moving average": {"teacher_ema": 0.9, "teacher": None, "assume_different_teacher": True},
     "reward and exact KL": {"rewards": True, "num_generations": 4, "beta": 0.3},
     "LoRA": {"lora": True},
     "gradient checkpointing": {"gradient_checkpointing": True},

@@ -57,12 +57,12 @@ def _spread(numbers: Sequence[float], form: str) -> str:
 
 def table(before: dict[str, Any], runs: Records) -> str:
     """Everything that is measured, by arm."""
-    head = ["", *COLUMNS, *(f"right: {kind}" for kind in QUESTIONS), "minutes, one core"]
-    rows = [["student before", *_cells([before["student"]]), ""]]
+    head = ["", *COLUMNS, *(f"right: {kind}" for kind in QUESTIONS), "seconds", "seeds"]
+    rows = [["student before", *_cells([before["student"]]), "", ""]]
     for label, records in runs.items():
-        minutes = _spread([one["seconds"] / 60 for one in records if one["seconds"]], ".0f")
-        rows.append([label, *_cells([one["final"] for one in records]), minutes])
-    rows.append(["teacher", *_cells([before["teacher"]]), ""])
+        seconds = _spread([one["seconds"] for one in records], ".0f")
+        rows.append([label, *_cells([one["final"] for one in records]), seconds, str(len(records))])
+    rows.append(["teacher", *_cells([before["teacher"]]), "", ""])
     return _markdown(head, rows)
 
 

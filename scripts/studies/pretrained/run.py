@@ -3,7 +3,8 @@
 The teacher is SmolLM2-135M-Instruct, the student the same without nine of its thirty layers (`models.py`).
 
     python -m scripts.studies.pretrained.run --prepare    # models and prompts only
-    python -m scripts.studies.pretrained.run              # all arms, one seed; on-policy took 21 minutes of one core
+    python -m scripts.studies.pretrained.run              # all arms, one seed; on-policy takes 20 minutes of one core
+    python -m scripts.studies.pretrained.run --device cuda  # the same on a GPU, two minutes an arm
     python -m scripts.studies.pretrained.run --seeds 0 1 2
     python -m scripts.studies.pretrained.run --report     # tables and picture from finished runs
 
