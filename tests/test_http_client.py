@@ -20,11 +20,10 @@ from trl_distill.http_client import (
     PassingError,
     Settings,
     StatusError,
-    UnderWay,
-    error_inside,
-    retry_after,
 )
+from trl_distill.http_messages import error_inside, retry_after
 from trl_distill.server_urls import ServerURL, clean_key, read_url, without_login
+from trl_distill.under_way import UnderWay
 
 
 PATH = "/v1/completions"

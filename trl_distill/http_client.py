@@ -9,22 +9,18 @@ whatever a server repeats; headers are never printed.
 from __future__ import annotations
 
 import base64
-import email.utils
 import json
 import logging
 import math
 import random
-import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import quote
 from urllib.request import getproxies
 
 import httpx2 as httpx
@@ -37,8 +33,10 @@ from tenacity import (
     stop_when_event_set,
 )
 
+from .http_messages import forms_of, may_pass, retry_after, server_message
 from .plain_transport import PlainTransport
 from .server_urls import ServerURL, clean_key
+from .under_way import UNDER_WAY, Countdown
 
 
 logger = logging.getLogger(__name__)
@@ -54,9 +52,6 @@ LONGEST_CONNECT = 5.0  # seconds
 
 
 FAILED_RECENTLY_SECONDS = 30.0  # seconds during which a URL that failed comes after the others
-
-
-PASSING = (408, 409, 425, 429)  # statuses after which another attempt may succeed, beside 5xx
 
 
 LONGEST_MESSAGE = 1000  # characters of what a server says
@@ -131,64 +126,6 @@ class Settings:
         ).rstrip()
 
 
-class _Countdown:
-    """Sets `ended` when `left` futures are done."""
-
-    def __init__(self, left: int):
-        self.left, self.ended, self._lock = left, threading.Event(), threading.Lock()
-        if not left:
-            self.ended.set()
-
-    def one_less(self, _: Future[Any]) -> None:
-        with self._lock:
-            self.left -= 1
-            if not self.left:
-                self.ended.set()
-
-
-class UnderWay:
-    """The requests that are under way at each URL, of all clients in this process."""
-
-    def __init__(self) -> None:
-        self._lock, self._counts = threading.Lock(), Counter[str]()
-        self._waiting: list[tuple[Sequence[str], threading.Condition]] = []
-
-    @contextmanager
-    def at_one_of(self, urls: Sequence[str], most: int) -> Iterator[str]:
-        """
-        The URL with the fewest requests, of equals the first, for one more; waits while all have `most`.
-
-        Args:
-            urls (`list[str]`): to choose from.
-            most (`int`): requests under way at one URL.
-        """
-        with self._lock:
-            if all(self._counts[url] >= most for url in urls):
-                self._wait(urls, most)
-            url = min(urls, key=self._counts.__getitem__)
-            self._counts[url] += 1
-        try:
-            yield url
-        finally:
-            with self._lock:
-                self._counts[url] -= 1
-                # one who waits for this URL: another would sleep on, and the place would stay empty
-                if turn := next((turn for wanted, turn in self._waiting if url in wanted), None):
-                    turn.notify()
-
-    def _wait(self, urls: Sequence[str], most: int) -> None:
-        """Wait for a place, with the lock held."""
-        turn = threading.Condition(self._lock)
-        self._waiting.append((urls, turn))
-        try:
-            turn.wait_for(lambda: any(self._counts[url] < most for url in urls))
-        finally:
-            self._waiting.remove((urls, turn))
-
-
-UNDER_WAY = UnderWay()
-
-
 class HTTPClient:
     """
     Connections to servers that serve the same.
@@ -218,7 +155,9 @@ class HTTPClient:
         logins = [server.login for server in servers if server.login]
         self._logins = {server.base: httpx.BasicAuth(*server.login) for server in servers if server.login}
         sent = [base64.b64encode(":".join(login).encode()).decode().rstrip("=") for login in logins]
-        hidden = {form for secret in (key, *(login[1] for login in logins), *sent, *secrets) for form in _forms(secret)}
+        hidden = {
+            form for secret in (key, *(login[1] for login in logins), *sent, *secrets) for form in forms_of(secret)
+        }
         self._secrets = sorted(hidden, key=len, reverse=True)  # one may be the beginning of another
         self._failed: dict[str, float] = {}  # URL: when it failed last, by time.monotonic()
         self._threads = ThreadPoolExecutor(
@@ -318,7 +257,7 @@ class HTTPClient:
             GivenUpError: the event in [`given_up`] was set.
             RuntimeError: the client was closed.
         """
-        halt, errors, left = threading.Event(), list[BaseException](), _Countdown(len(calls))
+        halt, errors, left = threading.Event(), list[BaseException](), Countdown(len(calls))
 
         def guarded(call: Callable[[threading.Event], T]) -> T:
             try:
@@ -443,55 +382,3 @@ class HTTPClient:
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
-
-
-def _forms(secret: str | None) -> Iterator[str]:
-    """How a secret may stand in a server's message."""
-    if secret:
-        yield from (secret, quote(secret, safe=""), json.dumps(secret)[1:-1])
-
-
-def may_pass(status: int) -> bool:
-    """Whether another attempt may succeed after an answer with this HTTP status."""
-    return status in PASSING or status >= 500
-
-
-def error_inside(answer: Any) -> tuple[str, int | None] | None:
-    """
-    The error in a parsed answer that came with HTTP 200.
-
-    Returns:
-        `tuple[str, int | None]`, *optional*: what the server says, and the HTTP status that it names; `None` without
-            an error.
-    """
-    if not isinstance(answer, dict):
-        return None
-    found = answer.get("error") or (answer if answer.get("object") == "error" else None)
-    if not found:
-        return None
-    fields = {**answer, **(found if isinstance(found, dict) else {})}
-    codes = [str(fields.get(name)) for name in ("code", "status", "status_code")]
-    status = next((int(code) for code in codes if re.fullmatch("[45][0-9]{2}", code)), None)
-    return server_message(json.dumps(answer).encode()), status
-
-
-def server_message(content: bytes) -> str:
-    """What a server says about an error: vLLM's `{"error": {"message": ...}}`, or the beginning of anything else."""
-    try:
-        answer = json.loads(content)
-        found = answer.get("error") or answer
-        return str(found if isinstance(found, str) else found["message"])
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        return content[:100_000].decode(errors="replace").strip() or "(nothing)"
-
-
-def retry_after(header: str | None) -> float:
-    """A `Retry-After` header, a number or a date, as seconds from now; 0 for none, and for anything else."""
-    try:
-        seconds = float(header or 0)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header or "").timestamp() - time.time()
-        except ValueError:
-            return 0.0
-    return seconds if math.isfinite(seconds) and seconds > 0 else 0.0

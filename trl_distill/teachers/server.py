@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import TeacherAnswerError, TeacherUnavailable
-from ..http_client import HTTPClient, NoAnswerError, PassingError, Settings, StatusError, may_pass
+from ..http_client import HTTPClient, NoAnswerError, PassingError, Settings, StatusError
+from ..http_messages import may_pass
 from ..rollouts import Rollouts
 from ..server_urls import ServerURL, read_url
 from ..signals import TokenLogProbs

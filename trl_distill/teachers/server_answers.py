@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TeacherAnswerError
-from ..http_client import error_inside
+from ..http_messages import error_inside
 from .answer_arrays import IMPOSSIBLE, LARGEST_LOG_PROB, LARGEST_MASS, TOKEN_ID, Row, TokenScores, read_good_answer
 
 

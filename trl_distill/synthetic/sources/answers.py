@@ -10,7 +10,8 @@ import json
 import re
 from typing import Any
 
-from ...http_client import PassingError, StatusError, error_inside, may_pass
+from ...http_client import PassingError, StatusError
+from ...http_messages import error_inside, may_pass
 from ..records import Completion
 
 
