@@ -66,7 +66,7 @@ def test_every_arm_is_a_configuration_and_writes_as_many_answers():
             "max_steps": arm.steps,
         }
         args = OPDConfig("out", per_device_train_batch_size=BATCH, **given)
-        assert args.max_steps == STEPS or "steps" in arm.label, name
+        assert args.max_steps == STEPS or arm.part == "reward" or "steps" in arm.label, name
         assert (args.num_generations == 1) == (name.partition("x")[0] not in ("8", "16", "32"))
         if arm.beta is not None:
             assert arm.beta == (args.beta if args.beta_end is None else args.beta_end)
@@ -158,6 +158,8 @@ def test_the_page_has_what_was_measured(tmp_path):
         f"<!-- often_wrong {n}: begin -->\n<!-- often_wrong {n}: end -->\n" for n in ("table", "reward", "settings")
     )
     (docs / "results.md").write_text(f"before\n{marks}after\n")
+    teacher = {"accuracy": [0.7, 0.72, 0.71], "p": 0.71, "greedy": 0.96}
+    (results / "teachers.json").write_text(json.dumps({"70": teacher}))
     for name, one in {
         "70-both-0.3-0": record(),
         "70-both-0.3-1": record(accuracy=0.94),
@@ -169,6 +171,8 @@ def test_the_page_has_what_was_measured(tmp_path):
     text = (docs / "results.md").read_text()
     assert "| both, beta=0.3 (2 seeds) | 92.0% (90.0%–94.0%) | 98.5% | 0.50 (0.50–0.50) | 5% (5%–5%) |" in text
     assert "| both, beta=0.3 (1 seed) | 12.5% | 25.0% | 0.50 |" in text
+    assert "| the teacher, sampled | 71.0% (70.0%–72.0%) |" in text
+    assert "| the teacher, most likely tokens | 96.0% |" in text
     assert "| 8 prompts (1 seed) | 6.2% |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")

@@ -55,8 +55,11 @@ class Models:
 
 
 @torch.no_grad()
-def sample(model: Any, tokenizer: Any, prompts: list[Any]) -> tuple[torch.Tensor, ...]:
-    """One answer per prompt at temperature 1: ids and attention mask `(B, P + C)`, completions and mask `(B, C)`."""
+def sample(model: Any, tokenizer: Any, prompts: list[Any], greedy: bool = False) -> tuple[torch.Tensor, ...]:
+    """
+    One answer per prompt, at temperature 1 or `greedy`: ids and attention mask `(B, P + C)`, completions and mask
+    `(B, C)`.
+    """
     inputs = tokenizer.apply_chat_template(
         prompts,
         add_generation_prompt=True,
@@ -65,7 +68,9 @@ def sample(model: Any, tokenizer: Any, prompts: list[Any]) -> tuple[torch.Tensor
         padding=True,
         padding_side="left",
     )
-    ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=MAX_COMPLETION_LENGTH)
+    ids = model.generate(
+        **inputs, do_sample=not greedy, top_k=None if greedy else 0, max_new_tokens=MAX_COMPLETION_LENGTH
+    )
     completions = ids[:, inputs["input_ids"].shape[1] :]
     ended = (completions == tokenizer.eos_token_id).cumsum(-1)
     mask = (ended == 0) | ((ended == 1) & (completions == tokenizer.eos_token_id))  # up to the first stop token
@@ -83,11 +88,17 @@ class Measured:
 
 @torch.no_grad()
 def measure(
-    models: Models, model: Any, rows: Dataset, seed: int, batch_size: int = 250, verifier: Any = correct
+    models: Models,
+    model: Any,
+    rows: Dataset,
+    seed: int,
+    batch_size: int = 250,
+    verifier: Any = correct,
+    greedy: bool = False,
 ) -> Measured:
     """
     Accuracy, by the verifier, and KL(model ‖ teacher), nats per token: one answer to each problem, sampled at
-    temperature 1.
+    temperature 1 or `greedy`.
     """
     was_training = model.training
     model.eval()
@@ -96,7 +107,7 @@ def measure(
     right, kl, tokens = 0.0, 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        ids, attention_mask, completions, mask = sample(model, models.tokenizer, batch["prompt"])
+        ids, attention_mask, completions, mask = sample(model, models.tokenizer, batch["prompt"], greedy)
         logits = [m(input_ids=ids, attention_mask=attention_mask).logits for m in (model, models.teacher)]
         per_token = reverse_kl(*logits)[:, -completions.shape[1] - 1 : -1]  # small vocabulary: full logits are fine
         kl += (per_token * mask).sum().item()

@@ -111,10 +111,16 @@ def arms() -> dict[str, Arm]:
         "own-0.3-faster": from_teacher(0.3, RATE, ", faster"),
         "beyond": beyond(1.5, "50"),
         "beyond-start": beyond(1.25, "student"),
-        "lenient-reward": replace(reward_alone(3e-4, "lenient"), part="reward"),
-        **{f"lenient-{beta:g}": replace(both(beta, "lenient"), part="reward") for beta in (1.0, 0.3, 0.1, 0.03)},
+        **cheated(),
         **settings(),
     }
+
+
+def cheated() -> dict[str, Arm]:
+    """The reward with a hole; half as many steps are enough to see whether it is found."""
+    found = {"lenient-reward": reward_alone(3e-4, "lenient")}
+    found |= {f"lenient-{beta:g}": both(beta, "lenient") for beta in (1.0, 0.3, 0.1, 0.03)}
+    return {name: replace(arm, part="reward", steps=STEPS // 2) for name, arm in found.items()}
 
 
 def settings() -> dict[str, Arm]:

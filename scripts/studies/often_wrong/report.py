@@ -45,11 +45,13 @@ def _named(label: str, records: Records) -> str:
     return label if len(records) == len(SEEDS) else f"{label} ({len(records)} seed{'s' * (len(records) > 1)})"
 
 
-def table(by_arm: dict[str, Records], first: bool = True) -> str:
-    """One teacher's rows, as Markdown; the `first` is its own."""
+def table(by_arm: dict[str, Records], teacher: dict[str, Any] | None = None) -> str:
+    """One teacher's rows, as Markdown; the first ones are its own, where its facts are given."""
     head = ["", "right", "the formula", "KL to the teacher, nats per answer", "lowest on the way", "minutes, one core"]
-    p = next(iter(by_arm.values()))[0]["p"]
-    rows = [["the teacher", f"{p:.1%}", "", "0", "", ""]] if first else []
+    rows = []
+    if teacher is not None:
+        rows.append(["the teacher, sampled", spread(teacher["accuracy"], ".1%"), "", "0", "", ""])
+        rows.append(["the teacher, most likely tokens", f"{teacher['greedy']:.1%}", "", "", "", ""])
     for label, records in by_arm.items():
         promised = records[0]["promised"]
         rows.append(
@@ -123,7 +125,8 @@ def write(folder: Path, docs: Path) -> None:
     """
     found, others = load(folder), load(folder, "settings").get(SHOWN, {})
     alike = {label: records for label, records in found.get(SHOWN, {}).items() if label == then(0.3).label}
-    parts = [table(by_arm) for by_arm in found.values()]
+    known = json.loads((folder / "teachers.json").read_text())
+    parts = [table(by_arm, known[str(level)]) for level, by_arm in found.items()]
     if SHOWN in found:
         draw(found[SHOWN], docs / "images" / "often_wrong.png")
         parts.insert(1, f"![{in_words(found[SHOWN])}](images/often_wrong.png)")
@@ -133,7 +136,7 @@ def write(folder: Path, docs: Path) -> None:
         "[results/often_wrong/](results/often_wrong)."
     )
     pages = {"table": "\n\n".join(parts), "reward": cheat_table(load(folder, "reward").get(SHOWN, {}))}
-    pages["settings"] = table({**alike, **others}, first=False) if others else ""
+    pages["settings"] = table({**alike, **others}) if others else ""
     page = docs / "results.md"
     text = page.read_text()
     for name, made in pages.items():

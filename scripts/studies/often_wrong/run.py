@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from scripts.studies.often_wrong import report
 from scripts.studies.often_wrong.arms import runs
-from scripts.studies.often_wrong.teachers import make_teachers
+from scripts.studies.often_wrong.teachers import make_teachers, write_facts
 from scripts.studies.often_wrong.train import run
 from scripts.studies.often_wrong.workers import leave_with, run_all
 from trl_distill import foreign_text
@@ -94,6 +94,7 @@ def main(words: list[str] | None = None) -> int:
             run(names[0], runs()[names[0]], options.output_dir / "teachers", path)
         return 0
     make_teachers(options.output_dir / "teachers")
+    write_facts(options.output_dir / "teachers", options.results / "teachers.json")
     if options.teachers:
         return 0
     todo = [name for name in names if not (options.results / f"{name}.json").exists()]

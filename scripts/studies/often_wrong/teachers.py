@@ -71,7 +71,7 @@ def facts(folder: Path, level: int) -> dict[str, Any]:
     What is known of a teacher; empty where there is none.
 
     "steps" it was trained for; "accuracy" is the share of right answers, sampled at temperature 1, by seed; "p" their
-    mean.
+    mean; "greedy" the same as "p" with the most likely token everywhere.
     """
     path = folder / str(level) / "teacher.json"
     return json.loads(path.read_text()) if path.exists() else {}
@@ -85,7 +85,7 @@ def make_teachers(folder: Path, steps: int = 2000) -> None:
         folder (`Path`): of the teachers.
         steps (`int`): that the whole training would have, on which the learning rate depends.
     """
-    if all("p" in facts(folder, level) for level in LEVELS):
+    if all("greedy" in facts(folder, level) for level in LEVELS):
         return
     models = load(SHIPPED)
     set_seed(0)
@@ -97,9 +97,20 @@ def make_teachers(folder: Path, steps: int = 2000) -> None:
     samples = as_conversation(rows, list(rows["solution"]))
     sft(teacher, models.tokenizer, samples, steps, 128, 2e-3, 0, callbacks=[KeepLevels(folder, models)])
     for level in LEVELS:
-        model = load_teacher(folder, level)
-        found = [
-            measure(Models(model, model, models.tokenizer), model, problems(1000, seed=HELD_OUT + seed), seed).accuracy
-            for seed in SEEDS
-        ]
-        keep(model, folder / str(level), {**facts(folder, level), "accuracy": found, "p": sum(found) / len(found)})
+        keep(load_teacher(folder, level), folder / str(level), {**facts(folder, level), **measured(folder, level)})
+
+
+def measured(folder: Path, level: int) -> dict[str, Any]:
+    """What [`facts`] says of right answers."""
+    model = load_teacher(folder, level)
+    models = Models(model, model, load(SHIPPED).tokenizer)
+    rows = {seed: problems(1000, seed=HELD_OUT + seed) for seed in SEEDS}
+    found = [measure(models, model, rows[seed], seed).accuracy for seed in SEEDS]
+    greedy = [measure(models, model, rows[seed], seed, greedy=True).accuracy for seed in SEEDS]
+    return {"accuracy": found, "p": sum(found) / len(found), "greedy": sum(greedy) / len(greedy)}
+
+
+def write_facts(folder: Path, path: Path) -> None:
+    """What is known of all teachers, for the page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({level: facts(folder, level) for level in LEVELS}, indent=1) + "\n")
