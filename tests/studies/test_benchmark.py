@@ -200,6 +200,18 @@ def test_the_saved_file_holds_every_number(measured, tmp_path):
         assert found.keys().isdisjoint({"failed", "peak_mib"})  # not measured
 
 
+def test_a_saved_file_gives_the_tables_again(measured, tmp_path):
+    from scripts.studies.benchmark import report as report
+    from scripts.studies.benchmark.results import Results
+
+    results = measured("ragged")
+    results.save(tmp_path)
+    again = Results.load(tmp_path / "benchmark.json")
+    assert report.markdown(again) == report.markdown(results)
+    again.save(tmp_path / "again")
+    assert (tmp_path / "again" / "benchmark.json").read_text() == (tmp_path / "benchmark.json").read_text()
+
+
 def test_docs_are_written_between_the_markers_of_their_preset(measured, tmp_path):
     from scripts.studies.benchmark import report as report
 

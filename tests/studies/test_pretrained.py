@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from scripts.studies.pretrained import report
 from scripts.studies.pretrained.measure import compare
-from scripts.studies.pretrained.models import leave_out, without
+from scripts.studies.pretrained.models import leave_out, make_student, without
 from scripts.studies.pretrained.prompts import correct, right
 
 
@@ -56,6 +56,16 @@ def test_the_layer_that_matters_least_is_left_out_first():
     assert leave_out(teacher, WRITTEN, 1) == (2,)
     assert compare(without(teacher, (2,)), teacher, WRITTEN)["forward_kl"] < 1e-3
     assert compare(without(teacher, (0,)), teacher, WRITTEN)["forward_kl"] > 1e-2
+
+
+def test_recorded_layers_give_the_student_of_another_machine(tmp_path, tokenizer):
+    teacher = tiny_llama()
+    teacher.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "pruning.json").write_text(json.dumps({"chosen": "one by one", "layers": {"one by one": [2]}}))
+    path = make_student(tmp_path, tmp_path / "teacher", lambda: pytest.fail("layers are chosen again"))
+    student = LlamaForCausalLM.from_pretrained(path)
+    assert compare(student.eval(), without(teacher, (2,)), WRITTEN)["forward_kl"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
 
 import pytest
 from chat_server import ChatServer
@@ -88,6 +90,13 @@ def test_what_is_there_is_not_made_again_and_nobody_is_loaded_for_it():
     assert shown == [("a", 4), ("b", 1), ("b", 2), ("b", 3), ("b", 4)]
 
 
+def test_imports_are_no_work_for_the_garbage_collector_while_it_runs():
+    frozen, before = [], gc.get_freeze_count()
+    run([Stage("a", True, [], lambda number: frozen.append(gc.get_freeze_count()))])
+    assert min(frozen) > before + 10_000
+    assert gc.get_freeze_count() == 0
+
+
 @pytest.mark.parametrize("remote", [True, False])
 def test_the_first_error_ends_the_run_and_nothing_is_written_after_it(remote):
     log = []
@@ -95,6 +104,7 @@ def test_the_first_error_ends_the_run_and_nothing_is_written_after_it(remote):
     def fails(number):
         if number == 1:
             raise ValueError("chunk 1")
+        time.sleep(0.02)  # all 50 in two threads: half a second
 
     with pytest.raises(ValueError, match="chunk 1"):
         run([Stage("a", remote, log, fails)], [Stage("b", True, log)], chunks=50)
