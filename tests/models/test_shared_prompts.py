@@ -133,9 +133,7 @@ def test_a_model_that_differs_is_refused_after_comparing(monkeypatch, caplog):
     model, given = make_model("tied", seed=1).eval(), rollouts()
     add_teacher_forward(model)
     expected = states(model, given, None)
-    monkeypatch.setattr(
-        shared_prompts._RepeatedLayer, "_joined", lambda self, kept, new: torch.cat([kept[self._rows] * 0, new], -2)
-    )
+    forgetful(monkeypatch)
     for _ in range(2):
         torch.testing.assert_close(states(model, given, 2), expected, rtol=1e-4, atol=1e-5)
     assert verdict(model) == 0
@@ -218,3 +216,77 @@ def test_16_bits_are_shared_too(dtype):
     expected, found = states(model, given, None), states(model, given, 6)
     assert verdict(model)
     assert (found - expected).float().norm() / expected.float().norm() < 0.02
+
+
+def forgetful(monkeypatch) -> None:
+    """From now on, the cached keys and values of prompts are zeros."""
+    monkeypatch.setattr(
+        shared_prompts._RepeatedLayer, "_joined", lambda self, kept, new: torch.cat([kept[self._rows] * 0, new], -2)
+    )
+
+
+def shortened(given: Rollouts, rows: list[int]) -> Rollouts:
+    """The same with completions of one token in these rows."""
+    mask, attended = given.mask.clone(), given.attention_mask.clone()
+    mask[rows, 1:], attended[rows, -COMPLETION + 1 :] = False, 0
+    return Rollouts(given.input_ids, attended, mask)
+
+
+def test_the_longest_completions_are_compared(monkeypatch):
+    """The first rows end after one token, which says nothing about continuing."""
+    model = make_model("tied", seed=1).eval()
+    add_teacher_forward(model)
+    given = shortened(rollouts().rows(torch.tensor([2, 5, 3, 0, 1, 4])), [0, 2])
+    expected = states(model, given, None)
+    forgetful(monkeypatch)
+    torch.testing.assert_close(states(model, given, 6), expected, rtol=1e-4, atol=1e-5)
+    assert verdict(model) == 0
+
+
+def test_nothing_is_said_of_a_model_before_a_prompt_was_continued(monkeypatch):
+    model = make_model("tied", seed=1).eval()
+    add_teacher_forward(model)
+    given = shortened(rollouts(), [0, 1, 2, 3, 4, 5])
+    torch.testing.assert_close(states(model, given, 6), states(model, given, None))
+    assert verdict(model) is None
+    assert shared_prompts.can_share(model)
+    forgetful(monkeypatch)
+    torch.testing.assert_close(states(model, rollouts(), 6), states(model, rollouts(), None), rtol=1e-4, atol=1e-5)
+    assert verdict(model) == 0
+
+
+def test_under_autocast_rounding_is_that_of_16_bits(monkeypatch):
+    """Products of other shapes are rounded otherwise; here cached values are, by a bfloat16's last place."""
+    model = make_model("tied", seed=1).eval()
+    add_teacher_forward(model)
+    joined = shared_prompts._RepeatedLayer._joined
+    rounding = torch.tensor([1.0, 1 + 2**-7])
+    monkeypatch.setattr(
+        shared_prompts._RepeatedLayer,
+        "_joined",
+        lambda self, kept, new: joined(self, kept * rounding.to(kept).repeat(kept.shape[-1] // 2), new),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert states(model, rollouts(), 6).dtype == torch.float32
+    assert verdict(model)
+
+
+def test_models_that_fsdp2_shards_read_whole_rows():
+    """Also where its root is whole after a first forward pass, and inside of one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = make_model("tied", seed=1).eval()
+    add_teacher_forward(model)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        for _ in range(2):
+            states(model, rollouts(), 6)
+            assert "sharded" in shared_prompts.obstacle(model)
+        assert verdict(model) is None
+    finally:
+        torch.distributed.destroy_process_group()

@@ -88,11 +88,7 @@ def is_exact(model: PreTrainedModel, ids: torch.Tensor, attended: torch.Tensor) 
             padded = backbone_of(model)(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
     finally:
         model.train(training)
-    kept = attended.bool()
-    expected = padded[kept].float()
-    error = ((packed[kept].float() - expected).norm() / expected.norm().clamp(min=1e-12)).item()
-    exact = error <= TOLERANCE.get(padded.dtype, ROUNDED)
-    exact = exact and (padded.dtype in TOLERANCE or not leaks(packed, padded, kept))
+    exact, error = agrees(packed, padded, attended.to(padded.device).bool())
     if not exact:
         logger.warning(
             f"{type(model).__name__} is not computed on packed rows: hidden states would differ from those of padded "
@@ -100,6 +96,20 @@ def is_exact(model: PreTrainedModel, ids: torch.Tensor, attended: torch.Tensor) 
         )
     setattr(model, _VERDICT, exact)
     return exact
+
+
+def agrees(found: torch.Tensor, expected: torch.Tensor, kept: torch.Tensor) -> tuple[bool, float]:
+    """
+    Whether hidden states `(B, T, H)` differ by rounding alone where `kept` `(B, T)` is set, and by how much.
+
+    Under autocast, states in fp32 are made of products in 16 bits, and are rounded like these.
+    """
+    wanted, device = expected[kept].float(), expected.device.type
+    error = ((found[kept].float() - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else expected.dtype
+    if dtype in TOLERANCE:
+        return error <= TOLERANCE[dtype], error
+    return error <= ROUNDED and not leaks(found, expected, kept), error
 
 
 def leaks(packed: torch.Tensor, padded: torch.Tensor, kept: torch.Tensor) -> bool:

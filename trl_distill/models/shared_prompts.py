@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .packing import ROUNDED, TOLERANCE, leaks
+from .packing import agrees
 from .properties import PADDING_COUNTS, backbone_of
 
 
@@ -68,7 +69,8 @@ def can_share(model: PreTrainedModel) -> bool:
 def obstacle(model: PreTrainedModel) -> str:
     """Why a model's rows cannot share prompts, as far as that is known beforehand; empty if they can."""
     weight: Any = next(model.parameters())
-    if hasattr(weight, "ds_id") or isinstance(weight, DTensor):  # ZeRO-3, FSDP2
+    # ZeRO-3 and FSDP2, which leaves whole tensors where its root is not sharded again and inside of a forward pass
+    if hasattr(weight, "ds_id") or isinstance(weight, DTensor) or any(map(_is_fsdp, model.modules())):
         return "sharded weights, for which all processes must run as many forward passes"
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ())
@@ -79,6 +81,10 @@ def obstacle(model: PreTrainedModel) -> str:
     if kinds & WHOLE_LENGTH:
         return "positions that depend on the length of the whole sequence"
     return "results depend on padding" if config.model_type in PADDING_COUNTS else ""
+
+
+def _is_fsdp(module: Any) -> bool:
+    return isinstance(module, FSDPModule)
 
 
 def completion_states(
@@ -106,8 +112,8 @@ def completion_states(
     rows, columns = attended.shape
     states = last.new_zeros(rows, columns - length, last.shape[-1])
     for part in torch.arange(rows, device=prompts.of_row.device).split(at_once):
-        mine = prompts.of_row[part]
-        states[part, :1] = last[mine.to(last.device)]
+        mine, here = prompts.of_row[part], part.to(last.device)  # a model may lie on several devices
+        states[here, :1] = last[mine.to(last.device)]
         end = length + int(attended[part, length:].any(0).sum())  # the columns of this part's longest completion
         if end - length < 2:
             continue
@@ -115,7 +121,7 @@ def completion_states(
         new["attention_mask"] = attended[part, : end - 1]
         cache = Cache(layers=[_RepeatedLayer(layer, mine) for layer in layers])
         found = backbone(**new, past_key_values=cache, use_cache=True).last_hidden_state
-        states[part, 1 : end - length] = found
+        states[here, 1 : end - length] = found
     return states
 
 
@@ -155,7 +161,8 @@ def is_exact(model: PreTrainedModel, inputs: dict[str, torch.Tensor], prompts: P
     """
     Whether continuing from shared prompts gives the states of whole rows, tested on two or three rows of this batch.
 
-    It is tested on the first batch, and again when rows are twice as long as those tested or reach a sliding window.
+    It is tested on the first batch with a completion of two tokens or more, and again when rows are twice as long as
+    those tested or reach a sliding window.
 
     Args:
         model: the model, in eval mode.
@@ -164,22 +171,18 @@ def is_exact(model: PreTrainedModel, inputs: dict[str, torch.Tensor], prompts: P
     verdict, columns = getattr(model, _VERDICT, None), inputs["input_ids"].shape[1]
     if verdict is not None and not _untested(model, verdict, columns):
         return verdict > 0
-    most = int(prompts.of_row.bincount().argmax())
-    chosen = torch.cat([(prompts.of_row == most).nonzero()[:2], (prompts.of_row != most).nonzero()[:1]]).flatten()
-    few = {name: value[chosen] for name, value in inputs.items()}
-    attended = few["attention_mask"]
     completion = columns - prompts.length
+    chosen = _tested(inputs["attention_mask"], prompts)
+    few = {name: value[chosen] for name, value in inputs.items()}
+    kept = few["attention_mask"][:, prompts.length :].bool()
+    if not kept[:, 1:].any():  # nothing continues a prompt
+        return False
     whole = backbone_of(model)(**few, use_cache=False).last_hidden_state[:, prompts.length - 1 : -1]
-    found = completion_states(
-        backbone_of(model), few, Prompts.among(few["input_ids"], attended, completion), len(chosen)
-    )
+    distinct = Prompts.among(few["input_ids"], few["attention_mask"], completion)
+    found = completion_states(backbone_of(model), few, distinct, len(chosen))
     reason = "its cache holds more than keys and values"
     if found is not None:
-        kept = attended[:, prompts.length :].bool()
-        expected = whole[kept].float()
-        error = ((found[kept].float() - expected).norm() / expected.norm().clamp(min=1e-12)).item()
-        exact = error <= TOLERANCE.get(whole.dtype, ROUNDED)
-        exact = exact and (whole.dtype in TOLERANCE or not leaks(found, whole, kept))
+        exact, error = agrees(found, whole, kept.to(whole.device))
         reason = "" if exact else f"hidden states would differ from those of whole rows by {error:.1%}"
     if reason:
         logger.warning(
@@ -188,6 +191,14 @@ def is_exact(model: PreTrainedModel, inputs: dict[str, torch.Tensor], prompts: P
         )
     setattr(model, _VERDICT, 0 if reason else columns)
     return not reason
+
+
+def _tested(attended: torch.Tensor, prompts: Prompts) -> torch.Tensor:
+    """The two longest rows of the prompt that most rows share, and the longest of the others, if there are any."""
+    order = attended.sum(1).argsort(descending=True, stable=True)
+    of_row = prompts.of_row[order]
+    most = prompts.of_row.bincount().argmax()
+    return torch.cat([order[of_row == most][:2], order[of_row != most][:1]])
 
 
 def _untested(model: PreTrainedModel, tested: int, columns: int) -> bool:
