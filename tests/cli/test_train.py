@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -117,8 +118,10 @@ def test_check_only_prints_a_table_and_trains_nothing(run, saved, capsys):
         run("--check_only")
     shown = capsys.readouterr().out
     assert stopped.value.code == 0
-    for check in ("tokenizer", "vocabulary", "stop tokens", "chat template", "context", "sampling", "teacher differs"):
+    checks = ("tokenizer", "vocabulary", "stop tokens", "chat template", "context", "sampling", "teacher differs")
+    for check in (*checks, "memory"):
         assert check in shown
+    assert re.search(r"About \d+ MiB at the peak, in the \w+ phase", shown)
     assert "0 errors" in shown
     assert not (saved / "out" / "model.safetensors").exists()
 

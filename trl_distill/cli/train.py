@@ -30,6 +30,7 @@ from typing import Any, Literal
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from .. import OPDConfig, OPDTrainer, TeacherAnswerError, TeacherUnavailable, foreign_text
+from ..checks import memory
 from ..checks.findings import Finding, PreflightError, Report
 from ..data.datasets import load_splits, take_split
 from ..data.rewards import import_reward
@@ -38,6 +39,7 @@ from ..training.checkpoints import last_complete
 from ..training.deepspeed_ops import build_ops
 from ..training.interrupts import EXIT_STOPPED, StopOnSigterm
 from ..training.process_group import distributed_main
+from ..training.setup import facts_of
 from .arguments import errors_without_traceback, expand_together, with_environment
 from .dataclass_parser import DataclassParser
 from .launch import LaunchArguments, become, launch_command
@@ -146,7 +148,10 @@ def main(script_args: OPDScriptArguments, args: OPDConfig, model_args: ModelConf
             sys.exit(f"{error}")  # it says what to change; a traceback would hide that
         show(getattr(error, "report", Report()), error)
     if script_args.check_only:
-        show(getattr(trainer, "preflight", Report()))  # without a teacher there is nothing to compare
+        report = getattr(trainer, "preflight", Report())  # without a teacher there is nothing to compare
+        if trainer.pool is not None:
+            report.add(memory.of_run(trainer, facts_of(trainer).counted_prompts()))
+        show(report)
     if script_args.log_format == "line" and sys.stdout.isatty():
         show_lines(trainer)
     resume = checkpoint_of(trainer)
