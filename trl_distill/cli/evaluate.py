@@ -38,11 +38,11 @@ from . import judging
 from .arguments import CommandParser, errors_without_traceback, finite, template_kwargs
 from .models import (
     check_fit,
-    check_teacher,
     config_of,
     first_rows,
     ids_unknown_to_teacher,
     load,
+    reading_of,
     stop_ids_of_all,
     tokenizer_of,
 )
@@ -69,6 +69,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--k", type=int, nargs="*", default=[], help="of pass@k; powers of two unless given")
     add("--max_completion_length", type=int, default=256, help="tokens")
     add("--temperature", type=finite, default=1.0, help="of sampling, and of both models in the KL")
+    add(
+        "--cross_tokenizer",
+        action="store_true",
+        help="the teacher has another tokenizer: the KL is that between texts, see docs/objective.md",
+    )
     add("--chat_template_kwargs", type=template_kwargs, help="as in training: '{\"enable_thinking\": false}'")
     add("--seed", type=int, default=0, help="of everything that is drawn")
     add("--batch_size", type=int, default=64, help="answers at a time")
@@ -89,9 +94,13 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def evaluated(name: str, model: Any, teacher: Any, rows: list, options: argparse.Namespace, progress: Any) -> list:
-    """All answers of one model."""
+def evaluated(
+    name: str, model: Any, teacher: Any, rows: list, options: argparse.Namespace, progress: Any, reading: Any = None
+) -> list:
+    """All answers of one model; `reading` if the teacher has another tokenizer."""
     tokenizer = tokenizer_of(name)
+    if reading is not None:
+        teacher = None  # it is asked by `reading`
     models = [model, *([teacher] if teacher is not None else [])]
     stops, merged = stop_ids_of_all(models, tokenizer)
     how = Sampling(
@@ -107,7 +116,7 @@ def evaluated(name: str, model: Any, teacher: Any, rows: list, options: argparse
     bar = progress.add_task(name, total=len(rows) * options.num_generations)
     found: list[Answer] = []
     asked = (rows, tokenizer, how, verifiers, teacher, merged, options.batch_size)
-    for batch in answer_all(model, *asked, template_kwargs=options.chat_template_kwargs):
+    for batch in answer_all(model, *asked, template_kwargs=options.chat_template_kwargs, reading=reading):
         found += batch
         progress.advance(bar, len(batch))
     return found
@@ -151,11 +160,12 @@ def main(words: list[str] | None = None) -> None:
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         for name in models_of(options):
             model = load(name, "model", options.dtype, options.device)
+            reading = None
             if teacher is not None and name != teacher_name:
-                check_teacher(tokenizer_of(name), teacher_name, teacher, model)
+                reading = reading_of(tokenizer_of(name), teacher_name, teacher, model, options)
             begun = time.perf_counter()
             try:
-                found = evaluated(name, model, teacher, rows, options, progress)
+                found = evaluated(name, model, teacher, rows, options, progress, reading)
             except ValueError as error:
                 sys.exit(f"{name} could not be evaluated. {error}")
             del model  # one at a time, beside the teacher

@@ -6,19 +6,28 @@ Errors end the command with a message that says what to change.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .. import foreign_text
 from ..checks import models as model_checks
 from ..checks import tokenizers as tokenizer_checks
+from ..checks.cross_tokenizer import compared, has_another
 from ..data.datasets import load_splits, with_prompts
 from ..data.sampling import rollouts_of, scorer_of, teacher_prompt_ids
 from ..models.hidden_states import add_teacher_forward
 from ..models.loading import check_folder, load_tokenizer, load_whole
 from ..models.properties import context_of, stop_ids, unwrap_adapter
+from ..reporting.tokens.spans import Reading
+from ..rollouts import Rollouts
+from ..signals import HiddenStates
+from ..teachers.base import Teacher
+from ..teachers.cross_tokenizer import CrossTokenizerTeacher, shared_ids
 
 
 console = foreign_text.console()
@@ -41,6 +50,45 @@ def load(name: str, whose: str, dtype: str, device: str) -> Any:
     return model
 
 
+def reading_of(tokenizer: Any, name: str, teacher: Any, student: Any, options: Any) -> Reading | None:
+    """
+    How a teacher with another tokenizer reads completions; `None` if it has the student's.
+
+    Args:
+        tokenizer: the student's.
+        name (`str`): the teacher's name or folder.
+        teacher, student: the models.
+        options: of the command: `cross_tokenizer`, `temperature`, `chat_template_kwargs`.
+    """
+    theirs = load_tokenizer(name)
+    if theirs is None or not options.cross_tokenizer or not has_another(tokenizer, theirs):
+        check_teacher(tokenizer, name, teacher, student)
+        return None
+    teacher_stops = sorted(stop_ids(teacher.config, teacher.generation_config, theirs))
+    pair, finding = compared(tokenizer, theirs, teacher_stops)
+    if pair is None:
+        raise SystemExit(f"Student {_folder_of(student)!r}, teacher {name!r}: {finding}")
+    stops, _ = stop_ids_of_all([student], tokenizer)
+    sizes = [unwrap_adapter(m).config.get_text_config().vocab_size for m in (student, teacher)]
+    plain: Any = _OnOneDevice(teacher)
+    reader = CrossTokenizerTeacher(plain, pair, shared_ids(pair, stops, teacher_stops, *sizes), options.temperature)
+    return Reading(reader.score, pair, theirs, stops, options.chat_template_kwargs)
+
+
+class _OnOneDevice(Teacher):
+    """What a reader needs of a teacher in training, on one device and without an engine."""
+
+    def __init__(self, model: Any):
+        self.module, self.scorer = model, scorer_of(model)
+        device = next(model.parameters()).device
+        self.accelerator = SimpleNamespace(
+            device=device, distributed_type=DistributedType.NO, autocast=nullcontext, mixed_precision="no"
+        )
+
+    def score(self, rollouts: Rollouts) -> HiddenStates:
+        return self.scorer(rollouts)
+
+
 def check_teacher(tokenizer: Any, teacher: str, model: Any, student: Any) -> None:
     """Stop where token ids mean something else to the teacher."""
     theirs = load_tokenizer(teacher)
@@ -49,7 +97,8 @@ def check_teacher(tokenizer: Any, teacher: str, model: Any, student: Any) -> Non
         if finding.level == "error":
             raise SystemExit(
                 f"Student {_folder_of(student)!r}, teacher {teacher!r}: {finding.found} The divergence compares "
-                "probabilities id by id. Use models with the same tokenizer."
+                "probabilities id by id. Give `--cross_tokenizer` to compare probabilities of texts, or use models "
+                "with the same tokenizer."
             )
         if finding.level == "warning":
             console.print(str(finding), style="yellow")

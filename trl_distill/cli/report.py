@@ -38,16 +38,17 @@ from ..data.sampling import (
 from ..models.properties import unwrap_adapter
 from ..reporting.tokens import Summary, TokenTable, page
 from ..reporting.tokens.collect import labels_of, scored, with_rewards
+from ..reporting.tokens.spans import Reading, labels_of_both, scored_texts
 from ..reporting.tokens.table import Completion, summary
 from ..reporting.trackers import TRACKERS, log_page_alone
 from .arguments import CommandParser, errors_without_traceback, finite, template_kwargs
 from .models import (
     check_fit,
     check_second_student,
-    check_teacher,
     first_rows,
     ids_unknown_to_teacher,
     load,
+    reading_of,
     stop_ids_of_all,
     tokenizer_of,
 )
@@ -74,6 +75,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--max_completion_length", type=int, default=256, help="tokens")
     add("--temperature", type=finite, default=1.0, help="of sampling, and of both models in the KL")
     add("--reward_funcs", nargs="*", default=[], help="import paths (`module.function`) or names from trl.rewards")
+    add(
+        "--cross_tokenizer",
+        action="store_true",
+        help="the teacher has another tokenizer: the KL is that between texts, see docs/objective.md",
+    )
     add("--chat_template_kwargs", type=template_kwargs, help="as in training: '{\"enable_thinking\": false}'")
     add("--seed", type=int, default=0, help="of everything that is drawn")
     add("--batch_size", type=int, default=8, help="completions at a time")
@@ -127,23 +133,27 @@ class Collector:
         check_fit(self.rows, lengths, self.ids_of, configs, unwrap_adapter(teacher).config)
 
     def collect(
-        self, writer: Any, judges: list[Any], teacher: Any, how: Sampling, merged: list[int], label: str
+        self,
+        writer: Any,
+        judges: list[Any],
+        teacher: Any,
+        how: Sampling,
+        merged: list[int],
+        label: str,
+        reading: Reading | None = None,
     ) -> list[Completion]:
-        """`writer` writes, `judges` are compared with the teacher on that; with rewards."""
+        """`writer` writes, `judges` are compared with the teacher on that, by `reading` as texts; with rewards."""
         written: list[SampledCompletion] = []
         completions: list[Completion] = []
         with Progress(console=console) as progress, preserving_state(writer, teacher, *judges):
             for batch in self._batches(writer, how, teacher, label, progress):
-                completions += scored(
-                    batch,
-                    [scorer_of(judge) for judge in judges],
-                    scorer_of(teacher),
-                    self.tokenizer,
-                    self.options.device,
-                    merged,
-                    self.options.temperature,
-                    self.ids_of,
-                )
+                scorers = [scorer_of(judge) for judge in judges]
+                device, temperature = self.options.device, self.options.temperature
+                if reading is not None:
+                    completions += scored_texts(batch, scorers, reading, self.tokenizer, device, temperature)
+                else:
+                    asked = (scorer_of(teacher), self.tokenizer, device, merged, temperature, self.ids_of)
+                    completions += scored(batch, scorers, *asked)
                 written += batch
         return with_rewards(completions, written, self.rewards, self.tokenizer)
 
@@ -160,33 +170,40 @@ def main(words: list[str] | None = None) -> None:
     teacher_name = options.teacher_model_name_or_path
     teacher = load(teacher_name, "teacher", options.dtype, options.device)
     tokenizer = tokenizer_of(options.model_name_or_path)
-    check_teacher(tokenizer, teacher_name, teacher, students[0])
+    reading = reading_of(tokenizer, teacher_name, teacher, students[0], options)
     if options.compare_with:
         check_second_student(tokenizer, options.compare_with, students[1])
 
-    stops, merged = stop_ids_of_all([*students, teacher], tokenizer)
+    alike = students if reading is not None else [*students, teacher]  # those whose ids are the student's
+    stops, merged = stop_ids_of_all(alike, tokenizer)
+    if reading is not None:
+        reading = replace(reading, stops=stops)
     how = Sampling(
         options.max_completion_length,
         tuple(stops),
         options.temperature,
         options.num_generations,
         options.seed,
-        suppressed=tuple(sorted({one for student in students for one in ids_unknown_to_teacher(student, teacher)})),
+        suppressed=tuple(sorted({one for student in students for one in ids_unknown_to_teacher(student, alike[-1])})),
     )
     collector = Collector(options, rows, tokenizer, rewards)
     own: list[Summary] = []
     with errors_without_traceback():
         collector.check_fit(students, teacher, how)
-        completions = collector.collect(students[0], students, teacher, how, merged, "judging")
+        completions = collector.collect(students[0], students, teacher, how, merged, "judging", reading)
         if options.compare_with and options.completions == "sample":
-            others = collector.collect(students[1], students[1:], teacher, how, merged, "the second student's own")
+            others = collector.collect(
+                students[1], students[1:], teacher, how, merged, "the second student's own", reading
+            )
             own = [summary(completions), summary(others)]
     table = TokenTable(
         title=f"{' and '.join(Path(name).name for name in names)}: tokens by KL to {Path(teacher_name).name}",
         teacher=teacher_name,
         students=tuple(names),
         completions=tuple(completions),
-        labels=labels_of(completions, tokenizer),
+        labels=labels_of(completions, tokenizer)
+        if reading is None
+        else labels_of_both(completions, tokenizer, reading.tokenizer),
         own=tuple(own),
         settings={
             "prompts": options.dataset_name,

@@ -29,6 +29,7 @@ from ..data.sampling import (
     teacher_prompt_ids,
 )
 from ..heads.fused import DivergenceSpec, fused_divergence
+from .tokens.spans import Reading, span_values
 
 
 DRAWS = 2000  # bootstrap samples
@@ -187,6 +188,7 @@ def answer_all(
     batch_size: int = 64,
     prefixes: Sequence[Sequence[int]] | None = None,
     template_kwargs: dict[str, Any] | None = None,
+    reading: Reading | None = None,
 ) -> Iterator[list[Answer]]:
     """
     Sample and score answers of a model, batch by batch.
@@ -203,6 +205,8 @@ def answer_all(
         batch_size (`int`): number of answers at a time.
         prefixes (*optional*): for each row, ids with which its answers begin; they count as the model's own.
         template_kwargs (`dict`, *optional*): for the chat template, such as `{"enable_thinking": False}`.
+        reading ([`~trl_distill.reporting.tokens.spans.Reading`], *optional*): in place of `teacher`, one that has
+            another tokenizer; the KL is then that between texts, in part from the sampled tokens.
 
     Yields:
         `list[Answer]`: the answers of a batch.
@@ -222,7 +226,10 @@ def answer_all(
             for place, one in zip(places, written, strict=True)
         ]
         read = [teacher_prompt_ids(one.row, one.prompt, ids_of) for one in whole]
-        kl = _sequence_kl(model, teacher, whole, read, tokenizer.pad_token_id, how.temperature, merged, device)
+        if reading is None:
+            kl = _sequence_kl(model, teacher, whole, read, tokenizer.pad_token_id, how.temperature, merged, device)
+        else:
+            kl = _text_kl(model, reading, whole, tokenizer.pad_token_id, how.temperature, device)
         by_name = scores(whole, verifiers, tokenizer)
         ends = {token for one in whole if not one.truncated for token in one.completion[-1:]}
         texts = answer_texts(tokenizer, [one.completion for one in whole], ends)
@@ -265,6 +272,23 @@ def _sequence_kl(
         form = DivergenceSpec(temperature=temperature, stops=tuple(merged))
         found = fused_divergence(ours.hidden, ours.head, theirs.hidden, theirs.head, form).divergence
     return [part.sum().item() for part in found.split([len(one.completion) for one in written])]
+
+
+@torch.no_grad()
+def _text_kl(
+    model: Any,
+    reading: Reading,
+    written: Sequence[SampledCompletion],
+    pad: int,
+    temperature: float,
+    device: torch.device,
+) -> Sequence[float | None]:
+    """The same to a teacher with another tokenizer, between texts: an unbiased estimate, as in training."""
+    rollouts = rollouts_of([one.prompt for one in written], [one.completion for one in written], pad, device)
+    with preserving_state(model):
+        states, signal = scorer_of(model)(rollouts), reading.signal(written, pad, device)
+        values, _ = span_values(states, signal, written, reading.stops, temperature)
+    return [value.sum().item() for value in values]
 
 
 def difference(answers: Sequence[Answer], others: Sequence[Answer]) -> Estimate:

@@ -22,6 +22,7 @@ from ...teachers.base import is_sharded
 from ..trackers import log_page
 from .collect import labels_of, scored, with_rewards
 from .page import page
+from .spans import Reading, labels_of_both, scored_texts
 from .table import Completion, TokenTable
 
 
@@ -105,11 +106,12 @@ class TokenReport(TrainerCallback):
         name = names[0] if self.teacher is None else self.teacher
         if name not in names:
             raise ValueError(f"`TokenReport(teacher={name!r})`: there is no such teacher, only {', '.join(names)}.")
-        if getattr(trainer.pool.teachers[name], "gives", HiddenStates) is not HiddenStates:
+        judge = trainer.pool.teachers[name]
+        texts = trainer.setup is not None and judge.prompts in trainer.setup.readers
+        if not texts and getattr(judge, "gives", HiddenStates) is not HiddenStates:
             raise ValueError(
                 "`TokenReport` needs the teacher's whole distribution over the student's ids. A served teacher gives "
-                "only a few log-probabilities: run `trl-distill report` where it can be loaded. One with another "
-                "tokenizer has other ids and is not shown yet: leave the report out."
+                "only a few log-probabilities: run `trl-distill report` where it can be loaded."
             )
         self._rows = self._first_rows(trainer)
         self._trainer, self._name, self._last = trainer, name, -1
@@ -167,6 +169,7 @@ class TokenReport(TrainerCallback):
             suppressed=tuple(suppressed),
         )
         teacher, device = trainer.pool.teachers[self._name], trainer.accelerator.device
+        reading = self._reading(teacher)
         completions: list[Completion] = []
         written: list[SampledCompletion] = []
         tools = [row.get("tools") for row in self._rows]
@@ -177,8 +180,11 @@ class TokenReport(TrainerCallback):
                 part = slice(start, start + size)
                 batch = sample_completions(trainer.model, self._rows[part], prompts[part], tokenizer.pad_token_id, how)
                 student = scorer_of(trainer.model, as_in_training=True)
-                how_judged = (tokenizer, device, merged, temperature, self._ids_of)
-                completions += scored(batch, [student], teacher.score, *how_judged)
+                if reading is not None:
+                    completions += scored_texts(batch, [student], reading, tokenizer, device, temperature)
+                else:
+                    how_judged = (tokenizer, device, merged, temperature, self._ids_of)
+                    completions += scored(batch, [student], teacher.score, *how_judged)
                 written += batch
             completions = with_rewards(completions, written, self.reward_funcs, tokenizer)
         return TokenTable(
@@ -186,13 +192,24 @@ class TokenReport(TrainerCallback):
             teacher=self._name if trainer.pool.several else _name(teacher),
             students=(_name(trainer),),
             completions=tuple(completions),
-            labels=labels_of(completions, tokenizer),
+            labels=labels_of(completions, tokenizer)
+            if reading is None
+            else labels_of_both(completions, tokenizer, reading.tokenizer),
             settings={
                 "temperature": f"{temperature:g}",
                 "seed": str(self.seed),
                 "up to": f"{how.limit} tokens",
             },
         )
+
+    def _reading(self, teacher: Any) -> Reading | None:
+        """How a teacher with another tokenizer reads completions; `None` for one with the student's."""
+        readers = self._trainer.setup.readers
+        if teacher.prompts not in readers:
+            return None
+        kwargs = dict(self._trainer.chat_template_kwargs)
+        stops = sorted(self._trainer.eos_token_ids)
+        return Reading(teacher.score, teacher.pair, readers[teacher.prompts], stops, kwargs)
 
     def _ids_of(self, prompt: Any, tools: Any = None) -> list[int]:
         """As in training."""
@@ -203,5 +220,5 @@ def _name(owner: Any) -> str:
     """The name or folder of a model (or of an object's `model`), or else its class."""
     from ...models.properties import name_of
 
-    model = getattr(owner, "model", owner)
+    model = getattr(owner, "model", None) or getattr(owner, "module", None) or owner
     return name_of(model)

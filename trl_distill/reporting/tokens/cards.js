@@ -51,9 +51,9 @@ function fill(card) {
   if (current && current.row === row) outline();
 }
 function token(row, view, i) {
-  const kl = row.views[view].kl[i], marked = isMarked(row, view, i);
+  const kl = row.views[view].kl[i], marked = isMarked(row, view, i), span = spanOf(row, i);
   const node = el("span", { role: "button", tabindex: -1, "data-i": i, "data-kl": short(kl),
-    class: `t k${level(kl)}${marked ? " marked" : ""}${row.hits.has(i) ? " hit" : ""}`,
+    class: `t k${level(kl)}${marked ? " marked" : ""}${row.hits.has(i) ? " hit" : ""}${span && !span.exact ? " sampled" : ""}`,
     "aria-label": `${inWords(row.shown[i])}, KL ${nats(kl)}${marked ? ", marked" : ""}` });
   drawText(node, row.shown[i]);
   return node;

@@ -78,6 +78,9 @@ const SORTS = {
   length: ["longest first", (a, b) => b.ids.length - a.ids.length],
   order: ["as written", (a, b) => a.index - b.index],
 };
+const texts = rows.some((row) => row.spans.length); // the teacher has another tokenizer
+rows.forEach((row) => { row.spans = row.spans.map(([start, stop, student, teacher, exact, charged]) => ({ start, stop, student, teacher, exact, charged })); });
+const spanOf = (row, i) => row.spans.find((span) => span.start <= i && i < span.stop);
 const state = { query: "", limit: 0, only: false };
 const isMarked = (row, view, i) => row.views[view].kl[i] === null || row.views[view].kl[i] >= state.limit;
 const anyMarked = (row, i) => row.views.some((_, view) => isMarked(row, view, i));
@@ -90,10 +93,11 @@ function drawHead() {
   $("who").append("Student ", ...who, ", judged by ", el("b", {}, data.teacher));
   $("summary").append(two ? comparison() : tiles(data.summaries[0]));
   const settings = Object.entries(data.settings).map(([key, value]) => `${key} ${value}`).join(" · ");
-  $("foot").append(`KL in nats per token, over the whole vocabulary. ${settings}`);
+  $("foot").append(texts ? "KL between texts, in nats: that of a span stands at its first token. " : "KL in nats per token, over the whole vocabulary. ", settings);
   const legend = LEVELS.map((least, i) => el("span", { class: `t k${i + 1}` }, ` ≥ ${least} `));
   $("legend").append("KL in nats:", el("span", { class: "t" }, ` < ${LEVELS[0]} `), ...legend,
-    el("span", { class: "t marked" }, " bold, in a box: marked "));
+    el("span", { class: "t marked" }, " bold, in a box: marked "),
+    texts ? el("span", { class: "t sampled" }, " dotted: in a span that is not exact ") : "");
 }
 function tiles(s) {
   const parts = [["completions", s.completions, count(s.tokens, "token")],

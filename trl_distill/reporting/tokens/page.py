@@ -83,6 +83,7 @@ def data_of(table: TokenTable) -> dict[str, Any]:
                 "rewards": _rounded(row.rewards),
                 "teacher": _opinion(row.teacher),
                 "views": [_opinion(view) for view in row.views],
+                "spans": [list(vars(span).values()) for span in row.spans],
             }
             for row in table.completions
         ],

@@ -17,7 +17,8 @@ function alternatives(title, kind, opinion, i, chosen) {
       svg("rect", { class: "back", width: 100, height: 10 }), svg("rect", { class: "bar", width: Math.max(0.5, 100 * p), height: 10 })),
     el("span", { class: "percent" }, percent(p)));
   const items = ids.map((id, n) => item(id, probabilities[n]));
-  if (!ids.includes(chosen)) items.push(item(chosen, opinion.logp[i] === null ? 0 : Math.exp(opinion.logp[i])));
+  if (!ids.length) return null; // a teacher with another tokenizer, inside a span
+  if (chosen !== null && !ids.includes(chosen)) items.push(item(chosen, opinion.logp[i] === null ? 0 : Math.exp(opinion.logp[i])));
   return el("section", { class: kind }, el("h3", {}, title), el("ol", {}, ...items));
 }
 function show(row, view, i, speak) {
@@ -32,14 +33,22 @@ function show(row, view, i, speak) {
   row.views.forEach((v, n) => add(`log-probability, ${letters[n]}`, nats(v.logp[i])));
   add("log-probability, teacher", nats(teacher.logp[i]));
   add("position, id", `${i + 1}, ${chosen}`);
+  const span = spanOf(row, i);
+  if (span) {
+    add("span, student's tokens", inWords(span.student));
+    add("span, teacher's tokens", inWords(span.teacher));
+    add("its cost", `${span.exact ? "exact" : "partly sampled"}${span.charged ? "; charged for another spelling" : ""}`);
+  }
   const lists = row.views.map((v, n) => alternatives(two ? `Student ${letters[n]}` : "Student's top 5", classes[n], v, i, chosen));
-  lists.splice(1, 0, alternatives(two ? "Teacher" : "Teacher's top 5", "teacher", teacher, i, chosen));
+  lists.splice(1, 0, alternatives(two ? "Teacher" : "Teacher's top 5", "teacher", teacher, i, texts ? null : chosen));
   $("panel-token").textContent = written;
-  $("panel-body").replaceChildren(el("div", { class: "tops" }, ...lists), el("dl", {}, ...facts),
+  $("panel-body").replaceChildren(el("div", { class: "tops" }, ...lists.filter((list) => list !== null)), el("dl", {}, ...facts),
     el("p", { class: "hint" }, `▸ the token that was written · completion ${row.index + 1}${pinned ? " · pinned, Esc lets go" : " · Enter or tap pins"}`));
   const p = (x) => (x === null ? "n/a" : percent(Math.exp(x)));
   const sentence = `${written}: KL ${nats(row.views[view].kl[i])}. ${letters.map((l, n) => `${two ? l : "Student"} ${p(row.views[n].logp[i])}`).join(", ")}, `
-    + `teacher ${p(teacher.logp[i])}. Teacher’s first choice “${inWords(name(teacher.top[i][0][0]))}” ${percent(teacher.top[i][1][0])}.`;
+    + `teacher ${p(teacher.logp[i])}.`
+    + (teacher.top[i][0].length ? ` Teacher’s first choice “${inWords(name(teacher.top[i][0][0]))}” ${percent(teacher.top[i][1][0])}.` : "")
+    + (span ? ` Span ${inWords(span.student)}, in the teacher’s tokens ${inWords(span.teacher)}.` : "");
   $("said").setAttribute("aria-live", speak ? "polite" : "off"); // pointing would chatter
   $("said").textContent = sentence;
   $("panel").classList.add("open");

@@ -43,6 +43,26 @@ class View(Opinion):
 
 
 @dataclass(frozen=True)
+class Span:
+    """
+    Tokens of a completion that a teacher with another tokenizer compares as one text.
+
+    Attributes:
+        start, stop (`int`): the tokens' positions.
+        student, teacher (`str`): the text in the tokens of both, with " | " between them.
+        exact (`bool`): whether it is one closed id of both, so that nothing of its cost is sampled.
+        charged (`bool`): whether a token in it is not how the student's tokenizer writes the text.
+    """
+
+    start: int
+    stop: int
+    student: str
+    teacher: str
+    exact: bool
+    charged: bool
+
+
+@dataclass(frozen=True)
 class Completion:
     """
     One scored completion.
@@ -55,6 +75,8 @@ class Completion:
         rewards (`dict[str, float | None]`): by reward function; `None` if it gave no score.
         teacher ([`Opinion`]): the teacher's probabilities.
         views (`tuple` of [`View`]): one for each student, in the order of `TokenTable.students`.
+        spans (`tuple` of [`Span`]): with a teacher that has another tokenizer. A span's KL and the teacher's
+            log-probability then stand at its first token, and the teacher's most likely ids are its own.
     """
 
     prompt: str
@@ -64,6 +86,7 @@ class Completion:
     rewards: dict[str, float | None]
     teacher: Opinion
     views: tuple[View, ...]
+    spans: tuple[Span, ...] = ()
 
     @property
     def reward(self) -> float | None:
@@ -123,6 +146,7 @@ def summary(completions: Sequence[Completion], student: int = 0) -> Summary:
         (ours[0][0], theirs[0][0])
         for view, completion in zip(views, completions, strict=True)
         for ours, theirs in zip(view.top, completion.teacher.top, strict=True)
+        if theirs and not completion.spans  # ids of another tokenizer are not compared
     ]
     return Summary(
         completions=len(completions),
