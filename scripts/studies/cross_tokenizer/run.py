@@ -7,8 +7,9 @@ Each arm starts from the demo's student, in a process of its own, with the same 
 schedule:
 
 - `ours`: `cross_tokenizer=True`, the reverse KL between texts;
-- `gold`: TRL's experimental GOLDTrainer on the student's own answers (`lmbda=1`), with its hybrid loss, reverse KL on
-  tokens that both have;
+- `gold`: TRL's experimental GOLDTrainer on the student's own answers (`lmbda=1`), with its hybrid loss, the reverse KL
+  on tokens that both have, and stop tokens included;
+- `gold_plain`: the same with the loss that GOLDTrainer has by default once `use_uld_loss` is set;
 - `sft`: the likelihood of as many answers of the teacher, each used once;
 - `ceiling`: the demo's own teacher, which has the student's tokenizer, id by id.
 
@@ -40,7 +41,7 @@ from scripts.studies.tasks.make_models import answer, as_conversation
 
 DEMO = Path(__file__).parents[1] / "tasks" / "models"
 RESULTS = Path(__file__).parents[3] / "docs" / "results" / "cross_tokenizer"
-ARMS = ("ours", "gold", "sft", "ceiling")
+ARMS = ("ours", "gold", "gold_plain", "sft", "ceiling")
 BATCH = 64
 
 
@@ -86,15 +87,14 @@ def distilling(options: argparse.Namespace, student: Any, tokenizer: Any, rows: 
 def gold(options: argparse.Namespace, student: Any, tokenizer: Any, rows: Dataset) -> Any:
     from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
+    hybrid: dict[str, Any] = {"uld_use_hybrid_loss": True, "beta": 1.0}
+    hybrid |= {"uld_skip_student_eos": False, "uld_skip_teacher_eos": False}
     args = GOLDConfig(
         **settings(options),
+        **(hybrid if options.arm == "gold" else {}),
         teacher_tokenizer_name_or_path=str(options.teacher),
         use_uld_loss=True,
-        uld_use_hybrid_loss=True,
-        uld_skip_student_eos=False,  # else nothing teaches where to end
-        uld_skip_teacher_eos=False,
         lmbda=1.0,
-        beta=1.0,
         temperature=1.0,
         top_p=1.0,
         max_completion_length=MAX_COMPLETION_LENGTH,
@@ -167,7 +167,7 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     before = measure(student, tokenizer, options) if options.arm == "sft" else None
     student.train()
     rows = problems(BATCH * options.steps, seed=30_000 + options.seed)
-    build = {"ours": distilling, "ceiling": distilling, "gold": gold, "sft": sft}[options.arm]
+    build = {"ours": distilling, "ceiling": distilling, "gold": gold, "gold_plain": gold, "sft": sft}[options.arm]
     trainer = build(options, student, tokenizer, rows)
     trainer.remove_callback(PrinterCallback)
     begun, wall = time.process_time(), time.perf_counter()
