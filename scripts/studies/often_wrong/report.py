@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.studies.often_wrong.arms import BATCH, SEEDS, runs, then
-from scripts.studies.often_wrong.formula import frontier
+from scripts.studies.often_wrong.arms import BATCH, BETAS, SEEDS, runs, then
+from scripts.studies.often_wrong.formula import frontier, promised
 from scripts.studies.reproduce.figures import COLOURS, GREY, MARKERS
 from scripts.studies.reproduce.report import spread
 from trl_distill.reporting.curves import new_figure, plain
@@ -90,18 +90,26 @@ def draw(by_arm: dict[str, Records], path: Path) -> None:
     plain(axis)
     levels = [p + (1 - p) * i / 400 for i in range(1, 400)]
     axis.plot([frontier(p, one) for one in levels], levels, color=GREY, label="the best that is possible")
+    for beta in BETAS:
+        best = promised(p, beta)
+        axis.plot(frontier(p, best), best, "o", color=GREY, markersize=4)
+        axis.annotate(
+            f"β {beta:g}", (frontier(p, best), best), (-6, 3), textcoords="offset points", ha="right", color=GREY
+        )
     axis.axhline(p, color=GREY, linestyle="--", linewidth=1.2)
-    axis.annotate(f"teacher {p:.1%}", (1, p), (-4, -12), "axes fraction", "offset points", ha="right", color=GREY)
+    axis.annotate(f"teacher {p:.1%}", (0, p), (4, 4), ("axes fraction", "data"), "offset points", color=GREY)
     for i, (label, records) in enumerate(by_arm.items()):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         xs, ys = zip(*((one["kl_per_answer"], one["accuracy"]) for one in records), strict=True)
         fill = colour if i < len(COLOURS) else "white"
         axis.plot(xs, ys, marker, color=colour, markerfacecolor=fill, markersize=7, label=label)
-    axis.set(xlabel="KL(student ‖ teacher), nats per answer", ylabel="right answers", xscale="log", ylim=(0, 1))
+    least = min(p, *(one["accuracy"] for records in by_arm.values() for one in records))
+    axis.set(xlabel="KL(student ‖ teacher), nats per answer", ylabel="right answers", xscale="log")
+    axis.set(xlim=(0.02, None), ylim=(max(0, least - 0.05), 1.01))
     axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     figure.suptitle(f"A teacher that is right {p:.0%} of the time, and a reward", fontsize=12)
     axis.set_title("one point per seed, on 1000 held-out problems", fontsize=9, color=GREY)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path)
 
 
@@ -124,6 +132,7 @@ def write(folder: Path, docs: Path) -> None:
         docs (`Path`): the documentation.
     """
     found, others = load(folder), load(folder, "settings").get(SHOWN, {})
+    cheated = load(folder, "reward").get(SHOWN, {})
     alike = {label: records for label, records in found.get(SHOWN, {}).items() if label == then(0.3).label}
     known = json.loads((folder / "teachers.json").read_text())
     parts = [table(by_arm, known[str(level)]) for level, by_arm in found.items()]
@@ -135,8 +144,11 @@ def write(folder: Path, docs: Path) -> None:
         f"{count} runs of {BATCH} answers a step: `python -m scripts.studies.often_wrong.run`; every number in "
         "[results/often_wrong/](results/often_wrong)."
     )
-    pages = {"table": "\n\n".join(parts), "reward": cheat_table(load(folder, "reward").get(SHOWN, {}))}
-    pages["settings"] = table({**alike, **others}) if others else ""
+    pages = {"table": "\n\n".join(parts)}
+    if others:
+        pages["settings"] = table({**alike, **others})
+    if cheated:
+        pages["reward"] = cheat_table(cheated)
     page = docs / "results.md"
     text = page.read_text()
     for name, made in pages.items():

@@ -77,16 +77,23 @@ def facts(folder: Path, level: int) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def make_teachers(folder: Path, steps: int = 2000) -> None:
+def make_teachers(folder: Path) -> None:
     """
-    Make the teachers, unless they are all there.
+    Make and measure the teachers that are not there yet.
 
     Args:
         folder (`Path`): of the teachers.
-        steps (`int`): that the whole training would have, on which the learning rate depends.
     """
-    if all("greedy" in facts(folder, level) for level in LEVELS):
-        return
+    if not all(facts(folder, level) for level in LEVELS):
+        _train(folder)
+    for level in LEVELS:
+        known = facts(folder, level)
+        if "greedy" not in known:
+            keep(load_teacher(folder, level), folder / str(level), {**known, **measured(folder, level)})
+
+
+def _train(folder: Path, steps: int = 2000) -> None:
+    """One training, of which a copy is kept at each level; `steps` are those of the whole, which sets the rate."""
     models = load(SHIPPED)
     set_seed(0)
     teacher = make_model(models.tokenizer, hidden_size=128, layers=4, heads=4)
@@ -96,8 +103,6 @@ def make_teachers(folder: Path, steps: int = 2000) -> None:
     rows = problems(30_000, seed=1)
     samples = as_conversation(rows, list(rows["solution"]))
     sft(teacher, models.tokenizer, samples, steps, 128, 2e-3, 0, callbacks=[KeepLevels(folder, models)])
-    for level in LEVELS:
-        keep(load_teacher(folder, level), folder / str(level), {**facts(folder, level), **measured(folder, level)})
 
 
 def measured(folder: Path, level: int) -> dict[str, Any]:
