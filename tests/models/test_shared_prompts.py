@@ -290,3 +290,22 @@ def test_models_that_fsdp2_shards_read_whole_rows():
         assert verdict(model) is None
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["tied", "window"])
+def test_the_gradient_passes_through_shared_prompts(name):
+    """That is not used in training: what it would save is in docs/benchmarks.md."""
+    model, given = MODELS[name](), rollouts(padded=False)
+    inputs = {"input_ids": given.input_ids, "attention_mask": given.attention_mask}
+    aim = torch.randn(int(given.mask.sum()), SIZES["hidden_size"], generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for shared in (False, True):
+        model.zero_grad()
+        if shared:
+            prompts = Prompts.among(*inputs.values(), COMPLETION)
+            found = shared_prompts.completion_states(backbone_of(model), inputs, prompts, 6)
+        else:
+            found = backbone_of(model)(**inputs, use_cache=False).last_hidden_state[:, PROMPT - 1 : -1]
+        (found[given.mask] * aim).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in backbone_of(model).parameters()]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
