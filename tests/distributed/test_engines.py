@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,25 +23,37 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "deepspeed_configs"
 
 
-def torchrun(processes: int) -> list[str]:
-    return ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 ENGINES = {  # how two processes are launched, and what they must find themselves in
-    "ddp": (torchrun(2), ("MULTI_CPU", 2, None)),
+    "ddp": (TORCHRUN, ("MULTI_CPU", 2, None)),
     "zero2": (["accelerate.commands.launch", "--config_file", str(CONFIGS / "zero2_cpu.yaml")], ("DEEPSPEED", 2, 2)),
-    "fsdp2": (torchrun(2), ("FSDP", 2, None)),
+    "fsdp2": (TORCHRUN, ("FSDP", 2, None)),
     "zero3": (["accelerate.commands.launch", "--config_file", str(CONFIGS / "zero3_cpu.yaml")], ("DEEPSPEED", 2, 3)),
 }
 
 
-def launch(folder: Path, launcher: list[str], processes: int, *options: str, flags: tuple[str, ...] = ()) -> list[dict]:
-    """What each process saw of a run on global batches of 8."""
+def launch(folder: Path, launcher: list[str], *options: str, flags: tuple[str, ...] = ()) -> list[dict]:
+    """What each of two processes saw of a run on global batches of 8."""
     succeeds(
-        [sys.executable, "-m", *launcher, HERE / "worker.py", *flags, folder, str(8 // processes), *options],
+        [sys.executable, "-m", *launcher, HERE / "worker.py", *flags, folder, "4", *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(processes)]
+    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(2)]
+
+
+def alone(folder: Path, *options: str) -> dict:
+    """The same in one process, forked from one that has imported everything: half of the time was imports."""
+    sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["worker"])
+    process = context.Process(target=import_module("worker").alone, args=(folder, options[0], set(options[1:])))
+    process.start()
+    process.join(600)
+    process.kill()
+    assert process.exitcode == 0
+    return json.loads((folder / "result-0.json").read_text())
 
 
 def on_two(engine: str, folder: Path, *options: str) -> list[dict]:
@@ -49,7 +63,7 @@ def on_two(engine: str, folder: Path, *options: str) -> list[dict]:
         pytest.importorskip("deepspeed")
         if shutil.which("g++") is None:
             pytest.skip("DeepSpeed compiles an op on first use, and there is no g++")
-    both = launch(folder, launcher, 2, *options, flags=("--fsdp2",) if engine == "fsdp2" else ())
+    both = launch(folder, launcher, *options, flags=("--fsdp2",) if engine == "fsdp2" else ())
     assert [(r["distributed_type"], r["processes"], r["zero_stage"]) for r in both] == [expected] * 2
     return both
 
@@ -116,7 +130,7 @@ RUNS = [
 def test_two_processes_equal_one(models, engine, options):
     """With "routed" no process has a row of both teachers, and yet each takes part in the forward of both."""
     chosen = options.split()
-    (single,) = launch(models, torchrun(1), 1, *chosen)
+    single = alone(models, *chosen)
     expected = vector(weights(models))
     both = on_two(engine, models, *chosen)
     assert_same_run(both, single)
@@ -160,7 +174,7 @@ def test_two_processes_equal_one_with_another_tokenizer(tmp_path, engine, more):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     options = ["full", "texts", *more.split()]
-    (single,) = launch(tmp_path, torchrun(1), 1, *options)
+    single = alone(tmp_path, *options)
     expected = vector(weights(tmp_path))
     both = on_two(engine, tmp_path, *options)
     assert_same_run(both, single)
@@ -196,7 +210,7 @@ def test_rollouts_without_judged_tokens_show_nothing(models):
 @pytest.mark.slow
 def test_in_16_bits_only_products_are_rounded(models, options):
     """The loss and what it is computed from stay in fp32, on the way into the student's forward pass and out of it."""
-    (single,) = launch(models, torchrun(1), 1, *options.split())  # in fp32; with rewards, rollouts are always the same
+    single = alone(models, *options.split())  # in fp32; with rewards, rollouts are always the same
     for engine in ("ddp", "fsdp2"):
         for result in on_two(engine, models, *options.split(), "bf16"):
             first, expected = result["steps"][0], single["steps"][0]

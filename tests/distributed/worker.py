@@ -255,6 +255,13 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
     (folder / f"result-{accelerator.process_index}.json").write_text(json.dumps(result))
 
 
+def alone(folder: Path, estimator: str, options: set[str]) -> None:
+    """The only process of a run, as torchrun would start it."""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ.update(place)
+    main(folder, 8, estimator, options)
+
+
 if __name__ == "__main__":
     build_ops()
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], set(sys.argv[4:]))

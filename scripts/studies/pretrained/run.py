@@ -261,6 +261,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of 16 answers; a multiple of 4")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train and measure")
+    parser.add_argument("--recorded_layers", action="store_true", help="leave out the layers that were found before")
     parser.add_argument("--prepare", action="store_true", help="make models and prompts, and stop")
     parser.add_argument("--report", action="store_true", help="run nothing; write tables and picture")
     return parser.parse_args(words)
@@ -274,6 +275,9 @@ def main(words: list[str] | None = None) -> None:
     if options.report:
         labels = {name: arm.label for name, arm in ARMS.items()}
         return report.write(options.results, labels, DOCS / "pretrained.md", DOCS / "images" / "pretrained.png")
+    if options.recorded_layers:
+        recorded = json.loads((DOCS / "results" / "pretrained" / "before.json").read_text())["pruning"]
+        save("pruning", recorded, options.output_dir)
     for seed in options.seeds:
         study = Study(options.output_dir, options.hub, seed, options.steps, options.device)
         if options.prepare:
