@@ -56,9 +56,9 @@ def shared_prompts() -> str:
 def served_answers() -> str:
     rows = []
     for cell in read("served_answers")["cells"]:
-        at_once, with_care = (statistics.median(cell[name]) for name in ("at_once", "with_care"))
-        rows.append([str(cell["alternatives"]), f"{at_once:.0f}", f"{with_care:.0f}", bar(at_once, cell["bar"])])
-    return table(["alternatives", "at once, µs", "position by position, µs", "asked"], rows)
+        medians = [statistics.median(cell[name]) for name in ("at_once", "with_json", "with_care")]
+        rows.append([str(cell["alternatives"]), *(f"{value:.0f}" for value in medians), bar(medians[0], cell["bar"])])
+    return table(["alternatives", "at once, µs", "with Python's json, µs", "position by position, µs", "asked"], rows)
 
 
 def memory() -> str:

@@ -18,12 +18,13 @@ import statistics
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from trl_distill.teachers import server_answers
+from trl_distill.teachers import answer_arrays, server_answers
 from trl_distill.teachers.answer_arrays import Row, TokenScores
 
 
@@ -77,15 +78,18 @@ def main() -> None:
     for k in ALTERNATIVES:
         content = answer(rows, k, draw)
         at_once = microseconds(server_answers.read_answer, content, rows, k, options.repeats)
+        with mock.patch.object(answer_arrays, "_loads", json.loads):
+            with_json = microseconds(server_answers.read_answer, content, rows, k, options.repeats)
         with_care = microseconds(server_answers._read_carefully, content, rows, k, max(2, options.repeats // 3))
         bar = BAR if k == max(ALTERNATIVES) else None
-        found.append({"alternatives": k, "bytes": len(content), "at_once": at_once, "with_care": with_care, "bar": bar})
+        found.append({"alternatives": k, "bytes": len(content), "at_once": at_once, "bar": bar})
+        found[-1] |= {"with_json": with_json, "with_care": with_care}
     parser_name = "orjson" if importlib.util.find_spec("orjson") else "json"
     table = Table(title=f"Reading an answer, µs per token (processor time, {parser_name})")
-    for column in ("alternatives", "at once", "position by position", "bar"):
+    for column in ("alternatives", "at once", "with Python's json", "position by position", "bar"):
         table.add_column(column, justify="right")
     for one in found:
-        medians = [f"{statistics.median(one[name]):.0f}" for name in ("at_once", "with_care")]
+        medians = [f"{statistics.median(one[name]):.0f}" for name in ("at_once", "with_json", "with_care")]
         table.add_row(str(one["alternatives"]), *medians, f"≤ {one['bar']:.0f}" if one["bar"] else "")
     Console().print(table)
     if options.write_results:
