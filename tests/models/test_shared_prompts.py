@@ -140,6 +140,35 @@ def test_a_model_that_differs_is_refused_after_comparing(monkeypatch, caplog):
     assert caplog.text.count("reads the prompt of every row") == 1
 
 
+def test_a_model_that_cannot_continue_from_a_cache_is_refused(monkeypatch, caplog):
+    """As CPM-Ant, whose bias of positions counts the new tokens alone."""
+    model, given = make_model("tied", seed=1).eval(), rollouts()
+    add_teacher_forward(model)
+    expected = states(model, given, None)
+
+    def fails(self, kept, new):
+        raise RuntimeError("The size of tensor a must match")
+
+    monkeypatch.setattr(shared_prompts._RepeatedLayer, "_joined", fails)
+    for _ in range(2):
+        torch.testing.assert_close(states(model, given, 2), expected, rtol=1e-4, atol=1e-5)
+    assert verdict(model) == 0
+    assert "cannot continue from a cache (RuntimeError: The size of tensor a must match)" in caplog.text
+
+
+def test_memory_that_runs_out_says_nothing_of_a_model(monkeypatch):
+    model, given = make_model("tied", seed=1).eval(), rollouts()
+    add_teacher_forward(model)
+
+    def fails(self, kept, new):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(shared_prompts._RepeatedLayer, "_joined", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        states(model, given, 2)
+    assert verdict(model) is None
+
+
 def test_longer_rows_are_compared_again(monkeypatch):
     """Twice as long, or the first that reach a sliding window."""
     compared = []

@@ -179,8 +179,13 @@ def is_exact(model: PreTrainedModel, inputs: dict[str, torch.Tensor], prompts: P
         return False
     whole = backbone_of(model)(**few, use_cache=False).last_hidden_state[:, prompts.length - 1 : -1]
     distinct = Prompts.among(few["input_ids"], few["attention_mask"], completion)
-    found = completion_states(backbone_of(model), few, distinct, len(chosen))
     reason = "its cache holds more than keys and values"
+    try:
+        found = completion_states(backbone_of(model), few, distinct, len(chosen))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the model's own code, which may keep other things in a cache than most do
+        found, reason = None, f"it cannot continue from a cache ({type(error).__name__}: {error})"
     if found is not None:
         exact, error = agrees(found, whole, kept.to(whole.device))
         reason = "" if exact else f"hidden states would differ from those of whole rows by {error:.1%}"
