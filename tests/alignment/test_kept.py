@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from text_models import MERGES, STUDENT, TEACHER, make_bpe
 
@@ -34,18 +36,43 @@ def test_a_second_process_reads_what_the_first_has_found(pair, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK no archive"])
-def test_a_broken_file_is_not_read(pair, content):
+def test_a_broken_file_is_not_read_but_replaced(pair, content):
     path = cached_file(pair[0].hash, pair[1].hash)
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     assert read(path) is None
-    assert vocabularies.vocabularies(*pair).closed
+    found = vocabularies.vocabularies(*pair)
+    assert found.closed
+    again = read(path)
+    assert again is not None
+    assert again["closed"] == found.closed
 
 
 def test_another_tokenizer_has_another_file(pair):
     vocabularies.vocabularies(*pair)
     assert cached_file(pair[0].hash, pair[1].hash).exists()
     assert not cached_file(pair[1].hash, pair[0].hash).exists()
+
+
+def test_a_disk_that_is_full_keeps_no_part_of_a_file(pair, monkeypatch):
+    def full(file, **arrays):
+        file.write(b"PK")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trl_distill.alignment.kept.np.savez", full)
+    assert vocabularies.vocabularies(*pair).closed
+    path = cached_file(pair[0].hash, pair[1].hash)
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_others_may_read_the_file_as_far_as_the_umask_says(pair):
+    old = os.umask(0o022)
+    try:
+        vocabularies.vocabularies(*pair)
+    finally:
+        os.umask(old)
+    assert cached_file(pair[0].hash, pair[1].hash).stat().st_mode & 0o777 == 0o644
 
 
 def test_where_nothing_can_be_written_nothing_is_kept(pair, tmp_path, monkeypatch):

@@ -6,10 +6,11 @@ cannot be written costs time, nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def keep(path: Path, found: dict[str, Any]) -> None:
-    """Write a comparison, in one operation, if it is not there yet and the folder can be written to."""
-    if path.exists():
-        return
+    """Write a comparison, in one operation, in place of what cannot be read; if the folder can be written to."""
     tails = sorted(found["unfinished"])
     arrays = {
         "shared": np.array(list(found["shared"].items()), dtype=np.int64).reshape(-1, 2),
@@ -55,10 +54,12 @@ def keep(path: Path, found: dict[str, Any]) -> None:
         "tokens": np.array(list(itertools.chain.from_iterable(tails)), dtype=np.int64),
         "counts": np.array([len(tail) for tail in tails], dtype=np.int64),
     }
+    partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.partial")  # a name that no other process has
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+        with open(partial, "xb") as file:  # with the permissions of other files, since users may share the folder
             np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.replace(file.name, path)
+        os.replace(partial, path)
     except OSError:
-        return
+        with contextlib.suppress(OSError):
+            partial.unlink()

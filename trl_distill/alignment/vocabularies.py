@@ -64,9 +64,10 @@ def vocabularies(student: TextTokenizer, teacher: TextTokenizer) -> Vocabularies
         )
     key = (student.hash, teacher.hash)
     if key not in _known:
-        path, begun = cached_file(*key), time.perf_counter()
-        _known[key] = read(path) or _compared(student, teacher)
-        if time.perf_counter() - begun > WORTH_KEEPING:
+        path = cached_file(*key)
+        kept, begun = read(path), time.perf_counter()
+        _known[key] = kept or _compared(student, teacher)
+        if kept is None and time.perf_counter() - begun > WORTH_KEEPING:
             keep(path, _known[key])
     return Vocabularies(student, teacher, **_known[key])
 
