@@ -184,8 +184,8 @@ def is_exact(model: PreTrainedModel, inputs: dict[str, torch.Tensor], prompts: P
         found = completion_states(backbone_of(model), few, distinct, len(chosen))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of the model's own code, which may keep other things in a cache than most do
-        found, reason = None, f"it cannot continue from a cache ({type(error).__name__}: {error})"
+    except Exception as failure:  # of the model's own code, which may keep other things in a cache than most do
+        found, reason = None, f"it cannot continue from a cache ({type(failure).__name__}: {failure})"
     if found is not None:
         exact, error = agrees(found, whole, kept.to(whole.device))
         reason = "" if exact else f"hidden states would differ from those of whole rows by {error:.1%}"
