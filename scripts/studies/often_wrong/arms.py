@@ -82,9 +82,10 @@ def reward_alone(rate: float, reward: str = "right", more: str = "") -> Arm:
     return Arm(f"reward only{more}", None, reward, rate=rate, changes={"beta": 0.0})
 
 
-def from_teacher(beta: float, rate: float, more: str = "") -> Arm:
-    """The usual RL: the teacher's own weights are trained, and anchored to it."""
-    return Arm(f"from the teacher, beta={beta:g}{more}", beta, start="teacher", rate=rate, changes={"beta": beta})
+def from_teacher(beta: float, rate: float, reward: str = "right", more: str = "") -> Arm:
+    """The usual RL: the teacher's own weights are trained, and anchored to it; with `beta=0` they are not anchored."""
+    label = f"from the teacher, beta={beta:g}{more}"
+    return Arm(label, beta or None, reward, start="teacher", rate=rate, changes={"beta": beta})
 
 
 def beyond(teacher: float, reference: str) -> Arm:
@@ -108,7 +109,7 @@ def arms() -> dict[str, Arm]:
         "then-0.1": then(0.1),
         "then-0.3-faster": then(0.3, 2 * RATE, ", faster"),
         "own-0.3": from_teacher(0.3, RATE / 2),
-        "own-0.3-faster": from_teacher(0.3, RATE, ", faster"),
+        "own-0.3-faster": from_teacher(0.3, RATE, more=", faster"),
         "beyond": beyond(1.5, "50"),
         "beyond-start": beyond(1.25, "student"),
         **cheated(),
@@ -119,7 +120,8 @@ def arms() -> dict[str, Arm]:
 def cheated() -> dict[str, Arm]:
     """The reward with a hole; half as many steps are enough to see whether it is found."""
     found = {"lenient-reward": reward_alone(3e-4, "lenient")}
-    found |= {f"lenient-{beta:g}": both(beta, "lenient") for beta in (1.0, 0.3, 0.1, 0.03)}
+    found |= {f"lenient-{beta:g}": both(beta, "lenient") for beta in (0.3, 1.0, 3.0)}
+    found |= {f"lenient-own-{beta:g}": from_teacher(beta, RATE / 2, reward="lenient") for beta in (0.0, 0.3)}
     return {name: replace(arm, part="reward", steps=STEPS // 2) for name, arm in found.items()}
 
 

@@ -47,11 +47,11 @@ def _named(label: str, records: Records) -> str:
 
 def table(by_arm: dict[str, Records], teacher: dict[str, Any] | None = None) -> str:
     """One teacher's rows, as Markdown; the first ones are its own, where its facts are given."""
-    head = ["", "right", "the formula", "KL to the teacher, nats per answer", "lowest on the way", "minutes, one core"]
+    head = ["", "right", "the formula", "KL to the teacher, nats per answer", "lowest on the way"]
     rows = []
     if teacher is not None:
-        rows.append(["the teacher, sampled", spread(teacher["accuracy"], ".1%"), "", "0", "", ""])
-        rows.append(["the teacher, most likely tokens", f"{teacher['greedy']:.1%}", "", "", "", ""])
+        rows.append(["the teacher, sampled", spread(teacher["accuracy"], ".1%"), "", "0", ""])
+        rows.append(["the teacher, most likely tokens", f"{teacher['greedy']:.1%}", "", "", ""])
     for label, records in by_arm.items():
         promised = records[0]["promised"]
         rows.append(
@@ -61,16 +61,18 @@ def table(by_arm: dict[str, Records], teacher: dict[str, Any] | None = None) -> 
                 "" if promised is None else f"{promised:.1%}",
                 _values(records, "kl_per_answer", ".2f"),
                 spread([min(right for _, right in one["curve"]) for one in records], ".0%"),
-                spread([one["seconds"] / 60 for one in records], ".1f"),
             ]
         )
     return markdown(head, rows)
 
 
-def cheat_table(by_arm: dict[str, Records]) -> str:
-    """The reward with a hole, as Markdown."""
+def cheat_table(by_arm: dict[str, Records], before: dict[str, dict[str, float]]) -> str:
+    """The reward with a hole, as Markdown, below the models that it begins with."""
     head = ["", "right", "without a number", "KL to the teacher, nats per answer"]
-    rows = []
+    rows = [
+        [f"the {name}{' before' * (name == 'student')}", f"{one['accuracy']:.1%}", f"{one['without_number']:.1%}", ""]
+        for name, one in before.items()
+    ]
     for label, records in by_arm.items():
         cells = [("accuracy", ".1%"), ("without_number", ".1%"), ("kl_per_answer", ".2f")]
         rows.append([_named(label, records), *(_values(records, key, form) for key, form in cells)])
@@ -93,9 +95,7 @@ def draw(by_arm: dict[str, Records], path: Path) -> None:
     for beta in BETAS:
         best = promised(p, beta)
         axis.plot(frontier(p, best), best, "o", color=GREY, markersize=4)
-        axis.annotate(
-            f"β {beta:g}", (frontier(p, best), best), (-6, 3), textcoords="offset points", ha="right", color=GREY
-        )
+        axis.annotate(f"β {beta:g}", (frontier(p, best), best), (7, -5), textcoords="offset points", color=GREY)
     axis.axhline(p, color=GREY, linestyle="--", linewidth=1.2)
     axis.annotate(f"teacher {p:.1%}", (0, p), (4, 4), ("axes fraction", "data"), "offset points", color=GREY)
     for i, (label, records) in enumerate(by_arm.items()):
@@ -148,7 +148,7 @@ def write(folder: Path, docs: Path) -> None:
     if others:
         pages["settings"] = table({**alike, **others})
     if cheated:
-        pages["reward"] = cheat_table(cheated)
+        pages["reward"] = cheat_table(cheated, json.loads((folder / "before.json").read_text()))
     page = docs / "results.md"
     text = page.read_text()
     for name, made in pages.items():

@@ -94,7 +94,7 @@ def main(words: list[str] | None = None) -> int:
             run(names[0], runs()[names[0]], options.output_dir / "teachers", path)
         return 0
     make_teachers(options.output_dir / "teachers")
-    write_facts(options.output_dir / "teachers", options.results / "teachers.json")
+    write_facts(options.output_dir / "teachers", options.results)
     if options.teachers:
         return 0
     todo = [name for name in names if not (options.results / f"{name}.json").exists()]

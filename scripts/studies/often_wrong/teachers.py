@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 
 from scripts.studies.demo.student import Models, load, measure
 from scripts.studies.often_wrong.arms import SEEDS
+from scripts.studies.often_wrong.rewards import no_number
 from scripts.studies.tasks.additions import problems
 from scripts.studies.tasks.make_models import as_conversation, make_model, sft
 from scripts.studies.tasks.seeds import HELD_OUT
@@ -106,7 +107,7 @@ def _train(folder: Path, steps: int = 2000) -> None:
 
 
 def measured(folder: Path, level: int) -> dict[str, Any]:
-    """What [`facts`] says of right answers."""
+    """What [`facts`] says of a teacher's answers."""
     model = load_teacher(folder, level)
     models = Models(model, model, load(SHIPPED).tokenizer)
     rows = {seed: problems(1000, seed=HELD_OUT + seed) for seed in SEEDS}
@@ -115,7 +116,24 @@ def measured(folder: Path, level: int) -> dict[str, Any]:
     return {"accuracy": found, "p": sum(found) / len(found), "greedy": sum(greedy) / len(greedy)}
 
 
-def write_facts(folder: Path, path: Path) -> None:
-    """What is known of all teachers, for the page."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({level: facts(folder, level) for level in LEVELS}, indent=1) + "\n")
+def before(folder: Path, level: int) -> dict[str, Any]:
+    """Of a teacher and of the untrained student, on the first seed's problems: shares right and without a number."""
+    shipped, teacher = load(SHIPPED), load_teacher(folder, level)
+    models, rows = Models(shipped.student, teacher, shipped.tokenizer), problems(1000, seed=HELD_OUT)
+    return {
+        name: {
+            "accuracy": measure(models, model, rows, 0).accuracy,
+            "without_number": measure(models, model, rows, 0, verifier=no_number).accuracy,
+        }
+        for name, model in (("teacher", teacher), ("student", shipped.student))
+    }
+
+
+def write_facts(folder: Path, results: Path) -> None:
+    """What is known of the teachers and of the student before, for the page: `teachers.json`, `before.json`."""
+    results.mkdir(parents=True, exist_ok=True)
+    known = {level: facts(folder, level) for level in LEVELS}
+    (results / "teachers.json").write_text(json.dumps(known, indent=1) + "\n")
+    path = results / "before.json"
+    if not path.exists():
+        path.write_text(json.dumps(before(folder, 70), indent=1) + "\n")

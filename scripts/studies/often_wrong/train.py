@@ -130,7 +130,7 @@ def run(name: str, plan: Run, folder: Path, path: Path, size: int = 1000) -> Non
         "reward": arm.reward,
         "p": known["p"],
         "beta": arm.beta,
-        "promised": None if arm.beta is None else promised(known["p"], arm.beta),
+        "promised": None if arm.beta is None or lenient else promised(known["p"], arm.beta),
         "accuracy": found.accuracy,
         "kl_per_token": found.reverse_kl,
         "kl_per_answer": found.reverse_kl * found.length,
