@@ -186,3 +186,31 @@ def test_the_student_may_be_packed_all_the_same(make):
     trainer.train()
     assert not hasattr(unwrap_adapter(trainer.model), shared_prompts._VERDICT)
     assert getattr(trainer.teacher.module, shared_prompts._VERDICT) > 0
+
+
+def test_off_policy_batches_between_others(make, monkeypatch, long_prompts):
+    """A batch of the dataset's completions, whose prompts are not shared, between those of the student's groups."""
+    rows = [{**row, "completion": " c d" * (1 + i % 3)} for i, row in enumerate(long_prompts.to_list())]
+    settings = {"train_dataset": Dataset.from_list(rows), "lmbda": 0.5, "max_steps": 6}
+
+    def run():
+        trainer = make(**settings)
+        seen, score_ahead = [], trainer.pool.score_ahead
+        monkeypatch.setattr(
+            trainer.pool,
+            "score_ahead",
+            lambda batch, training: (
+                score_ahead(batch, training),
+                seen.append((batch.is_off_policy, trainer.pool._early[0])),
+            ),
+        )
+        trainer.train()
+        return seen, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Prompts, "pay", lambda self, columns: False)
+        expected = run()
+    found = run()
+    assert {off for off, _ in found[0]} == {False, True}
+    assert any(early for _, early in found[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=1e-5)
