@@ -2,7 +2,7 @@
 
     python -m scripts.studies.benchmark.costs     # writes the page anew between its markers
 
-The files are made by `shared_prompts.py`, `served_answers.py`, `memory.py` and `start_up.py` of this folder.
+The files are made by `shared_prompts.py`, `served_answers.py`, `estimator_heads.py`, `memory.py` and `start_up.py`.
 """
 
 from __future__ import annotations
@@ -61,6 +61,19 @@ def served_answers() -> str:
     return table(["alternatives", "at once, µs", "with Python's json, µs", "position by position, µs", "asked"], rows)
 
 
+def estimators() -> str:
+    found, rows = read("estimators"), []
+    for cell in found["cells"]:
+        medians = {name: statistics.median(times) for name, times in cell["seconds"].items()}
+        values = [f"{medians[name]:.2f}" for name in medians]
+        ratios = [f"{cell['ratio'][name]:.2f}" for name in ("topk", "sampled")]
+        slowest = bar(max(cell["ratio"][name] for name in ("topk", "sampled")), cell["bar"])
+        loss = "reward and KL" if cell["rewarded"] else "KL"
+        rows.append([str(cell["tokens"]), str(cell["vocabulary"]), loss, *values, *ratios, slowest])
+    names = ["full, s", "topk, s", "sampled, s", "topk / full", "sampled / full"]
+    return table(["tokens", "ids", "loss", *names, "asked"], rows)
+
+
 def memory() -> str:
     found, rows = read("memory"), []
     for run in found["runs"]:
@@ -76,7 +89,7 @@ def start_up() -> str:
     found, rows = read("start_up"), []
     for name, times in found["seconds"].items():
         clock, spent = min(times["clock"]), min(times["processor"])
-        asked = bar(clock, found["bar"] if name.endswith("l --help") else None)
+        asked = bar(spent, found["bar"] if name.endswith("l --help") else None)
         rows.append([name, f"{clock:.2f}", f"{spent:.2f}", asked])
     return table(["until it is done", "clock, s", "processor, s", "asked"], rows)
 
@@ -84,6 +97,7 @@ def start_up() -> str:
 TABLES = {
     "shared prompts": shared_prompts,
     "served answers": served_answers,
+    "estimators": estimators,
     "memory": memory,
     "start-up": start_up,
 }
