@@ -49,6 +49,20 @@ def measured(pair: Vocabularies, pieces: list[str]) -> dict[str, float]:
     }
 
 
+def table(result: dict[str, Any]) -> str:
+    """The shares of exact tokens in Markdown: a row for each student, a column for each teacher."""
+    pairs = result["pairs"]
+    names = list(pairs)
+    lines = [f"| student, teacher → | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for student in names:
+        cells = []
+        for teacher in names:
+            found = pairs[student].get(teacher)
+            cells.append("" if found is None else ", ".join(f"{one['exact']:.0%}" for one in found["texts"].values()))
+        lines.append(f"| {student} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write_results", action="store_true", help=f"to {RESULTS.relative_to(ROOT)}")
@@ -72,6 +86,7 @@ def main(words: list[str] | None = None) -> None:
             result["pairs"].setdefault(student, {})[teacher] = found
             shares = ", ".join(f"{kind} {one['exact']:.0%}" for kind, one in found["texts"].items())
             print(f"{student} < {teacher}: {shares} ({time.process_time() - begun:.0f} s)", flush=True)
+    print(table(result))
     if options.write_results:
         RESULTS.mkdir(parents=True, exist_ok=True)
         Path(RESULTS, "real_tokenizers.json").write_text(json.dumps(result, indent=2) + "\n")

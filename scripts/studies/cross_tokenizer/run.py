@@ -196,16 +196,18 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument(
         "--write_results", action="store_true", help=f"to {RESULTS.relative_to(Path(__file__).parents[3])}"
     )
+    parser.add_argument("--collect", action="store_true", help="run nothing: what has been measured so far")
     options = parser.parse_args(words)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     if options.arm:
         (options.output_dir / f"{options.arm}.json").write_text(json.dumps(run_arm(options), indent=2) + "\n")
         return
     given = words if words is not None else sys.argv[1:]
-    for arm in ARMS:
+    for arm in () if options.collect else ARMS:
         if not (options.output_dir / f"{arm}.json").exists():
             subprocess.run([sys.executable, "-m", __spec__.name, *given, "--arm", arm], check=True)
-    arms = {arm: json.loads((options.output_dir / f"{arm}.json").read_text()) for arm in ARMS}
+    files = {arm: options.output_dir / f"{arm}.json" for arm in ARMS}
+    arms = {arm: json.loads(path.read_text()) for arm, path in files.items() if path.exists()}
     torch.set_num_threads(1)
     other, teacher = (
         AutoTokenizer.from_pretrained(options.teacher),
@@ -220,7 +222,7 @@ def main(words: list[str] | None = None) -> None:
         "seed": options.seed,
         "held_out": options.held_out,
         "teacher_accuracy": sum(of_teacher) / len(of_teacher),
-        "before": arms["sft"].pop("before"),
+        "before": arms.get("sft", {}).pop("before", None),
         "arms": arms,
     }
     where = RESULTS if options.write_results else options.output_dir

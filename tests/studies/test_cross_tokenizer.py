@@ -1,0 +1,27 @@
+"""The studies of teachers with another tokenizer: what the docs say is what the result files hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from scripts.studies.cross_tokenizer.real_tokenizers import RESULTS, table
+from scripts.studies.cross_tokenizer.texts import texts
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_table_of_real_tokenizers_is_that_of_the_result_file():
+    result = json.loads((RESULTS / "real_tokenizers.json").read_text())
+    assert table(result) in (DOCS / "teachers.md").read_text()
+    of_all = [one for of_student in result["pairs"].values() for one in of_student.values()]
+    assert len(of_all) == 20
+    assert all(0 <= kind["exact"] <= 1 for one in of_all for kind in one["texts"].values())
+
+
+def test_the_texts_are_of_four_kinds():
+    found = texts()
+    assert list(found) == ["prose", "code", "arithmetic", "languages"]
+    assert len(found["languages"]) == 23
+    assert all(pieces for pieces in found.values())
