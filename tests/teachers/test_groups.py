@@ -214,3 +214,26 @@ def test_off_policy_batches_between_others(make, monkeypatch, long_prompts):
     assert {off for off, _ in found[0]} == {False, True}
     assert any(early for _, early in found[0])
     torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=1e-5)
+
+
+def test_states_that_are_too_large_to_keep_are_not_made_ahead(make, monkeypatch):
+    kept = make()
+    expected = trained(kept)
+    assert kept.pool._early == [True]
+    monkeypatch.setattr("trl_distill.teachers.pool.KEPT_AHEAD", 100)
+    one_by_one = make()
+    assert_equal(trained(one_by_one), expected)
+    assert one_by_one.pool._early == [False]
+
+
+def test_a_failure_to_compare_prompts_is_raised_by_all_processes(make, monkeypatch):
+    """Else those that succeed would wait for the one that has failed."""
+
+    def fails(rollouts):
+        raise RuntimeError("no memory for this")
+
+    trainer = make()
+    monkeypatch.setattr("trl_distill.teachers.pool._prompts_pay", fails)
+    with pytest.raises(RuntimeError, match="no memory for this"):
+        trainer.train()
+    assert trainer.pool.failed_everywhere

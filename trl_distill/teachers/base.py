@@ -30,6 +30,7 @@ class Teacher:
         follows_student (`bool`): whether it is the student itself, without its adapter or as a moving average.
         moves (`bool`): whether it changes with every optimizer step.
         prompts_once (`bool`): whether it can read a prompt that several rows share once.
+        bytes_per_token (`int`): size of what it gives for a token, if it can read prompts once.
         starts_equal (`bool`): whether, by design, it gives the student's probabilities before the first step.
         module (`torch.nn.Module`, *optional*): its own model in this process.
         prompts (`str`): the columns of a batch from which it reads prompts, if they are there.
@@ -42,6 +43,7 @@ class Teacher:
     follows_student: bool = False
     moves: bool = False
     prompts_once: bool = False
+    bytes_per_token: int = 0
     starts_equal: bool = False
     module: Any = None
     prompts: str = "teacher_prompt"

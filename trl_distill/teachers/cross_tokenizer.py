@@ -57,6 +57,7 @@ class _Reader(Teacher):
         self.teacher, self.pair, self.shared, self.prompts = teacher, pair, shared, prompts
         self.per_generation, self.module = teacher.per_generation, teacher.module
         self.moves, self.prompts_once = teacher.moves, teacher.prompts_once
+        self.bytes_per_token = teacher.bytes_per_token
 
     def check(self) -> None:
         self.teacher.check()

@@ -47,6 +47,7 @@ class LocalTeacher(Teacher):
         add_teacher_forward(model)
         self.model = self.module = self._placed(model)
         self.prompts_once = not obstacle(self._base)
+        self.bytes_per_token = state_bytes(self._base)
 
     def _placed(self, model: nn.Module) -> Any:
         accelerator = self.accelerator
@@ -84,6 +85,12 @@ class LocalTeacher(Teacher):
                 self._trims_prompts,
                 can_share(self._base),
             )
+
+
+def state_bytes(model: Any) -> int:
+    """Bytes of a model's last hidden state at one token; `model` without wrappers."""
+    head = model.get_output_embeddings().weight
+    return model.config.get_text_config().hidden_size * head.element_size()
 
 
 def in_parts(

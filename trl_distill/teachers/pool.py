@@ -25,6 +25,9 @@ from .base import Teacher, as_teacher
 _row_ids = itertools.count()  # unique, so that a stale signal is never used for another row
 
 
+KEPT_AHEAD = 4 * 2**30  # bytes of hidden states that a process keeps only for the sake of shared prompts
+
+
 class TeacherPool:
     """
     One or several teachers.
@@ -108,15 +111,15 @@ class TeacherPool:
             rollouts = batch.read_by(teacher.prompts)
             chosen = weights[:, columns].sum(1) != 0
             may_share = training and self._may_share(teacher)  # the same on all processes
-            if may_share:
-                self._early[member] = bool(chosen.any()) and _prompts_pay(rollouts.rows(chosen))
-            now = self._at_once(member, training)
-            if not (now or may_share):
+            if not (may_share or self._at_once(member, training)):
                 continue
             failure: Exception | None = None
             signal: Any = None
             try:
-                signal = self._ask(teacher, rollouts, chosen) if now else None
+                if may_share:
+                    fits = int(rollouts.mask[chosen].sum()) * teacher.bytes_per_token <= KEPT_AHEAD
+                    self._early[member] = fits and bool(chosen.any()) and _prompts_pay(rollouts.rows(chosen))
+                signal = self._ask(teacher, rollouts, chosen) if self._at_once(member, training) else None
             except Exception as error:  # of any kind: the other processes must not wait for this one
                 failure = error
             self._agree(failure)

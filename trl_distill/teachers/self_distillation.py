@@ -21,7 +21,7 @@ from ..models.shared_prompts import can_share, obstacle
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
 from .base import Teacher, is_sharded
-from .local import in_parts
+from .local import in_parts, state_bytes
 
 
 ADAPTER_OFF = "adapter-off"  # the name of this teacher where a model's name is expected
@@ -66,6 +66,7 @@ class AdapterOff(Teacher):
             )
         self._student, self._accelerator, self._batch_size = student, accelerator, batch_size
         self.prompts_once = not obstacle(unwrap_adapter(student))
+        self.bytes_per_token = state_bytes(unwrap_adapter(student))
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts) -> HiddenStates:
@@ -114,6 +115,7 @@ class MovingAverage(Teacher):
             )
         self._student, self._accelerator, self._batch_size = student, accelerator, batch_size
         self.prompts_once = not obstacle(unwrap_adapter(student))
+        self.bytes_per_token = state_bytes(unwrap_adapter(student))
         trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self._parameters = trained
         self.averages = {name: p.detach().float().clone() for name, p in trained.items()}
