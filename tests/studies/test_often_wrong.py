@@ -160,7 +160,7 @@ def test_the_page_has_what_was_measured(tmp_path):
     (docs / "results.md").write_text(f"before\n{marks}after\n")
     teacher = {"accuracy": [0.7, 0.72, 0.71], "p": 0.71, "greedy": 0.96}
     (results / "teachers.json").write_text(json.dumps({"70": teacher}))
-    begun = {"teacher": {"accuracy": 0.7, "without_number": 0.01}}
+    begun = {"teacher": 0.01}
     (results / "before.json").write_text(json.dumps(begun))
     for name, one in {
         "70-both-0.3-0": record(),
@@ -175,7 +175,7 @@ def test_the_page_has_what_was_measured(tmp_path):
     assert "| both, beta=0.3 (1 seed) | 12.5% | 25.0% | 0.50 |" in text
     assert "| the teacher, sampled | 71.0% (70.0%–72.0%) |" in text
     assert "| the teacher, most likely tokens | 96.0% |" in text
-    assert "| the teacher | 70.0% | 1.0% |" in text
+    assert "| the teacher before |  | 1.0% |" in text
     assert "| 8 prompts (1 seed) | 6.2% |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")

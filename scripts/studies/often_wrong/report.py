@@ -36,6 +36,10 @@ def load(folder: Path, part: str = "table") -> dict[int, dict[str, Records]]:
     return found
 
 
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
 def _values(records: Records, key: str, form: str) -> str:
     return spread([one[key] for one in records], form)
 
@@ -66,13 +70,10 @@ def table(by_arm: dict[str, Records], teacher: dict[str, Any] | None = None) -> 
     return markdown(head, rows)
 
 
-def cheat_table(by_arm: dict[str, Records], before: dict[str, dict[str, float]]) -> str:
+def cheat_table(by_arm: dict[str, Records], before: dict[str, float]) -> str:
     """The reward with a hole, as Markdown, below the models that it begins with."""
     head = ["", "right", "without a number", "KL to the teacher, nats per answer"]
-    rows = [
-        [f"the {name}{' before' * (name == 'student')}", f"{one['accuracy']:.1%}", f"{one['without_number']:.1%}", ""]
-        for name, one in before.items()
-    ]
+    rows = [[f"the {name} before", "", f"{share:.1%}", ""] for name, share in before.items()]
     for label, records in by_arm.items():
         cells = [("accuracy", ".1%"), ("without_number", ".1%"), ("kl_per_answer", ".2f")]
         rows.append([_named(label, records), *(_values(records, key, form) for key, form in cells)])
@@ -134,7 +135,7 @@ def write(folder: Path, docs: Path) -> None:
     found, others = load(folder), load(folder, "settings").get(SHOWN, {})
     cheated = load(folder, "reward").get(SHOWN, {})
     alike = {label: records for label, records in found.get(SHOWN, {}).items() if label == then(0.3).label}
-    known = json.loads((folder / "teachers.json").read_text())
+    known = _read(folder / "teachers.json")
     parts = [table(by_arm, known[str(level)]) for level, by_arm in found.items()]
     if SHOWN in found:
         draw(found[SHOWN], docs / "images" / "often_wrong.png")
@@ -148,7 +149,8 @@ def write(folder: Path, docs: Path) -> None:
     if others:
         pages["settings"] = table({**alike, **others})
     if cheated:
-        pages["reward"] = cheat_table(cheated, json.loads((folder / "before.json").read_text()))
+        begun = folder / "before.json"
+        pages["reward"] = cheat_table(cheated, _read(begun) if begun.exists() else {})
     page = docs / "results.md"
     text = page.read_text()
     for name, made in pages.items():
