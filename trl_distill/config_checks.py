@@ -267,7 +267,8 @@ def _check_cross_tokenizer(config: Any) -> None:
         if getattr(config, name) != value and (getattr(config, name) or value):
             raise ValueError(
                 "With `cross_tokenizer=True` a teacher reads the student's own completions as text, which does not go "
-                f"with {name}={getattr(config, name)!r}. Leave `{name}` out, or use a teacher with the student's tokenizer."
+                f"with {name}={getattr(config, name)!r}. Leave `{name}` out, or use a teacher with the student's "
+                "tokenizer."
             )
     if config.kl_temperature not in (None, config.temperature):
         raise ValueError(
