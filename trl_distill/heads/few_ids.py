@@ -203,20 +203,27 @@ def _measure(
         if how.top_k:
             found.ids[part, given:] = logits.topk(how.top_k).indices
         ids = found.ids[part].clamp(max=size - 1)
-        log_norm = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-        found.log_q[part] = logits.gather(1, ids) - log_norm
         mass, product = (TileMemory(name, logits.device).take(*logits.shape) for name in ("mass", "product"))
-        torch.sub(logits, log_norm, out=mass).exp_()
-        found.entropy[part] = log_norm[:, 0] - torch.mul(mass, logits, out=product).sum(-1)
+        log_norm, norm = _normaliser(logits, mass)
+        found.log_q[part] = logits.gather(1, ids) - log_norm
+        mean = torch.mul(mass, logits, out=product).sum(-1, keepdim=True) / norm
+        found.entropy[part] = (log_norm - mean)[:, 0]
         if theirs is not None and other_tile is not None:
             other = theirs.finish(other_tile[here], how.temperature)
-            other_norm = other.logsumexp(-1, keepdim=True)
+            other_norm, _ = _normaliser(other, product.to(other.device))
             found.log_p[part] = (other.gather(1, ids.to(other.device)) - other_norm).to(logits.device)
             _compare(found, part, how, logits, log_norm, other, other_norm)
         if expected is not None and how.foreseen is not None:
             expected[part] = how.foreseen(part, found.log_q[part], found.log_p[part], found.ids[part])
-            _derive(ours, logits, mass, ids, expected[part], how.temperature)
+            _derive(ours, logits, mass, norm, ids, expected[part], how.temperature)
     return tile
+
+
+def _normaliser(logits: torch.Tensor, mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log of the normaliser, and the sum of `mass`, which becomes e^(logit − largest); `(n, 1)` each."""
+    highest = logits.amax(-1, keepdim=True)
+    norm = torch.sub(logits, highest, out=mass).exp_().sum(-1, keepdim=True)
+    return highest + norm.log(), norm
 
 
 @contextmanager
@@ -255,15 +262,19 @@ def _derive(
     project: Projection,
     logits: torch.Tensor,
     mass: torch.Tensor,
+    norm: torch.Tensor,
     ids: torch.Tensor,
     slope: torch.Tensor,
     temperature: float,
 ) -> None:
-    """Overwrite finished logits, of which `mass` has the probabilities, by the derivative by projected logits."""
-    derivative = mass.mul_(-slope.sum(-1, keepdim=True))  # by logit u: Σ_k g_k (1[u = id_k] − q_u)
+    """Overwrite finished logits, whose probabilities are `mass / norm`, by the derivative by projected logits."""
+    factor = -slope.sum(-1, keepdim=True) / norm  # by logit u: Σ_k g_k (1[u = id_k] − q_u)
+    capped = project.head.softcap is not None  # then the scale's derivative needs the logits
+    derivative = torch.mul(mass, factor, out=mass if capped else logits)
     derivative.scatter_add_(1, ids, slope)
     project.backward_through_scale(derivative, logits, temperature)
-    logits.copy_(derivative)
+    if capped:
+        logits.copy_(derivative)
 
 
 def _add_gradients(
@@ -286,8 +297,8 @@ def _add_gradients(
             for part in parts(rows, size, hidden.device):
                 logits = project.finish(tile[part.start - rows.start : part.stop - rows.start], ctx.temperature)
                 mass = TileMemory("mass", hidden.device).take(*logits.shape)
-                torch.sub(logits, logits.logsumexp(-1, keepdim=True), out=mass).exp_()
-                _derive(project, logits, mass, ids[part].clamp(max=size - 1), grad[part], ctx.temperature)
+                _, norm = _normaliser(logits, mass)
+                _derive(project, logits, mass, norm, ids[part].clamp(max=size - 1), grad[part], ctx.temperature)
             grads.add(rows, tile, states, project.weight)
 
 
