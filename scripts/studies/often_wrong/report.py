@@ -95,8 +95,10 @@ def draw(by_arm: dict[str, Records], path: Path) -> None:
     axis.plot([frontier(p, one) for one in levels], levels, color=GREY, label="the best that is possible")
     for beta in BETAS:
         best = promised(p, beta)
-        axis.plot(frontier(p, best), best, "o", color=GREY, markersize=4)
-        axis.annotate(f"β {beta:g}", (frontier(p, best), best), (7, -5), textcoords="offset points", color=GREY)
+        beside = ((7, -4), "left") if beta == min(BETAS) else ((-7, 1), "right")
+        place = (frontier(p, best), best)
+        axis.plot(*place, "o", color=GREY, markersize=4)
+        axis.annotate(f"β {beta:g}", place, beside[0], textcoords="offset points", ha=beside[1], color=GREY)
     axis.axhline(p, color=GREY, linestyle="--", linewidth=1.2)
     axis.annotate(f"teacher {p:.1%}", (0, p), (4, 4), ("axes fraction", "data"), "offset points", color=GREY)
     for i, (label, records) in enumerate(by_arm.items()):
