@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -47,9 +48,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @torch.no_grad()
-def with_tokenizer(
-    model: Qwen3ForCausalLM, own: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast
-) -> Qwen3ForCausalLM:
+def with_tokenizer(model: Any, own: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """The model with an embedding for another tokenizer: of each token, the mean over its own tokens for that text."""
     old = model.get_input_embeddings().weight.clone()
     model.resize_token_embeddings(len(other))
