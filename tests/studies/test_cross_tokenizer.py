@@ -25,3 +25,14 @@ def test_the_texts_are_of_four_kinds():
     assert list(found) == ["prose", "code", "arithmetic", "languages"]
     assert len(found["languages"]) == 23
     assert all(pieces for pieces in found.values())
+
+
+def test_the_docs_give_the_numbers_of_the_study():
+    result = json.loads((RESULTS / "beside_gold.json").read_text())
+    text = (DOCS / "teachers.md").read_text()
+    assert f"({result['teacher_accuracy']:.1%} right)" in text
+    for found in (result["before"], *result["arms"].values()):
+        assert f"| {found['accuracy']:.1%} |" in text
+    for found in result["arms"].values():
+        assert f"| {found['cpu_seconds']:.0f} | {found['peak_memory_mib']} MiB |" in text
+    assert f"({result['arms']['ours']['last_logged']['distill/exact_tokens']:.1%} of" in " ".join(text.split())

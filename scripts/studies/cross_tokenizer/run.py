@@ -227,7 +227,7 @@ def main(words: list[str] | None = None) -> None:
     }
     where = RESULTS if options.write_results else options.output_dir
     where.mkdir(parents=True, exist_ok=True)
-    (where / "gold.json").write_text(json.dumps(result, indent=2) + "\n")
+    (where / "beside_gold.json").write_text(json.dumps(result, indent=2) + "\n")
     for arm, found in arms.items():
         print(f"{arm:8} accuracy {found['accuracy']:.3f}, {found['kl_per_answer']:.2f} nats per answer")
 
