@@ -108,7 +108,7 @@ def watch_precision(trainer: OPDTrainer) -> dict[str, float]:
     measure, term = trainer.estimator.measure, trainer.estimator.term
 
     def watched_measure(*args, slopes=None):
-        if slopes.divergence is not None:  # that of texts is not expected
+        if slopes is not None and slopes.divergence is not None:  # that of texts is not expected
             watch("slopes", slopes.divergence)
         return measure(*args, slopes=slopes)
 
