@@ -349,7 +349,9 @@ def test_refused(tmp_path, changes, message):
 
 
 def test_estimates_need_the_whole_vocabulary(tmp_path, tokenizer, prompts, teacher):
-    with pytest.raises(ValueError, match="only kl_estimator='full' with kl_discount=0 and without `cross_tokenizer` can renormalise"):
+    with pytest.raises(
+        ValueError, match="only kl_estimator='full' with kl_discount=0 and without `cross_tokenizer` can renormalise"
+    ):
         OPDTrainer(
             model=make_model(seed=1, vocab_size=40),
             teacher_model=teacher,
