@@ -1,6 +1,7 @@
 // Third part: the panel beside the cards (on a phone, below them), pointer and keys. The last lines start the page.
 // -- the panel -------------------------------------------------------------------------------------------------
 let current = null, pinned = false;
+const spelled = (texts) => texts.split(" | ").map(inWords).join(" | "); // the tokens of a span
 function outline() {
   document.querySelectorAll(".t.current, .t.same").forEach((node) => node.classList.remove("current", "same", "pinned"));
   if (!current) return;
@@ -35,8 +36,8 @@ function show(row, view, i, speak) {
   add("position, id", `${i + 1}, ${chosen}`);
   const span = spanOf(row, i);
   if (span) {
-    add("span, student's tokens", inWords(span.student));
-    add("span, teacher's tokens", inWords(span.teacher));
+    add("span, student's tokens", spelled(span.student));
+    add("span, teacher's tokens", spelled(span.teacher));
     add("its cost", `${span.exact ? "exact" : "partly sampled"}${span.charged ? "; charged for another spelling" : ""}`);
   }
   const lists = row.views.map((v, n) => alternatives(two ? `Student ${letters[n]}` : "Student's top 5", classes[n], v, i, chosen));
@@ -48,7 +49,7 @@ function show(row, view, i, speak) {
   const sentence = `${written}: KL ${nats(row.views[view].kl[i])}. ${letters.map((l, n) => `${two ? l : "Student"} ${p(row.views[n].logp[i])}`).join(", ")}, `
     + `teacher ${p(teacher.logp[i])}.`
     + (teacher.top[i][0].length ? ` Teacher’s first choice “${inWords(name(teacher.top[i][0][0]))}” ${percent(teacher.top[i][1][0])}.` : "")
-    + (span ? ` Span ${inWords(span.student)}, in the teacher’s tokens ${inWords(span.teacher)}.` : "");
+    + (span ? ` Span ${spelled(span.student)}, in the teacher’s tokens ${spelled(span.teacher)}.` : "");
   $("said").setAttribute("aria-live", speak ? "polite" : "off"); // pointing would chatter
   $("said").textContent = sentence;
   $("panel").classList.add("open");
