@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from trl_distill.reporting.tokens import page as rendered
+from trl_distill.reporting.tokens.table import Span
 
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra `dev`)")
@@ -128,6 +130,22 @@ def test_a_pinned_token_stays_until_escape(opened, table):
     assert page.locator("#panel-token").inner_text() == "No token yet"
     token(page, 2, 0).hover()
     assert page.locator("#panel-token").inner_text() == "“␣cat”"
+
+
+def test_spans_of_another_tokenizer_are_shown_in_both_spellings(opened, table):
+    whole = table()
+    first, *others = whole.completions
+    spans = (Span(0, 1, "the", "the", True, False), Span(1, 3, " cat |  sat", " c | at |  sat", False, True))
+    page = opened(replace(whole, completions=(replace(first, spans=spans), *others)))
+    token = page.locator("article:has(#row-0) .t", has_text="sat")
+    assert "sampled" in token.get_attribute("class")
+    token.click()
+    panel = page.locator("#panel-body").inner_text()
+    assert "␣cat | ␣sat" in panel
+    assert "␣c | at | ␣sat" in panel
+    assert "partly sampled; charged for another spelling" in panel
+    page.locator("article:has(#row-0) .t", has_text="the").click()
+    assert "partly sampled" not in page.locator("#panel-body").inner_text()
 
 
 def test_search_shows_what_fits_and_highlights_across_tokens(opened, table):
