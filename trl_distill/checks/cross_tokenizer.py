@@ -20,7 +20,7 @@ from .tokenizers import PROBE_CONVERSATION, named, same_tokenizer
 
 MOST_CHANGED = 0.05  # of the student's tokens; with more, much of what it writes would count as off the path
 MOST_SHOWN = 10  # spans in the preflight
-MARKERS = ("<think>", "<|channel|>", "<|start_think|>")
+MARKERS = {"<think>": "</think>", "<|channel|>": None, "<|start_think|>": "<|end_think|>"}  # of a thought, and its end
 
 
 def has_another(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None) -> bool:
@@ -186,8 +186,7 @@ def thoughts(
     ends = [_generation_prompt(tokenizer, template_kwargs) for tokenizer in (student, teacher)]
     if None in ends:
         return Finding("chat template", "ok", "Prompts are given to each model in its own form.")
-    opened = [next((mark for mark in MARKERS if mark in str(end)), None) for end in ends]
-    if (opened[0] is None) != (opened[1] is None):
+    if _opens_thought(str(ends[0])) != _opens_thought(str(ends[1])):
         return Finding(
             "chat template",
             "error",
@@ -202,6 +201,11 @@ def thoughts(
         "Each model gets prompts in its own template. Before an answer the student's writes "
         f"{ends[0]!r}, the teacher's {ends[1]!r}.",
     )
+
+
+def _opens_thought(end: str) -> bool:
+    """Whether a thought has begun where an answer begins; one that is closed, such as an empty one, is none."""
+    return any(mark in end and not (close and close in end.rpartition(mark)[2]) for mark, close in MARKERS.items())
 
 
 def _generation_prompt(tokenizer: Any, template_kwargs: dict[str, Any] | None) -> str | None:
