@@ -70,3 +70,13 @@ def test_every_dataset_of_the_example_was_read_by_a_trainer(name):
     losses = FOUND[name]["read_by"]["losses"]
     assert len(losses) == 2
     assert all(0 < loss < 20 for loss in losses)
+
+
+def test_throughput_is_quoted_as_it_was_measured():
+    found = json.loads((ROOT / "docs" / "results" / "synthetic" / "throughput.json").read_text())
+    at_once, slow = found["at_once"], found["slow_answers"]
+    page = " ".join(PAGE.split())
+    assert f"{at_once['prompts_per_second']:,.0f} prompts per second where it answers at once" in page
+    assert f"it is kept {slow['busy_share']:.1%} busy".replace("%", " %") in page
+    largest = max(run["memory"]["growth_mib"] for run in (at_once, slow))
+    assert f"Memory grows by {largest} MiB or less" in page

@@ -1,6 +1,8 @@
 """The study of a pruned SmolLM2, on tiny models: what is left out, what is measured, what the page shows."""
 
 import json
+import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +139,27 @@ def test_page_without_a_place_is_refused(tmp_path):
     page.write_text("# Title")
     with pytest.raises(ValueError, match="has no place for 'table'"):
         report.write(tmp_path, {"on-policy": "on-policy"}, page, tmp_path / "picture.png")
+
+
+def test_the_page_tells_the_means_of_the_results():
+    docs = Path(__file__).parents[2] / "docs"
+    page = " ".join((docs / "pretrained.md").read_text().split())
+    runs = {
+        arm: [
+            json.loads(path.read_text())["final"]
+            for path in sorted((docs / "results" / "pretrained").glob(f"{arm}-?.json"))
+        ]
+        for arm in ("on-policy", "distributions", "sft", "distributions-first")
+    }
+    reverse = {arm: f"{statistics.mean(one['reverse_kl'] for one in found):.2f}" for arm, found in runs.items()}
+    assert (
+        f"stays at {reverse['sft']} nats; with the distributions (`lmbda=0`) it is {reverse['distributions']}" in page
+    )
+    assert f"({reverse['on-policy']} against {reverse['distributions']})" in page
+    assert f"ends at {reverse['distributions-first']}, the lowest of all" in page
+    forward = [statistics.mean(one["forward_kl"] for one in runs[arm]) for arm in ("distributions", "on-policy")]
+    assert f"({forward[0]:.2f} against {forward[1]:.2f})" in page
+    capitals = [
+        statistics.mean(one["accuracy"]["capital"] for one in runs[arm]) for arm in ("distributions", "on-policy")
+    ]
+    assert f"capitals, {100 * capitals[0]:.0f} % against {100 * capitals[1]:.0f} %" in page

@@ -26,6 +26,9 @@ AHEAD = 8  # requests of chunks that are begun, for each that is under way
 @contextmanager
 def _imports_left_alone() -> Iterator[None]:
     """Keep the garbage collector from what is there already: to go through all of PyTorch stops every thread."""
+    if gc.get_freeze_count():  # by the caller, who wants to keep it so
+        yield
+        return
     gc.freeze()
     try:
         yield
