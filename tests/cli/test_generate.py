@@ -159,10 +159,20 @@ def test_errors_are_said_without_a_traceback(run, tmp_path, monkeypatch):
 
 def test_an_endpoint_that_fails_half_way_loses_nothing(run, tmp_path):
     write(tmp_path / "prompts.jsonl", [{"prompt": f"prompt {i}"} for i in range(20)])
-    asked: list[str] = []
+
+    def refuse_the_third_chunk(text: str) -> int | None:
+        """And those after it, but not before the first two are finished."""
+        if int(text.removeprefix("prompt ")) < 8:
+            return None
+        for _ in range(6000):
+            if len(list(tmp_path.glob("out.work/completions/*/*.jsonl"))) == 2:
+                break
+            time.sleep(0.01)
+        return 500
+
     with ChatServer(lambda text, seed: f"{text} is answered {seed}") as server:
         settings = ("--teacher_models", json.dumps({"m": f"{server.url}#m"}), "--chunk_size", "4", "--retries", "0")
-        server.refuse = lambda text: asked.append(text) or (500 if len(asked) > 10 else None)
+        server.refuse = refuse_the_third_chunk
         with pytest.raises(SystemExit, match="HTTP 500"):
             run(*settings)
         assert not (tmp_path / "out").exists()
