@@ -1,8 +1,8 @@
-"""What a source of completions is."""
+"""What a source of completions is, and how the stages ask one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -60,6 +60,30 @@ class Source(Protocol):
     def close(self) -> None:
         """Give back memory and connections."""
         ...
+
+
+def ask(worker: Source, prompts: list[Text], seeds: Seeds, answered_before: Callable[[], bool]) -> list[Answer]:
+    """
+    One answer to each prompt.
+
+    Args:
+        worker (`Source`): who is asked.
+        prompts (`list`): texts or messages. If there are none, no request is sent.
+        seeds (`int` or `list[int]`): as in [`Source.complete`].
+        answered_before (`Callable[[], bool]`): whether the source answered other prompts before, perhaps in an earlier
+            run. Its settings are then not at fault if it refuses all of these.
+
+    Raises:
+        AllRefusedError: it refuses every prompt, and has answered none before.
+    """
+    if not prompts:
+        return []
+    try:
+        return worker.complete(prompts, seeds)
+    except AllRefusedError as error:
+        if not answered_before():
+            raise
+        return error.answers
 
 
 @dataclass(frozen=True)

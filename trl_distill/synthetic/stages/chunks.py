@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 from ..config import GenerateConfig
-from ..records import Answer, Answered, PromptAnswer, PromptRow, PromptScores
-from ..sources.base import AllRefusedError, Source
-from ..text import Text
+from ..records import Answered, PromptAnswer, PromptRow, PromptScores
+from ..sources.base import Source, ask
 from ..work_folder import WorkFolder, read_lines, seed_of, write_lines
 from .ingest import Prompts
 from .verify import Scorer
@@ -101,17 +100,12 @@ class CompleteStage(ChunkStage[Source]):
     def rows(self, worker: Source, number: int) -> Iterator[dict[str, Any]]:
         rows = [row for row in self.prompts.chunk(number) if self._asks(row)]
         seeds = [seed_of(self.config.seed, self.teacher, row.id) for row in rows]
-        answers = self._answers(worker, [row.prompt for row in rows], seeds) if rows else []
+        answers = ask(worker, [row.prompt for row in rows], seeds, self._had_completions)
         for row, answer in zip(rows, answers, strict=True):
             yield PromptAnswer(row.id, answer).as_dict()
 
-    def _answers(self, worker: Source, prompts: list[Text], seeds: list[int]) -> list[Answer]:
-        try:
-            return worker.complete(prompts, seeds)
-        except AllRefusedError as error:
-            if not any(map(self._has_completion, sorted(self.finished()))):
-                raise
-            return error.answers  # other chunks have answers, so the settings are not at fault
+    def _had_completions(self) -> bool:
+        return any(map(self._has_completion, sorted(self.finished())))
 
     def _has_completion(self, number: int) -> bool:
         """Whether a finished chunk holds a completion."""

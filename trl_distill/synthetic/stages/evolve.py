@@ -15,7 +15,7 @@ from typing import Any
 from ..config import GenerateConfig
 from ..output.counts import Skip, Stage
 from ..records import Answer, Candidate, PromptRow, Refusal
-from ..sources.base import Source
+from ..sources.base import Source, ask
 from ..text import Text, content, flat, words
 from ..work_folder import WorkFolder, digest, read_lines, seed_of
 from .benchmarks import load_benchmarks
@@ -24,7 +24,7 @@ from .contamination import Benchmarks
 from .dedup import Seen
 from .ingest import Prompts, prompt_key
 from .operations import APOLOGY, Operation, load_operations
-from .rewriting import answer_text, ask, last_words
+from .rewriting import answer_text, last_words
 
 
 FOLDER = "evolved"

@@ -14,7 +14,7 @@ from typing import Any
 from ..config import GenerateConfig
 from ..output.counts import Skip, SkipFile, Stage
 from ..records import Answer, PromptRow, Refusal, answer_as_dict, answer_from_dict
-from ..sources.base import AllRefusedError, Source
+from ..sources.base import Source, ask
 from ..text import Text, flat
 from ..work_folder import WorkFolder, read_lines, seed_of, write_lines
 from .contamination import Benchmarks
@@ -127,14 +127,8 @@ class NewPrompts:
             draw = random.Random(seed_of(self.config.seed, "new prompts", number))
             examples = min(self.config.new_prompts_seeds, len(pool))
             asked = [self._question(draw.sample(pool, examples)) for _ in range(self.config.chunk_size)]
-            try:
-                answers = self.worker.complete(
-                    asked, [seed_of(self.config.seed, "round", number, i) for i in range(len(asked))]
-                )
-            except AllRefusedError as error:
-                if number == 0:
-                    raise
-                answers = error.answers  # the rounds before had others
+            seeds = [seed_of(self.config.seed, "round", number, i) for i in range(len(asked))]
+            answers = ask(self.worker, asked, seeds, lambda: number > 0)
             write_lines(path, map(answer_as_dict, answers))
             self.work.share(path)
         return [answer_from_dict(found) for found in read_lines(path)]
@@ -143,11 +137,11 @@ class NewPrompts:
         shown = "\n\n".join(f"Task {i}:\n{text}" for i, text in enumerate(examples, start=1))
         if self.seeds.text:  # a model that continues text goes on with the list
             return f"Different tasks of one kind, each with numbers and words of its own.\n\n{shown}\n\n{CUE}\n"
-        ask = (
+        request = (
             f"Here are examples of a kind of task.\n\n{shown}\n\nWrite one new task of this kind that differs from "
             f'all of them. Do not solve it. Write "{CUE}" and then the task, and nothing else.'
         )
-        return [{"role": "user", "content": ask}]
+        return [{"role": "user", "content": request}]
 
 
 def _read(answer: Answer) -> tuple[str, str | None]:

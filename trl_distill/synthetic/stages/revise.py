@@ -16,13 +16,13 @@ from typing import Any
 from ..config import GenerateConfig
 from ..output.counts import Stage
 from ..records import Answer, Completion, PromptAnswer, PromptRow
-from ..sources.base import Source
+from ..sources.base import Source, ask
 from ..text import Text, normal
 from ..work_folder import WorkFolder, digest, read_lines, seed_of
 from .chunks import ChunkStage
 from .ingest import Prompts
 from .principles import Principle, load_principles
-from .rewriting import answer_text, ask
+from .rewriting import answer_text
 
 
 COMPLETIONS = "completions"

@@ -1,37 +1,10 @@
-"""What the stages that rewrite prompts and completions share: asking a source, and reading what it wrote."""
+"""What the stages that rewrite prompts and completions share: reading what a source wrote."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 from ..records import Answer, Refusal
-from ..sources.base import AllRefusedError, Source
-from ..text import Text
-
-
-def ask(worker: Source, questions: list[Text], seeds: list[int], answered_before: Callable[[], bool]) -> list[Answer]:
-    """
-    One answer to each question.
-
-    Args:
-        worker (`Source`): who is asked.
-        questions (`list`): texts or messages; none are no request.
-        seeds (`list[int]`): one for each.
-        answered_before (`Callable[[], bool]`): whether the source answered others in an earlier run, so that its
-            settings are not at fault if it refuses all of these.
-
-    Raises:
-        AllRefusedError: it refuses everything, and did from the beginning.
-    """
-    if not questions:
-        return []
-    try:
-        return worker.complete(questions, seeds)
-    except AllRefusedError as error:
-        if not answered_before():
-            raise
-        return error.answers
 
 
 def answer_text(answer: Answer, ends: list[str]) -> tuple[str, str | None]:
