@@ -1,15 +1,13 @@
 """One HTTP client with retries, for the served teacher and for the endpoints of the data engine.
 
 It sends a request to one of several servers that serve the same, again and with growing pauses while the fault may
-pass, and several requests at once until one fails. Threads and connections last as long as the client. What an answer
-means is left to the caller, who also says what its users call the settings. Passwords and keys stand in no message,
-whatever a server repeats; headers are never printed.
+pass, and several requests at once until one fails. Threads last as long as the client. How one request is sent, and
+what of it may be shown, is in `http_requests.py`. What an answer means is left to the caller, who also says what its
+users call the settings.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import logging
 import math
 import random
@@ -21,9 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.request import getproxies
 
-import httpx2 as httpx
 from tenacity import (
     RetryCallState,
     Retrying,
@@ -33,10 +29,12 @@ from tenacity import (
     stop_when_event_set,
 )
 
-from .http_messages import forms_of, may_pass, retry_after, server_message
-from .plain_transport import PlainTransport
-from .server_urls import ServerURL, clean_key
+from .http_requests import PassingError, Requests, StatusError
+from .server_urls import ServerURL
 from .under_way import UNDER_WAY, Countdown
+
+
+__all__ = ["GivenUpError", "HTTPClient", "NoAnswerError", "PassingError", "Settings", "StatusError", "given_up"]
 
 
 logger = logging.getLogger(__name__)
@@ -48,16 +46,7 @@ T = TypeVar("T")
 LONGEST_PAUSE = 30.0  # seconds between two attempts, whatever the server asks for
 
 
-LONGEST_CONNECT = 5.0  # seconds
-
-
 FAILED_RECENTLY_SECONDS = 30.0  # seconds during which a URL that failed comes after the others
-
-
-LONGEST_MESSAGE = 1000  # characters of what a server says
-
-
-PROXIES = {"http", "https", "all"}  # kinds of proxy with which httpx's own transport is used
 
 
 LOOK_EVERY = 0.2  # seconds between two looks at whether the caller has given up
@@ -67,28 +56,12 @@ given_up: ContextVar[threading.Event | None] = ContextVar("given_up", default=No
 """An event that ends [`HTTPClient.all`] in the context that sets it, for callers that work in several threads."""
 
 
-class PassingError(Exception):
-    """A failure after which another attempt may succeed; `retry_after` is what the server asks to wait, in seconds."""
-
-    def __init__(self, message: str, retry_after: float = 0.0):
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
 class GivenUpError(Exception):
     """The caller's event [`given_up`] was set while answers were waited for."""
 
 
 class NoAnswerError(Exception):
     """No answer after all attempts. The message names the addresses, what was tried, and the settings to change."""
-
-
-class StatusError(Exception):
-    """The server refuses the request, and would refuse it again; `status` is its HTTP status."""
-
-    def __init__(self, message: str, status: int):
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True)
@@ -151,26 +124,13 @@ class HTTPClient:
         balanced: bool = False,
     ):
         self.settings, self.balanced = settings, balanced
-        key = clean_key(api_key, settings.key_advice)
-        logins = [server.login for server in servers if server.login]
-        self._logins = {server.base: httpx.BasicAuth(*server.login) for server in servers if server.login}
-        sent = [base64.b64encode(":".join(login).encode()).decode().rstrip("=") for login in logins]
-        hidden = {
-            form for secret in (key, *(login[1] for login in logins), *sent, *secrets) for form in forms_of(secret)
-        }
-        self._secrets = sorted(hidden, key=len, reverse=True)  # one may be the beginning of another
+        self._requests = Requests(servers, settings.timeout, settings.key_advice, api_key, secrets)
         self._failed: dict[str, float] = {}  # URL: when it failed last, by time.monotonic()
         self._threads = ThreadPoolExecutor(
             settings.concurrency * (len(servers) if balanced else 1), thread_name_prefix="requests"
         )
-        self._own = threading.local()  # a client for each thread: one that is shared costs more with each connection
-        self._opened: list[httpx.Client] = []
         self._closed = threading.Event()
         self._halts: set[threading.Event] = set()  # of all calls under way
-        secure = any(server.base.startswith("https") for server in servers)
-        self._certificates = httpx.create_ssl_context() if secure else None  # made once: it takes some milliseconds
-        self._templates: dict[str, tuple[httpx.URL, list[tuple[bytes, bytes]], Any]] = {}  # by URL
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def ask(
         self,
@@ -200,25 +160,13 @@ class HTTPClient:
         """
         start, halt = time.monotonic(), halt or threading.Event()
         urls = self.in_turn(urls)
-        settings, untried = self.settings, list[str]()
+        untried: list[str] = []
 
         def attempt() -> T:
             untried[:] = untried or urls
             if halt.is_set():
                 raise PassingError(f"{untried[0]}: given up, because another request failed")
-            with self._chosen(untried) as url:
-                untried.remove(url)
-                try:
-                    content = self._send(url, path, body)
-                except PassingError:
-                    self._failed[url] = time.monotonic()
-                    raise
-                self._failed.pop(url, None)
-            try:
-                return read(url + path, content)
-            except Exception as error:
-                error.args = tuple(self.hidden(arg) if isinstance(arg, str) else arg for arg in error.args)
-                raise
+            return self._ask_one(untried, path, body, read)
 
         try:
             return attempt()  # most requests need no more, and making what follows takes longer than sending
@@ -230,21 +178,44 @@ class HTTPClient:
                 raise failed.pop()
             return attempt()
 
-        attempts = Retrying(
-            stop=stop_after_attempt(settings.retries + 1) | stop_when_event_set(halt),
+        attempts = self._attempts(len(urls), halt)
+        try:
+            return attempts(first_or_next)
+        except PassingError as error:
+            tried = attempts.statistics["attempt_number"]
+            raise NoAnswerError(
+                f"No answer from {self.settings.who} at {', '.join(urls)}, tried {tried} times in "
+                f"{time.monotonic() - start:.1f} s. The last error: {error}. {self.settings.advice()}"
+            ) from error
+
+    def _ask_one(
+        self, untried: list[str], path: str, body: dict[str, Any] | None, read: Callable[[str, bytes], T]
+    ) -> T:
+        """Ask one of the servers that were not asked in this round, and take it out of them."""
+        with self._chosen(untried) as url:
+            untried.remove(url)
+            try:
+                content = self._requests.send(url, path, body)
+            except PassingError:
+                self._failed[url] = time.monotonic()
+                raise
+            self._failed.pop(url, None)
+        try:
+            return read(url + path, content)
+        except Exception as error:
+            error.args = tuple(self._requests.hidden(arg) if isinstance(arg, str) else arg for arg in error.args)
+            raise
+
+    def _attempts(self, servers: int, halt: threading.Event) -> Retrying:
+        """The pauses between attempts, and when they end."""
+        return Retrying(
+            stop=stop_after_attempt(self.settings.retries + 1) | stop_when_event_set(halt),
             retry=retry_if_exception_type(PassingError),
-            wait=lambda state: self._pause(state, len(urls)),
+            wait=lambda state: self._pause(state, servers),
             sleep=sleep_using_event(halt),
             before_sleep=self._warn,
             reraise=True,
         )
-        try:
-            return attempts(first_or_next)
-        except PassingError as error:
-            raise NoAnswerError(
-                f"No answer from {settings.who} at {', '.join(urls)}, tried {attempts.statistics['attempt_number']} "
-                f"times in {time.monotonic() - start:.1f} s. The last error: {error}. {settings.advice()}"
-            ) from error
 
     def all(self, calls: Sequence[Callable[[threading.Event], T]]) -> list[T]:
         """
@@ -314,26 +285,7 @@ class HTTPClient:
         for halt in list(self._halts):
             halt.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for client in list(self._opened):
-            client.close()
-
-    @property
-    def _client(self) -> httpx.Client:
-        """This thread's connections."""
-        if not hasattr(self._own, "client"):
-            timeout, certificates = self.settings.timeout, self._certificates
-            connect = min(timeout, LONGEST_CONNECT)
-            plain = PlainTransport(timeout, connect, certificates)
-            self._own.client = httpx.Client(
-                timeout=httpx.Timeout(timeout, connect=connect),
-                headers=self._headers,
-                verify=certificates or True,
-                transport=None if set(getproxies()) & PROXIES else plain,
-            )
-            self._opened.append(self._own.client)
-            if self._closed.is_set():  # meanwhile
-                self._own.client.close()
-        return self._own.client
+        self._requests.close()
 
     def _warn(self, state: RetryCallState) -> None:
         error = state.outcome and state.outcome.exception()
@@ -346,39 +298,3 @@ class HTTPClient:
         longest = self.settings.backoff * 2.0 ** min(state.attempt_number - servers, 99)
         error: Any = state.outcome and state.outcome.exception()
         return min(max(longest * random.uniform(0.5, 1.0), error.retry_after), LONGEST_PAUSE)
-
-    def _send(self, base: str, path: str, body: dict[str, Any] | None) -> bytes:
-        url, auth = base + path, self._logins.get(base, httpx.USE_CLIENT_DEFAULT)
-        client = self._client
-        try:
-            response = client.send(self._request(client, url, body), auth=auth)
-        except (httpx.TransportError, httpx.DecodingError) as error:
-            raise PassingError(self.hidden(f"{url}: {type(error).__name__} {error}".rstrip())) from error
-        status = response.status_code
-        if status == 200:
-            return response.content
-        refusal = self.hidden(f"{url} answered HTTP {status}: {server_message(response.content)}").rstrip(".")
-        if may_pass(status):
-            raise PassingError(refusal, retry_after(response.headers.get("Retry-After")))
-        if status in (401, 403):
-            refusal = f"{refusal}. {self.settings.key_advice}"
-        elif 300 <= status < 400:
-            refusal = f"{refusal}. Redirects are not followed: name the server's final URL"
-        raise StatusError(f"{refusal.rstrip('.')}.", status)
-
-    def _request(self, client: httpx.Client, url: str, body: dict[str, Any] | None) -> httpx.Request:
-        """A request with the headers that the client gives the first to a URL: to merge them anew each time is slow."""
-        method = "GET" if body is None else "POST"
-        if url not in self._templates:
-            built = client.build_request(method, url, json={})
-            headers = [(name, value) for name, value in built.headers.raw if name.lower() != b"content-length"]
-            self._templates[url] = (built.url, headers, built.extensions)
-        where, headers, extensions = self._templates[url]
-        content = None if body is None else json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-        return httpx.Request(method, where, headers=headers, content=content, extensions=extensions)
-
-    def hidden(self, text: str) -> str:
-        """A text without secrets, since some servers repeat what they refuse, and cut: whole, half a key would stay."""
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
