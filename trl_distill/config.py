@@ -1,7 +1,7 @@
 """`OPDConfig`: GRPO's configuration plus the fields that a teacher needs.
 
 The docstring of the class explains each field, once: the command line's help is made from it. Invalid values are
-rejected by `config_checks.py`.
+rejected by `config_checks.py`, and by `resolved_checks.py` once it is known whether there are rewards.
 """
 
 from __future__ import annotations
@@ -20,18 +20,16 @@ from .config_checks import (
     KL_ESTIMATORS,
     REWARD_BASELINES,
     SCHEDULES,
-    check_group,
-    check_resolved,
     check_values,
     check_weighting,
     divergences_of,
-    shaping,
 )
 from .objective.custom import load_divergence
 from .objective.divergences import DIVERGENCES
 from .objective.weighting import WEIGHTINGS, load_weighting
 from .objective.weights import check_teacher_weights
 from .redaction import from_environment, redacted
+from .resolved_checks import check_group, check_resolved, shaping
 
 
 GENERATIONS_WITH_REWARDS = 8  # GRPO's own default

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from ..config_checks import shaping
+from ..resolved_checks import shaping
 from .findings import Finding
 
 
