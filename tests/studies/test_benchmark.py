@@ -107,6 +107,41 @@ def test_generation_counts_for_the_step_alone(measured):
         assert found.step_s[0] > found.generation_s
 
 
+@pytest.mark.parametrize("name", ["ours", "ours, combined"])
+def test_a_whole_step_is_taken_apart(cells, tmp_path, name):
+    """Every part takes some time, generation the more the longer it is; afterwards the trainer is as it was."""
+    from scripts.studies.benchmark.clocks import AROUND, PARTS
+    from scripts.studies.benchmark.contenders import Contender, TrainerParts
+
+    cell = replace(cells.preset("real", dry_run=True)[0], group=4 if "combined" in name else 1, tokens=12)
+    contender = Contender(name, TrainerParts(cell, cells.make_rollouts(cell), tmp_path, CPU))
+    trainer, student = contender.trainer, contender.student
+    before, generate = set(vars(trainer)), student.generate
+    contender.turn(0)
+    attributes = {*before, *vars(trainer)}
+    found = contender.whole(1)
+    assert set(found) == {*PARTS, *AROUND}
+    assert all(seconds > 0 for seconds in found.values())
+    assert found["generation"] > 0.2 * sum(found.values())  # twelve forward passes for each prompt, against one
+    assert set(vars(trainer)) <= attributes
+    assert student.generate == generate
+    assert trainer.args.logging_strategy == "no"
+    longer = replace(cell, tokens=48)
+    contender = Contender(name, TrainerParts(longer, cells.make_rollouts(longer), tmp_path / "longer", CPU))
+    contender.turn(0)
+    assert contender.whole(1)["generation"] > 1.5 * found["generation"]
+
+
+def test_the_largest_part_of_a_step_is_marked(measured):
+    from scripts.studies.benchmark import report as report
+
+    results = measured("uniform", contenders=("ours",), generates=True)
+    results.cells[0].contenders["ours"].whole["teacher"] = 1e6
+    _, columns, (row,) = report.whole(results)
+    assert row[columns.index("teacher")] == "**100.0%**"
+    assert sum("**" in text for text in row) == 1
+
+
 def test_without_metrics_the_loss_is_the_same_and_the_profile_is_not_logged(cells, tmp_path):
     from scripts.studies.benchmark.contenders import Contender, TrainerParts
 

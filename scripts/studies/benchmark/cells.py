@@ -203,6 +203,30 @@ def gpu_cells() -> list[Cell]:
     ]
 
 
+def real_cells() -> list[Cell]:
+    """
+    Students shaped like SmolLM2-135M and like the first eight layers of Qwen3-0.6B, with teachers shaped like SmolLM2-360M
+    and like the first eight layers of Qwen3-1.7B: layers and heads have the proportions that they have in use.
+
+    A second trainer of the larger shape has no room beside ours unless it is LoRA's.
+    """
+    smol = Cell("", Size(576, 30, 1536, 9, 3), Size(960, 32, 2560, 15, 5), PURE, vocab=49_152, tokens=48, micro_batch=4)
+    qwen = replace(smol, student=Size(1024, 8, 3072, 16, 8, 128), teacher=Size(2048, 8, 6144, 16, 8, 128))
+    qwen = replace(qwen, vocab=151_936, tokens=32)
+    alone, combined = ("ours",), {"contenders": COMBINED, "group": 4}
+    return [
+        replace(smol, name="135M", generates=True),
+        replace(smol, name="135M, combined", generates=True, **combined),
+        replace(smol, name="135M, LoRA", lora=True),
+        replace(smol, name="135M, combined, LoRA", lora=True, **combined),
+        replace(smol, name="135M, ragged", ragged=True, tokens=20),
+        replace(qwen, name="0.6B, 8 layers", contenders=alone, generates=True),
+        replace(qwen, name="0.6B, 8 layers, combined", contenders=("ours, combined",), group=4, generates=True),
+        replace(qwen, name="0.6B, 8 layers, LoRA", lora=True),
+        replace(qwen, name="0.6B, 8 layers, combined, LoRA", lora=True, **combined),
+    ]
+
+
 def growth_cells(gpu: bool) -> list[Cell]:
     """
     Points on three axes: tokens per step, vocabulary, parameters of the teacher's layers.
@@ -241,5 +265,9 @@ def projections(size: Size) -> list[tuple[int, int, int]]:
 
 def preset(name: str, dry_run: bool) -> list[Cell]:
     """The cells of a preset, those of its growth at the end."""
-    cells = [*(gpu_cells() if name == "gpu" else cpu_cells()), *growth_cells(name == "gpu")]
+    cells = {
+        "cpu": lambda: [*cpu_cells(), *growth_cells(gpu=False)],
+        "real": real_cells,
+        "gpu": lambda: [*gpu_cells(), *growth_cells(gpu=True)],
+    }[name]()
     return [cell.shrunk() for cell in cells] if dry_run else cells

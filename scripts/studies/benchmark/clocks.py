@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback
 
 
 PARTS = ("student forward", "backward", "teacher", "LM heads", "rest")
+
+
+AROUND = ("generation", "scoring", "optimizer", "logging", "data")  # parts of a whole step beside those of an update
 
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -39,12 +42,12 @@ class Shares:
         device (`torch.device`): synchronised at every change of part.
 
     Attributes:
-        seconds (`dict[str, float]`): by the names in `PARTS`.
+        seconds (`dict[str, float]`): by the names in `PARTS`, and for a whole step in `AROUND`.
     """
 
     def __init__(self, trainer: Any, student: Any, teacher: Any, device: torch.device):
         self.trainer, self.student, self.teacher, self.device = trainer, student, teacher, device
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds = dict.fromkeys((*PARTS, *AROUND), 0.0)
         self._stack: list[str] = []
         self._since = 0.0
 
@@ -57,7 +60,7 @@ class Shares:
 
     def _push(self, part: str) -> None:
         self._spend()
-        self._stack.append(part)
+        self._stack.append("generation" if "generation" in self._stack else part)
 
     def _pop(self) -> None:
         self._spend()
@@ -88,8 +91,8 @@ class Shares:
             output.last_hidden_state.register_hook(self._reached_backbone)
 
     @contextlib.contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Within this context steps are taken apart."""
+    def measuring(self, run: bool = False) -> Iterator[None]:
+        """Within this context steps are taken apart, or with `run` whole runs."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
         hooks = [
             *self._watch(self.student.base_model, "student forward"),
@@ -97,7 +100,7 @@ class Shares:
             *self._watch(self.teacher.base_model, "teacher"),
             self.student.base_model.register_forward_hook(self._after_student),
         ]
-        clock = _Bounds(self)
+        clock = _Bounds(self, run)
         trainer.add_callback(clock)
         trainer.compute_loss = self._timed("LM heads", trainer.compute_loss)
         accelerator.backward = self._timed("LM heads", accelerator.backward)
@@ -109,17 +112,78 @@ class Shares:
             for hook in hooks:
                 hook.remove()
 
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        """Within this context the parts in `AROUND` are told apart, too, from the first batch's loading to the log."""
+        trainer, clock = self.trainer, _Optimizer(self)
+        timed = [
+            (trainer, "get_batch_samples", "data"),
+            (trainer, "_generate_and_score_completions", "scoring"),
+            (trainer, "_clip_grad_norm", "optimizer"),
+            (trainer, "_log_step", "logging"),
+            (trainer, "_maybe_log_save_evaluate", "logging"),
+            (self.student, "generate", "generation"),
+        ]
+        before = [vars(owner).get(name) for owner, name, _ in timed]
+        for owner, name, part in timed:
+            setattr(owner, name, self._timed(part, getattr(owner, name)))
+        strategy, trainer.args.logging_strategy = trainer.args.logging_strategy, IntervalStrategy.STEPS
+        steps, trainer.args.logging_steps = trainer.args.logging_steps, 1
+        trainer.add_callback(clock)
+        try:
+            yield
+        finally:
+            trainer.remove_callback(clock)
+            trainer.args.logging_strategy, trainer.args.logging_steps = strategy, steps
+            for (owner, name, _), own in zip(timed, before, strict=True):
+                delattr(owner, name)
+                if own is not None:
+                    setattr(owner, name, own)
+
 
 class _Bounds(TrainerCallback):
-    """Begins and ends a step: time in between that belongs to no other part is "rest"."""
+    """
+    Begins and ends what is measured: time in between that belongs to no other part is "rest".
+
+    Args:
+        shares ([`Shares`]): that is told.
+        run (`bool`): measure from the beginning of the run to its end, with loading and logging, instead of a step.
+    """
+
+    def __init__(self, shares: Shares, run: bool = False):
+        self.shares, self.run = shares, run
+
+    def _begin(self, run: bool) -> None:
+        if run == self.run:
+            self.shares._push("rest")
+
+    def _end(self, run: bool) -> None:
+        if run == self.run:
+            self.shares._pop()
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._begin(run=True)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._end(run=True)
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._begin(run=False)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._end(run=False)
+
+
+class _Optimizer(TrainerCallback):
+    """Time between its two events is the optimizer's."""
 
     def __init__(self, shares: Shares):
         self.shares = shares
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.shares._push("rest")
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.shares._push("optimizer")
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.shares._pop()
 
 

@@ -24,7 +24,7 @@ from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from scripts.studies.benchmark.cells import Cell, Rollouts, make_model, make_rollouts, make_tokenizer
-from scripts.studies.benchmark.clocks import Shares, peak_memory, synchronize
+from scripts.studies.benchmark.clocks import PARTS, Shares, peak_memory, synchronize
 from trl_distill import OPDConfig, OPDTrainer
 
 
@@ -339,6 +339,13 @@ class Contender:
         shares = Shares(self.trainer, self.student, self.teacher, self.parts.device)
         with self.on_device(), shares.measuring():
             self.step(seed)
+        return {part: shares.seconds[part] for part in PARTS}
+
+    def whole(self, seed: int) -> dict[str, float]:
+        """Seconds of a whole step by part: loading, generation, scoring, update and log. For ours alone."""
+        shares = Shares(self.trainer, self.student, self.teacher, self.parts.device)
+        with self.on_device(), shares.measuring(run=True), shares.around():
+            self.step(seed, generating=True)
         return shares.seconds
 
     def close(self) -> None:

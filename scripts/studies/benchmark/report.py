@@ -43,7 +43,7 @@ ASKED_MEMORY = {"distillation": 1.0}
 ASKED_OF_GKD = 0.35  # of its memory at 152 k ids and 4 k tokens
 
 
-ASKED_OF_FLOOR = 1.3  # on a CPU
+ASKED_OF_FLOOR = {"cpu": 1.3, "real": 1.25}
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def floors(results: Results) -> Sheet:
         for name, contender in found.contenders.items():
             if not contender.update_s or not (name == found.base() or not contender.ours):
                 continue
-            asked = ASKED_OF_FLOOR if contender.ours and results.preset == "cpu" else None
+            asked = ASKED_OF_FLOOR.get(results.preset) if contender.ours else None
             floor = replace(contender, update_s=found.floor_s)
             shown, verdict = _shown(ratio(contender, floor, found.cell.dtype, "update_s"), _asked(results, asked))
             rows.append([found.cell.name, contender.label, _seconds(floor), _seconds(contender), shown, verdict])
@@ -166,6 +166,20 @@ def shares(results: Results) -> Sheet:
                 parts = (f"{contender.shares[part] / whole:.0%}" for part in PARTS)
                 rows.append([found.cell.name, contender.label, *parts])
     return "Where the time goes", ["cell", "contender", *PARTS], rows
+
+
+def whole(results: Results) -> Sheet:
+    """A step with generation by part; the largest is marked."""
+    rows, parts = [], ("generation", "scoring", "data", *PARTS[:4], "optimizer", "logging", "rest")
+    for found in results.cells:
+        for contender in found.contenders.values():
+            if contender.whole:
+                seconds = sum(contender.whole.values())
+                shown = [f"{contender.whole[part] / seconds:.1%}" for part in parts]
+                largest = max(range(len(parts)), key=lambda i: contender.whole[parts[i]])
+                shown[largest] = f"**{shown[largest]}**"
+                rows.append([found.cell.name, contender.label, f"{seconds:.3g}", *shown])
+    return "A whole step by part", ["cell", "contender", "seconds", *parts], rows
 
 
 def losses(results: Results) -> Sheet:
@@ -217,7 +231,7 @@ def per_token(results: Results) -> Sheet:
 AXES = {**PANELS, "wide": "tokens per step, 4 × the vocabulary"}
 
 
-SHEETS: tuple[Callable[[Results], Sheet], ...] = (speed, memory, floors, shares, losses, growth, per_token)
+SHEETS: tuple[Callable[[Results], Sheet], ...] = (speed, memory, floors, shares, whole, losses, growth, per_token)
 
 
 def show(results: Results, console: Console) -> None:

@@ -29,6 +29,7 @@ class ContenderResult:
         update_s, step_s (`list[float]`): seconds of an update in each turn, and of a step with generation.
         generation_s (`float`, *optional*): seconds of the generation alone.
         shares (`dict[str, float]`): seconds of an update by part.
+        whole (`dict[str, float]`): seconds of a step with generation by part; of ours.
         peak_mib (`float`, *optional*): peak memory above models and optimizer.
         failed (`str`): why there are no numbers; empty otherwise.
     """
@@ -43,6 +44,7 @@ class ContenderResult:
     step_s: list[float] = field(default_factory=list)
     generation_s: float | None = None
     shares: dict[str, float] = field(default_factory=dict)
+    whole: dict[str, float] = field(default_factory=dict)
     peak_mib: float | None = None
     failed: str = ""
 

@@ -149,6 +149,8 @@ def take_turns(
         if cell.generates and how.generation:
             turn = contender.turn(repeats, generating=True)
             found[name].step_s, found[name].generation_s = [turn.update + turn.generation], turn.generation
+            if contender.kind.is_ours:
+                found[name].whole = contender.whole(repeats)
         found[name].shares = contender.shares(repeats)
         if how.memory_of_gpu:
             found[name].peak_mib = contender.peak(repeats)
@@ -221,7 +223,7 @@ def chosen(options: argparse.Namespace) -> list[Cell]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--preset", choices=["cpu", "real", "gpu"], default="cpu")
     parser.add_argument("--dry_run", action="store_true", help="all cells in miniature, on the CPU")
     parser.add_argument("--cells", nargs="+", help="only these, by name")
     parser.add_argument("--repeats", type=int, default=3, help="timed turns of each contender")
