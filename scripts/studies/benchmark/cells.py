@@ -52,6 +52,7 @@ class Cell:
     micro_batch: int = 2  # rows per forward
     group: int = 1  # completions per prompt
     lora: bool = False
+    teachers: int = 1  # alike, each with the same weight
     dtype: str = "float32"
     timed: bool = True
     turns: int = 1  # for one of `--repeats`
@@ -205,8 +206,8 @@ def gpu_cells() -> list[Cell]:
 
 def real_cells() -> list[Cell]:
     """
-    Students shaped like SmolLM2-135M and like the first eight layers of Qwen3-0.6B, with teachers shaped like SmolLM2-360M
-    and like the first eight layers of Qwen3-1.7B: layers and heads have the proportions that they have in use.
+    Students shaped like SmolLM2-135M and like eight layers of Qwen3-0.6B, teachers like SmolLM2-360M and like eight
+    layers of Qwen3-1.7B: layers and heads have the proportions that they have in use.
 
     A second trainer of the larger shape has no room beside ours unless it is LoRA's.
     """
@@ -251,6 +252,22 @@ def growth_cells(gpu: bool) -> list[Cell]:
     return [replace(cell, name=f"{cell.axis} {cell.at:.6g}") for cell in cells]
 
 
+def far_cells() -> list[Cell]:
+    """Points on five axes for ours alone, each axis long enough for its slope to show."""
+    base = Cell("", Size(128, 4, 384, 4, 2, 32), Size(256, 6, 768, 4, 2), ("ours",), vocab=16_000, tokens=48)
+    row = replace(base, student=Size(64, 2, 192, 2, 1, 32), teacher=Size(128, 2, 384, 4, 2, 32), vocab=4_000)
+    row, group = replace(row, rows=1, micro_batch=1), replace(base, contenders=("ours, combined",), prompt=64)
+    points: list[tuple[str, float, Cell]] = []
+    points += [("length", n, replace(row, tokens=n)) for n in (512, 2048, 8192, 32_768)]
+    points += [("vocabulary", n, replace(base, vocab=n)) for n in (8_000, 32_000, 128_000)]
+    points += [("group", n, replace(group, group=n, rows=n)) for n in (4, 8, 16, 32)]
+    for layers in (4, 8, 16, 32):
+        size = replace(base.teacher, layers=layers)
+        points.append(("teacher", sum(map(math.prod, projections(size))) / 1e6, replace(base, teacher=size)))
+    points += [("teachers", n, replace(base, teachers=n)) for n in (1, 2, 4)]
+    return [replace(cell, axis=axis, at=at, name=f"{axis} {at:.6g}") for axis, at, cell in points]
+
+
 def projections(size: Size) -> list[tuple[int, int, int]]:
     """`(count, in, out)` of a backbone's linear maps."""
     queries, keys = size.heads * size.head_dim, size.kv_heads * size.head_dim
@@ -268,6 +285,7 @@ def preset(name: str, dry_run: bool) -> list[Cell]:
     cells = {
         "cpu": lambda: [*cpu_cells(), *growth_cells(gpu=False)],
         "real": real_cells,
+        "growth": far_cells,
         "gpu": lambda: [*gpu_cells(), *growth_cells(gpu=True)],
     }[name]()
     return [cell.shrunk() for cell in cells] if dry_run else cells

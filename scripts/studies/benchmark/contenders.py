@@ -66,6 +66,11 @@ class TrainerParts:
     def teacher(self) -> Any:
         return make_model(self.cell.teacher, self.cell, 2, self.device)
 
+    def teachers(self) -> dict[str, Any]:
+        """Our arguments: one teacher, or several that are alike, so that the loss is the same."""
+        count = self.cell.teachers
+        return {"teacher_model": {f"t{i}": self.teacher() for i in range(count)} if count > 1 else self.teacher()}
+
     def settings(self) -> dict[str, Any]:
         """What all configurations share."""
         return {
@@ -109,10 +114,12 @@ def reward(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
 
 
 def ours(parts: TrainerParts, **changes: Any) -> Any:
+    if parts.cell.teachers > 1:
+        changes["teacher_weights"] = {f"t{i}": 1 / parts.cell.teachers for i in range(parts.cell.teachers)}
     args = OPDConfig(**parts.online(), **changes)
     return OPDTrainer(
         model=parts.student(),
-        teacher_model=parts.teacher(),
+        **parts.teachers(),
         args=args,
         train_dataset=parts.prompts(),
         **parts.given(),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scripts.studies.benchmark.cells import Cell, Rollouts, Size, make_model, projections
+from scripts.studies.benchmark.cells import Cell, Rollouts, Size, make_model, make_rollouts, projections
 from scripts.studies.benchmark.clocks import synchronize
 from scripts.studies.benchmark.contenders import BETA, reward
 from trl_distill import OPDConfig
@@ -108,14 +108,19 @@ def products(cell: Cell, rollouts: Rollouts) -> list[Product]:
     for start in range(0, cell.rows, cell.micro_batch):  # rows of like length in one forward
         forward = rows[start : start + cell.micro_batch]
         judged = sum(len(completion) for _, completion in forward)
-        found += [Product(1, judged, student, cell.vocab), Product(1, judged, teacher, cell.vocab)]
+        found += [Product(1, judged, student, cell.vocab), Product(cell.teachers, judged, teacher, cell.vocab)]
         found.append(Product(1, judged, cell.vocab, student))
         if not cell.lora:  # else the head is frozen
             found.append(Product(1, cell.vocab, judged, student))
         lengths = [len(prompt) + len(completion) for prompt, completion in forward]
-        found += _backbone(cell.teacher, lengths, passes=1)
+        found += _backbone(cell.teacher, lengths, passes=1) * cell.teachers
         found += _backbone(cell.student, lengths, passes=2 if cell.lora else 3)
     return found
+
+
+def multiplications(cell: Cell) -> float:
+    """How many of them the products of a step have."""
+    return sum(p.count * p.batch * p.m * p.k * p.n for p in products(cell, make_rollouts(cell)))
 
 
 def _backbone(size: Size, lengths: list[int], passes: int) -> list[Product]:

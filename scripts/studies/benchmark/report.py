@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from scripts.studies.benchmark import slopes
 from scripts.studies.benchmark.clocks import PARTS
 from scripts.studies.benchmark.growth import PANELS, curves_of, in_words, measured
 from scripts.studies.benchmark.results import CellResult, ContenderResult, Results
@@ -199,7 +200,7 @@ def growth(results: Results) -> Sheet:
     rows = []
     for found in results.cells:
         cell = found.cell
-        if cell.axis:
+        if cell.axis in AXES and len(found.contenders) > 1:
             mine = found.contenders[found.base()]
             for contender in found.contenders.values():
                 seconds, peak = (
@@ -231,7 +232,17 @@ def per_token(results: Results) -> Sheet:
 AXES = {**PANELS, "wide": "tokens per step, 4 × the vocabulary"}
 
 
-SHEETS: tuple[Callable[[Results], Sheet], ...] = (speed, memory, floors, shares, whole, losses, growth, per_token)
+SHEETS: tuple[Callable[[Results], Sheet], ...] = (
+    speed,
+    memory,
+    floors,
+    shares,
+    whole,
+    losses,
+    growth,
+    per_token,
+    slopes.sheet,
+)
 
 
 def show(results: Results, console: Console) -> None:
@@ -261,6 +272,8 @@ def markdown(results: Results) -> str:
             lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
         if rows and sheet is growth and results.preset == "cpu":
             lines += [f"![{in_words(curves_of(results))}](images/benchmark_growth.png)", ""]
+        if rows and sheet is slopes.sheet:
+            lines += [f"![{slopes.in_words(results)}](images/benchmark_slopes.png)", ""]
     return "\n".join(lines)
 
 

@@ -37,7 +37,7 @@ from datasets.utils.logging import disable_progress_bar as quiet_datasets
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging as transformers_logging
 
-from scripts.studies.benchmark import growth
+from scripts.studies.benchmark import growth, slopes
 from scripts.studies.benchmark import report as report
 from scripts.studies.benchmark.cells import Cell, make_rollouts, preset
 from scripts.studies.benchmark.contenders import CONTENDERS, Contender, TrainerParts, memory_of
@@ -223,7 +223,7 @@ def chosen(options: argparse.Namespace) -> list[Cell]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=["cpu", "real", "gpu"], default="cpu")
+    parser.add_argument("--preset", choices=["cpu", "real", "growth", "gpu"], default="cpu")
     parser.add_argument("--dry_run", action="store_true", help="all cells in miniature, on the CPU")
     parser.add_argument("--cells", nargs="+", help="only these, by name")
     parser.add_argument("--repeats", type=int, default=3, help="timed turns of each contender")
@@ -267,11 +267,18 @@ def main(options: argparse.Namespace) -> int:
             results.save(options.output_dir)  # nothing is lost where a later cell fails
             if not console.is_terminal:  # where bars are drawn only at the end
                 console.print(f"{cell.name}: done")
-    if any(found.cell.axis for found in results.cells):
-        growth.draw(growth.curves_of(results), options.output_dir / "benchmark_growth.png")
+    draw(results, options.output_dir)
     status = tables(results, options.write_docs)
     console.print(f"Results are in {options.output_dir}: benchmark.json" + ", and docs/" * options.write_docs)
     return status
+
+
+def draw(results: Results, folder: Path) -> None:
+    """The pictures of growth, where it was measured."""
+    if results.preset == "growth":
+        slopes.draw(results, folder / "benchmark_slopes.png")
+    elif any(found.cell.axis for found in results.cells):
+        growth.draw(growth.curves_of(results), folder / "benchmark_growth.png")
 
 
 def tables(results: Results, into_docs: bool) -> int:
@@ -279,8 +286,7 @@ def tables(results: Results, into_docs: bool) -> int:
     report.show(results, console)
     if into_docs:
         report.write_docs(results, ROOT / "docs" / "benchmarks.md")
-        if any(found.cell.axis for found in results.cells):
-            growth.draw(growth.curves_of(results), ROOT / "docs" / "images" / "benchmark_growth.png")
+        draw(results, ROOT / "docs" / "images")
     others = report.disagreeing(results)
     for line in others:
         console.print(line)
