@@ -211,20 +211,13 @@ def answer_all(
     Yields:
         `list[Answer]`: the answers of a batch.
     """
-    size = max(1, batch_size // how.generations)
-    device = next(model.parameters()).device
+    size, device = max(1, batch_size // how.generations), next(model.parameters()).device
     ids_of = functools.partial(prompt_ids, tokenizer, template_kwargs=template_kwargs)
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        prompts = [ids_of(row["prompt"], tools=row.get("tools")) for row in part]
         begun: Sequence[Sequence[int]] = prefixes[start : start + size] if prefixes is not None else [[]] * len(part)
-        given = [[*prompt, *prefix] for prompt, prefix in zip(prompts, begun, strict=True)]
-        written = sample_completions(model, part, given, tokenizer.pad_token_id, replace(how, seed=how.seed + start))
-        places = [i // how.generations for i in range(len(written))]
-        whole = [
-            replace(one, prompt=prompts[place], completion=[*begun[place], *one.completion])
-            for place, one in zip(places, written, strict=True)
-        ]
+        prompts = [ids_of(row["prompt"], tools=row.get("tools")) for row in part]
+        whole = _written(model, part, prompts, begun, tokenizer.pad_token_id, replace(how, seed=how.seed + start))
         read = [teacher_prompt_ids(one.row, one.prompt, ids_of) for one in whole]
         if reading is None:
             kl = _sequence_kl(model, teacher, whole, read, tokenizer.pad_token_id, how.temperature, merged, device)
@@ -235,7 +228,7 @@ def answer_all(
         texts = answer_texts(tokenizer, [one.completion for one in whole], ends)
         yield [
             Answer(
-                start + places[i],
+                start + i // how.generations,
                 tuple(one.completion),
                 _total(given_scores[i] for given_scores in by_name.values()),
                 one.truncated,
@@ -244,6 +237,24 @@ def answer_all(
             )
             for i, one in enumerate(whole)
         ]
+
+
+def _written(
+    model: Any,
+    rows: Sequence[dict[str, Any]],
+    prompts: Sequence[list[int]],
+    begun: Sequence[Sequence[int]],
+    pad: int,
+    how: Sampling,
+) -> list[SampledCompletion]:
+    """Sampled answers, `how.generations` to each row in turn, with the ids that they begin with."""
+    given = [[*prompt, *prefix] for prompt, prefix in zip(prompts, begun, strict=True)]
+    written = sample_completions(model, rows, given, pad, how)
+    places = [i // how.generations for i in range(len(written))]
+    return [
+        replace(one, prompt=prompts[place], completion=[*begun[place], *one.completion])
+        for place, one in zip(places, written, strict=True)
+    ]
 
 
 def _total(found: Iterable[float | None]) -> float | None:

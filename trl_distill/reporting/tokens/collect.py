@@ -18,7 +18,7 @@ from ...data.rewards import RewardFunction, scores
 from ...data.sampling import SampledCompletion, Signals, prompt_ids, rollouts_of, teacher_prompt_ids
 from ...objective.divergences import as_one_class, summands
 from ...signals import HiddenStates
-from .table import TOP, Completion, Opinion, View
+from .table import TOP, Completion, Opinion, Span, View
 from .texts import label, token_texts
 
 
@@ -106,10 +106,29 @@ def scored(
     rollouts = rollouts_of([row.prompt for row in written], completions, pad, device)
     tokens = torch.tensor([token for completion in completions for token in completion], device=device)
     of_all = [compare(student(rollouts), signal, tokens, merged, temperature) for student in students]
+    return completions_of(written, tokenizer, of_all[0][1], [view for view, _ in of_all])
+
+
+def completions_of(
+    written: Sequence[SampledCompletion],
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: Opinion,
+    views: Sequence[View],
+    spans: Sequence[tuple[Span, ...]] | None = None,
+) -> list[Completion]:
+    """
+    A batch of completions with what was said of their tokens; rewards are left empty.
+
+    Args:
+        written (`list` of [`~trl_distill.data.sampling.SampledCompletion`]): the batch.
+        tokenizer: the student's.
+        teacher ([`Opinion`]): on the tokens of all completions, one completion after the other.
+        views (`list` of [`View`]): of each student, on the same tokens.
+        spans (`list`, *optional*): of each completion, with a teacher that has another tokenizer.
+    """
     found, end = [], 0
-    for row in written:
+    for number, row in enumerate(written):
         start, end = end, end + len(row.completion)
-        views = tuple(_cut(view, start, end) for view, _ in of_all)
         found.append(
             Completion(
                 prompt=readable(row.row["prompt"]),
@@ -117,8 +136,9 @@ def scored(
                 texts=token_texts(tokenizer, row.completion),
                 truncated=row.truncated,
                 rewards={},
-                teacher=_cut(of_all[0][1], start, end),
-                views=views,
+                teacher=_cut(teacher, start, end),
+                views=tuple(_cut(view, start, end) for view in views),
+                spans=spans[number] if spans is not None else (),
             )
         )
     return found
@@ -151,8 +171,13 @@ def with_rewards(
 
 def labels_of(completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """The text of every id that occurs in a report."""
+    return {token: label(tokenizer, token) for token in ids_in(completions)}
+
+
+def ids_in(completions: Sequence[Completion]) -> list[int]:
+    """Every id that occurs in a report, sampled or among the most likely ones."""
     ids = {token for completion in completions for token in completion.ids}
     for completion in completions:
         for opinion in (completion.teacher, *completion.views):
             ids |= {token for top in opinion.top for token, _ in top}
-    return {token: label(tokenizer, token) for token in sorted(ids)}
+    return sorted(ids)

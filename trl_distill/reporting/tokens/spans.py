@@ -20,9 +20,9 @@ from ...data.sampling import SampledCompletion, Signals, prompt_ids, rollouts_of
 from ...estimators.cross_tokenizer import CrossTokenizer, SpanMeasures
 from ...heads.few_ids import top_ids
 from ...signals import AlignedStates, HiddenStates
-from .collect import readable
+from .collect import completions_of, ids_in
 from .table import TOP, Completion, Opinion, Span, View
-from .texts import label, token_texts
+from .texts import label
 
 
 @dataclass(frozen=True)
@@ -98,42 +98,18 @@ def scored_texts(
     assert isinstance(pad, int)
     signal = reading.signal(written, pad, device)
     rollouts = rollouts_of([row.prompt for row in written], [row.completion for row in written], pad, device)
-    views: list[list[View]] = []
+    views: list[View] = []
     log_p: list[float] = []
     for student in students:
         states = student(rollouts)
         values, measures = span_values(states, signal, written, reading.stops, temperature)
         assert measures.policy_log_q is not None
         assert measures.span_log_p is not None
-        top = _top(states, temperature)
-        views.append(_views(values, measures.policy_log_q.tolist(), top))
+        log_q, top = measures.policy_log_q.tolist(), _top(states, temperature)
+        views.append(View(tuple(log_q), tuple(top), tuple(torch.cat(values).tolist()), (math.nan,) * len(log_q)))
         log_p = torch.where(measures.starts, measures.span_log_p, math.nan).tolist()  # type: ignore[arg-type]
-    of_teacher = _of_teacher(signal, temperature)
-    found, end = [], 0
-    for number, row in enumerate(written):
-        start, end = end, end + len(row.completion)
-        found.append(
-            Completion(
-                prompt=readable(row.row["prompt"]),
-                ids=tuple(row.completion),
-                texts=token_texts(tokenizer, row.completion),
-                truncated=row.truncated,
-                rewards={},
-                teacher=Opinion(tuple(log_p[start:end]), tuple(of_teacher[start:end])),
-                views=tuple(of_all[number] for of_all in views),
-                spans=_spans(reading, row),
-            )
-        )
-    return found
-
-
-def _views(values: list[torch.Tensor], log_q: list[float], top: list[Any]) -> list[View]:
-    found, end = [], 0
-    for of_row in values:
-        start, end = end, end + len(of_row)
-        unknown = (math.nan,) * len(of_row)
-        found.append(View(tuple(log_q[start:end]), tuple(top[start:end]), tuple(of_row.tolist()), unknown))
-    return found
+    of_teacher = Opinion(tuple(log_p), tuple(_of_teacher(signal, temperature)))
+    return completions_of(written, tokenizer, of_teacher, views, [_spans(reading, row) for row in written])
 
 
 def _spans(reading: Reading, row: SampledCompletion) -> tuple[Span, ...]:
@@ -184,8 +160,4 @@ def labels_of_both(
     completions: Sequence[Completion], own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> dict[int, str]:
     """The text of every id that occurs, of the student and (with negative numbers) of the teacher."""
-    ids = {token for completion in completions for token in completion.ids}
-    for completion in completions:
-        for opinion in (completion.teacher, *completion.views):
-            ids |= {token for top in opinion.top for token, _ in top}
-    return {i: label(own, i) if i >= 0 else label(other, -1 - i) for i in sorted(ids)}
+    return {i: label(own, i) if i >= 0 else label(other, -1 - i) for i in ids_in(completions)}
