@@ -17,34 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, set_seed
 
 from scripts.studies.tasks.additions import correct, problems
-from scripts.studies.tasks.make_models import CHAT_TEMPLATE, answer, as_conversation, sft
+from scripts.studies.tasks.make_models import answer, as_conversation, make_tokenizer, sft
 
 
 DEMO = Path(__file__).parents[1] / "tasks" / "models"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r" ?[A-Za-z]+| ?\d{1,2}| ?[^\sA-Za-z\d]+|\s+"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    rows = problems(2000, seed=0)
-    text = [row["prompt"][0]["content"] for row in rows] + list(rows["solution"])
-    special = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=640, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(text, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", chat_template=CHAT_TEMPLATE
-    )
+PIECES = r" ?[A-Za-z]+| ?\d{1,2}| ?[^\sA-Za-z\d]+|\s+"  # up to two digits and the space before them are one piece
 
 
 @torch.no_grad()
@@ -68,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     set_seed(options.seed)
     own = PreTrainedTokenizerFast.from_pretrained(DEMO / "teacher")
-    other = make_tokenizer()
+    other = make_tokenizer(PIECES, size=640, rows=2000, every_byte=True)
     teacher = with_tokenizer(Qwen3ForCausalLM.from_pretrained(DEMO / "teacher"), own, other)
     for settings in (teacher.config, teacher.generation_config):
         settings.eos_token_id, settings.pad_token_id = other.eos_token_id, other.pad_token_id

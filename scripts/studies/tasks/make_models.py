@@ -35,19 +35,28 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    pieces: str = r"\d| |\+|=", size: int = 128, rows: int = 500, every_byte: bool = False
+) -> PreTrainedTokenizerFast:
+    """
+    A byte-pair tokenizer of the task's text.
+
+    Args:
+        pieces (`str`): regular expression of what text is cut into before; no token goes across two pieces.
+        size (`int`): of the vocabulary, at most.
+        rows (`int`): problems whose text it is trained on.
+        every_byte (`bool`): whether it has a token for each byte, also for those that are not in the text.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\d| |\+|="), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pieces), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    rows = problems(500, seed=0)
-    text = [row["prompt"][0]["content"] for row in rows] + list(rows["solution"])
+    written = problems(rows, seed=0)
+    text = [row["prompt"][0]["content"] for row in written] + list(written["solution"])
     special = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    tokenizer.train_from_iterator(text, trainers.BpeTrainer(vocab_size=128, special_tokens=special))
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if every_byte else []
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", chat_template=CHAT_TEMPLATE
     )
