@@ -115,6 +115,50 @@ def test_the_comparison_can_fail(trainer, models):
         assert relative_error(expected_gradient(judge, inputs=inputs), found) > 0.05
 
 
+def gradient_with_token_weights(models, weigh, discount: float) -> torch.Tensor:
+    """
+    w_t Σ_i w_i ∇KL_i at each prefix, plus ∇log q(y_t) times the discounted later w Σ_i w_i KL_i, over all completions.
+
+    `weigh` is given Σ_i w_i KL_i and Σ_i w_i H_i, what the teachers' mean is by their signed weights.
+    """
+    student = models["student"]
+    student.zero_grad()
+    for y in COMPLETIONS:
+        log_q = distributions(student, y)
+        value, entropy = torch.zeros(len(y)).double(), torch.zeros(len(y)).double()
+        for name, weight in WEIGHTS.items():
+            with torch.no_grad():
+                log_p = distributions(models[name], y)
+            value = value + weight * kl(log_q, log_p)
+            entropy = entropy - weight * (log_p.exp() * log_p).sum(-1)
+        cost = weigh(value.detach(), entropy) * value
+        score, chance = log_prob(log_q, y), log_prob(log_q, y).sum().exp().detach()
+        later = [sum(discount ** (s - t) * cost[s].detach() for s in range(t + 1, len(y))) for t in range(len(y))]
+        (chance * (cost.sum() + sum(a * b for a, b in zip(score, later, strict=True)))).backward()
+    return gradients(student)
+
+
+TOKEN_WEIGHTS = {
+    "cap": ({"token_weighting_kwargs": {"nats": 0.3}}, lambda value, _: torch.where(value > 0.3, 0.3 / value, 1.0)),
+    "teacher_entropy": ({}, lambda _, entropy: (-entropy).exp()),
+    "position": ({"token_weighting_kwargs": {"tokens": 2}}, lambda value, _: (torch.arange(len(value)) < 2).double()),
+}
+
+
+@pytest.mark.parametrize("parked", [False, True], ids=["resident", "parked"])
+@pytest.mark.parametrize("discount", [0.0, 1.0])
+@pytest.mark.parametrize("name", TOKEN_WEIGHTS)
+def test_token_weights_multiply_the_signed_sum(trainer, models, name, discount, parked):
+    parameters, weigh = TOKEN_WEIGHTS[name]
+    settings = {"token_weighting": name, **parameters, "teacher_weights": WEIGHTS, "teacher_offload": parked}
+    judge = trainer(kl_discount=discount, **settings)
+    found = expected_gradient(judge, inputs=scored_inputs(judge, {"prompt": "a b"}))
+    expected = gradient_with_token_weights(models, weigh, discount)
+    assert relative_error(found, expected) < 1e-4
+    plain = gradient_with_token_weights(models, lambda value, _: torch.ones_like(value), discount)
+    assert relative_error(plain, expected) > 0.05  # the weights change the gradient
+
+
 def test_a_row_has_its_own_weights_before_those_of_all(trainer):
     judge = trainer(column=None, teacher_weights=WEIGHTS)
     rows = [{"teacher": "ref"}, {"teacher": {"teacher": 2.0, "ref": -1.0}}, {"teacher": None}, {}]
