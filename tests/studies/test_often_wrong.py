@@ -66,7 +66,7 @@ def test_every_arm_is_a_configuration_and_writes_as_many_answers():
             "max_steps": arm.steps,
         }
         args = OPDConfig("out", per_device_train_batch_size=BATCH, **given)
-        assert args.max_steps == STEPS or arm.part == "reward" or "steps" in arm.label, name
+        assert args.max_steps == STEPS or arm.part in ("reward", "staleness") or "steps" in arm.label, name
         assert (args.num_generations == 1) == (name.partition("x")[0] not in ("8", "16", "32"))
         if arm.beta is not None:
             assert arm.beta == (args.beta if args.beta_end is None else args.beta_end)

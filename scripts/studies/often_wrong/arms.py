@@ -47,8 +47,9 @@ class Arm:
         rate (`float`): learning rate at its peak.
         reference (`str`, *optional*): second teacher, for signed weights: "student", or the level of a teacher.
         steps (`int`): optimizer steps.
+        problems (`int`, *optional*): different ones, which come again and again; `None` where none comes twice.
         changes (`dict[str, Any]`): fields of `OPDConfig`.
-        part (`str`): of the page that shows it: "table", "reward" (the one with a hole) or "settings".
+        part (`str`): of the page that shows it: "table", "reward" (the one with a hole), "settings" or "staleness".
     """
 
     label: str
@@ -58,9 +59,12 @@ class Arm:
     rate: float = 6e-4
     reference: str | None = None
     steps: int = STEPS
+    problems: int | None = None
     changes: dict[str, Any] = field(default_factory=dict)
     part: str = "table"
 
+
+FEW = STEPS * BATCH // 8  # problems, where each comes 8 times
 
 RATE = 6e-4  # at its peak; "faster" is twice that, "slower" a half
 
@@ -114,6 +118,7 @@ def arms() -> dict[str, Arm]:
         "beyond-start": beyond(1.25, "student"),
         **cheated(),
         **settings(),
+        **stale(),
     }
 
 
@@ -132,12 +137,27 @@ def settings() -> dict[str, Arm]:
         changes = {**then(0.3).changes, "num_generations": answers, "reward_baseline": baseline}
         label = f"{BATCH // answers} prompts × {answers} answers, `reward_baseline='{baseline}'`"
         found[f"{BATCH // answers}x{answers}-{baseline}"] = replace(then(0.3), label=label, changes=changes)
+    for baseline in ("batch", "prompt"):
+        changes = {**then(0.3).changes, "reward_baseline": baseline}
+        label = f"{BATCH} prompts × 1 answer of {FEW:,}, `reward_baseline='{baseline}'`"
+        found[f"few-{baseline}"] = replace(then(0.3), label=label, changes=changes, problems=FEW)
     plain = {name: value for name, value in then(0.3).changes.items() if name not in CAP}
     found["uncapped"] = replace(then(0.3), label=f"{BATCH} prompts × 1, no cap", changes=plain)
     found["teacher-uncapped"] = Arm("teacher only, no cap", None, None)
     longer = from_teacher(0.3, RATE / 2, more=f", {3 * STEPS} steps")
     found["own-0.3-longer"] = replace(longer, steps=3 * STEPS)
     return {name: replace(arm, part="settings") for name, arm in found.items()}
+
+
+def stale() -> dict[str, Arm]:
+    """The teacher alone, with answers that are used several times: as many updates, and fewer answers written."""
+    found = {}
+    for name, divergence in (("reverse", "reverse_kl"), ("forward", "forward_kl")):
+        for times in (1, 2, 4, 8):
+            changes = {"divergence": divergence, "num_iterations": times, **CAP}
+            label = f"{name} KL, `num_iterations={times}`"
+            found[f"stale-{name}-{times}"] = Arm(label, None, None, changes=changes, part="staleness")
+    return {name: replace(arm, steps=STEPS // 2) for name, arm in found.items()}
 
 
 @dataclass(frozen=True)

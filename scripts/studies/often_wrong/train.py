@@ -78,12 +78,13 @@ def train(plan: Run, models: Models, teachers: dict[str, Any], seed: int) -> Cur
         }
         args = OPDConfig(**given)
         weighed: Any = teachers if len(teachers) > 1 else teachers["teacher"]
+        rows = problems(arm.problems or BATCH * arm.steps, seed=TRAIN + seed)
         trainer = OPDTrainer(
             model=models.student,
             teacher_model=weighed if args.beta > 0 else None,
             reward_funcs=[REWARDS[arm.reward]] if arm.reward else None,
             args=args,
-            train_dataset=problems(BATCH * arm.steps, seed=TRAIN + seed),
+            train_dataset=rows,
             processing_class=models.tokenizer,
             callbacks=[curve],
         )
