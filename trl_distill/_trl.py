@@ -12,11 +12,18 @@ from typing import Any
 
 import torch
 from trl import GRPOConfig
+from trl.data_utils import prepare_multimodal_messages
 from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import _use_triton
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import FusedCausalLMOutput, create_model_from_path, get_config_model_id, maybe_gather_lm_head_ctx
+from trl.trainer.utils import (
+    FusedCausalLMOutput,
+    create_model_from_path,
+    get_config_model_id,
+    maybe_gather_lm_head_ctx,
+    split_pixel_values_by_grid,
+)
 
 
 __all__ = [
@@ -31,7 +38,9 @@ __all__ = [
     "post_init_without_group_check",
     "prepare_deepspeed",
     "prepare_fsdp",
+    "prepare_multimodal_messages",
     "probe_environments",
+    "split_pixel_values_by_grid",
 ]
 
 

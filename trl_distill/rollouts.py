@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from .images import EncodedPrompt, Images
+
 
 @dataclass
 class Rollouts:
@@ -21,11 +23,13 @@ class Rollouts:
         attention_mask (`torch.Tensor` of shape `(B, P + C)`): 0 on padding.
         mask (`torch.Tensor` of shape `(B, C)`, bool): completion tokens that count: without padding, tool output,
             and truncated completions if those are masked.
+        images ([`~trl_distill.images.Images`], *optional*): what vision-language models read besides.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     mask: torch.Tensor
+    images: Images | None = None
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any], prompt: str = "prompt") -> Rollouts:
@@ -33,10 +37,16 @@ class Rollouts:
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
+        if prompt == "prompt":
+            images = Images.from_inputs(inputs)
+        else:
+            ids, encoded = inputs[f"{prompt}_ids"], inputs.get(f"{prompt}_encoded")
+            images = encoded and Images.of_prompts(encoded, ids.shape[1], mask.shape[1], ids.device)
         return cls(
             input_ids=torch.cat([inputs[f"{prompt}_ids"], inputs["completion_ids"]], dim=1),
             attention_mask=torch.cat([inputs[f"{prompt}_mask"], inputs["completion_mask"]], dim=1),
             mask=mask.bool(),
+            images=images,
         )
 
     def __len__(self) -> int:
@@ -44,7 +54,8 @@ class Rollouts:
 
     def rows(self, index: Any) -> Rollouts:
         """Some of the rows, by a slice, a mask `(B,)` or indices."""
-        return Rollouts(self.input_ids[index], self.attention_mask[index], self.mask[index])
+        images = self.images and self.images.of_rows(index)
+        return Rollouts(self.input_ids[index], self.attention_mask[index], self.mask[index], images)
 
     def trimmed(self, prompts: bool = True) -> Rollouts:
         """Without the columns that are padding in every row, on the left only if `prompts` may be cut."""
@@ -52,7 +63,15 @@ class Rollouts:
         length = max(int(attended[-completion:].sum()), 1)
         first = int(attended.int().argmax()) if prompts else 0
         first, last = min(first, len(attended) - completion - 1), len(attended) - completion + length
-        return Rollouts(self.input_ids[:, first:last], self.attention_mask[:, first:last], self.mask[:, :length])
+        images = self.images and self.images.of_columns(first, last)
+        ids, attended = self.input_ids[:, first:last], self.attention_mask[:, first:last]
+        return Rollouts(ids, attended, self.mask[:, :length], images)
+
+    @property
+    def arguments(self) -> dict[str, torch.Tensor]:
+        """What a model takes to read them: token ids, attention mask, images."""
+        images = {} if self.images is None else self.images.arguments
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **images}
 
 
 @dataclass(frozen=True)
@@ -132,33 +151,38 @@ class MicroBatch:
 def teacher_prompts(
     prompts: list[Any],
     batch: dict[str, Any],
-    tokenize: Callable[[list[Any]], list[list[int]]],
+    encode: Callable[[list[Any]], list[EncodedPrompt]],
     pad: int,
     name: str = "teacher_prompt",
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """
     The teacher's own prompts for a batch of `GRPOTrainer`, left-padded; rows without one keep the student's.
 
     Args:
         prompts (`list`): text or messages for each row, or `None`.
         batch (`dict`): with "prompt_ids" and "prompt_mask" of shape `(B, P)`.
-        tokenize (`Callable`): turns prompts into token ids, as in training.
+        encode (`Callable`): turns prompts into [`~trl_distill.images.EncodedPrompt`], as in training.
         pad (`int`): id of the padding token.
         name (`str`): beginning of the columns' names.
 
     Returns:
-        `dict`: "teacher_prompt_ids" and "teacher_prompt_mask" of shape `(B, P')`; empty if no row has one.
+        `dict`: "teacher_prompt_ids" and "teacher_prompt_mask" of shape `(B, P')`, and "teacher_prompt_encoded", a list,
+        if a row has images; empty if no row has a prompt of the teacher's own.
     """
     some = next((prompt for prompt in prompts if prompt), None)
     if some is None:
         return {}
-    rendered = tokenize([prompt or some for prompt in prompts])
-    ids = [
-        torch.tensor(own, device=kept.device) if prompt else kept[mask.bool()]
-        for prompt, own, kept, mask in zip(prompts, rendered, batch["prompt_ids"], batch["prompt_mask"], strict=True)
+    device, images = batch["prompt_ids"].device, Images.from_inputs(batch)
+    images = images or Images(tuple({} for _ in prompts), {})
+    kept = images.prompts(batch["prompt_ids"], batch["prompt_mask"])
+    found = [
+        own if prompt else student
+        for prompt, own, student in zip(prompts, encode([prompt or some for prompt in prompts]), kept, strict=True)
     ]
+    ids = [torch.tensor(row.ids, device=device) for row in found]
     left_padded = functools.partial(pad_sequence, batch_first=True, padding_side="left")
     return {
         f"{name}_ids": left_padded(ids, padding_value=pad),
         f"{name}_mask": left_padded([torch.ones_like(row) for row in ids], padding_value=0),
+        **({f"{name}_encoded": found} if any(row.pixels or row.kinds for row in found) else {}),
     }

@@ -9,11 +9,12 @@ import torch
 from datasets import Dataset, DatasetDict
 from helpers import VOCAB, WORDS, config, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaForSequenceClassification, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, Florence2Config, LlamaForSequenceClassification
 from trl import GRPOConfig
 
 from trl_distill import HiddenStates, NonFiniteLossError, OPDTrainer
 from trl_distill.checks import settings as setting_checks
+from trl_distill.checks.models import check_architecture
 from trl_distill.models.hidden_states import add_teacher_forward
 from trl_distill.training import setup
 
@@ -85,32 +86,9 @@ def test_init_kwargs_for_a_teacher_that_is_loaded(make, tmp_path):
         make(args=config(tmp_path, teacher_model_init_kwargs={"dtype": "float32"}))
 
 
-def vision_model():
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": VOCAB,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
-        },
-        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2},
-    )
-    return Qwen2VLForConditionalGeneration(config)
-
-
-@pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_vision_language_model(make, whose):
-    with pytest.raises(ValueError, match=f"The {whose} is a vision-language model"):
-        make(**{{"student": "model", "teacher": "teacher_model"}[whose]: vision_model()})
-
-
-def test_vision_language_student_by_name(make, tmp_path):
-    vision_model().save_pretrained(tmp_path / "vision")
-    with pytest.raises(ValueError, match="The student is a vision-language model"):
-        make(model=str(tmp_path / "vision"))
+def test_an_encoder_and_decoder_that_sees():
+    with pytest.raises(ValueError, match=r"The teacher \(florence2\) is an encoder and a decoder"):
+        check_architecture(Florence2Config(), "teacher")
 
 
 @pytest.fixture

@@ -542,7 +542,7 @@ def test_measuring_takes_any_rollouts(tmp_path, tokenizer, prompts, student, tea
     rollouts = Rollouts.from_inputs(batch())
     judge, _ = trainer.pool.members[0]
     state, weights = torch.get_rng_state(), copy.deepcopy(student.state_dict())
-    sampled = own_completions(facts_of(trainer), trainer.model, trainer.accelerator)
+    sampled, _ = own_completions(facts_of(trainer), trainer.model, trainer.accelerator)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(weights[name], tensor) for name, tensor in student.state_dict().items())
     assert sampled.mask.shape == (4, 8)

@@ -393,3 +393,24 @@ def test_private_names_stay_in_two_modules():
         if file.name not in ("_trl.py", "grpo_hooks.py"):
             assert not re.search(r"^\s*(from|import) trl\.", text, re.MULTILINE), file.name
             assert not private & {name.lstrip(".") for name in re.findall(r"\._\w+", text)}, file.name
+
+
+def test_pixels_are_split_by_row():
+    """In all layouts: patches, images, tiles, and rows, which stay a tensor."""
+    pixels = torch.arange(6.0).view(6, 1)
+    patches = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 1, 2], [1, 2, 2]]), "num_images": [1, 0, 1]}
+    found = _trl.split_pixel_values_by_grid(patches)
+    assert [len(row) for row in found["pixel_values"]] == [2, 0, 4]
+    assert [len(row) for row in found["image_grid_thw"]] == [1, 0, 1]
+    found = _trl.split_pixel_values_by_grid({"pixel_values": pixels, "num_images": [2, 0, 4]})
+    assert [len(row) for row in found["pixel_values"]] == [2, 0, 4]
+    found = _trl.split_pixel_values_by_grid({"pixel_values": pixels, "num_images": [1, 1], "num_tiles": [2, 4]})
+    assert [len(row) for row in found["pixel_values"]] == [2, 4]
+    found = _trl.split_pixel_values_by_grid({"pixel_values": pixels, "num_images": [2, 0, 1, 1, 1, 2]})
+    assert found["pixel_values"] is pixels
+
+
+def test_images_stand_in_the_first_users_message():
+    prompt = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    *_, user = _trl.prepare_multimodal_messages(prompt, images=["picture"])
+    assert user["content"] == [{"type": "image", "image": "picture"}, {"type": "text", "text": "b"}]

@@ -7,10 +7,11 @@ the first rollouts.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -19,8 +20,10 @@ from torch import nn
 from ..config import OPDConfig
 from ..data.sampling import Sampling, prompts_ids, rollouts_of, sample_ids
 from ..heads.fused import DivergenceSpec, fused_divergence
-from ..models.properties import unwrap_adapter
-from ..rollouts import Rollouts
+from ..images import EncodedPrompt
+from ..models.hidden_states import judged_states
+from ..models.properties import special_ids, unwrap_adapter
+from ..rollouts import MicroBatch, Rollouts
 from ..signals import AlignedLogProbs, HiddenStates
 from ..teachers.base import Teacher, is_sharded
 from ..teachers.pool import TeacherPool, checked
@@ -50,6 +53,8 @@ class ModelChecks:
         spec ([`~trl_distill.heads.fused.DivergenceSpec`]): the reverse KL, with temperature and stop tokens.
         suppressed (`Sequence[int]`): ids that are never sampled.
         readers (`dict`): tokenizers of teachers that have another one, by the columns of their prompts.
+        encoders (`dict` of `Callable`): what turns prompts into what these teachers, and those with another processor,
+            read.
     """
 
     facts: RunFacts
@@ -59,6 +64,7 @@ class ModelChecks:
     spec: DivergenceSpec
     suppressed: Sequence[int] = ()
     readers: Mapping[str, Any] = field(default_factory=dict)
+    encoders: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def wait_for_rollouts(self) -> bool:
@@ -78,17 +84,20 @@ class ModelChecks:
         if self.wait_for_rollouts:
             report.add(Finding("models", "skipped", "Weights are sharded: heads and distance are checked in step 1."))
             return
-        rollouts = None
+        probe = None
         if any(teacher.gives in (HiddenStates, AlignedLogProbs) for teacher, _ in self.pool.members):
-            rollouts = own_completions(self.facts, self.student, self.accelerator, self.suppressed)
-        self._check_teachers(rollouts, report)
+            names = {teacher.prompts for teacher, _ in self.pool.members} - set(self.readers)
+            encoders = {name: encode for name, encode in self.encoders.items() if name in names}
+            probe = own_completions(self.facts, self.student, self.accelerator, self.suppressed, encoders)
+            check_head(self.student, "student", self.accelerator, probe.rollouts)
+        self._check_teachers(probe, report)
 
-    def on_rollouts(self, rollouts: Rollouts, own: bool = True) -> Report | None:
+    def on_rollouts(self, batch: MicroBatch, own: bool = True) -> Report | None:
         """
         The other checks, on every process.
 
         Args:
-            rollouts ([`~trl_distill.Rollouts`]): of this process; the first tokens of a few are used.
+            batch ([`~trl_distill.rollouts.MicroBatch`]): of this process; the first tokens of a few rows are used.
             own (`bool`): whether the student wrote them.
 
         Returns:
@@ -99,25 +108,29 @@ class ModelChecks:
             PreflightError: a teacher is the student itself.
             ValueError: a head does not give its model's logits.
         """
-        report, few = Report(), rollouts.rows(slice(PROBE_PROMPTS))
-        few = Rollouts(few.input_ids, few.attention_mask, few.mask & (few.mask.cumsum(1) <= PROBE_LENGTH))
-        if self.accelerator.reduce(few.mask.sum(), reduction="sum") < LEAST_TOKENS:
+        report = Report()
+        probe = Probe(
+            _first(batch.rollouts), {n: _first(batch.read_by(n)) for n in self.encoders.keys() - self.readers}
+        )
+        if self.accelerator.reduce(probe.rollouts.mask.sum(), reduction="sum") < LEAST_TOKENS:
             return None
-        check_head(self.student, "student", self.accelerator)
-        self._check_teachers(few, report, "of the student's own" if own else "of the dataset")
+        check_head(self.student, "student", self.accelerator, probe.rollouts)
+        self._check_teachers(probe, report, "of the student's own" if own else "of the dataset")
         report.stop_on_errors()
         report.warn()
         return report
 
-    def _check_teachers(self, rollouts: Rollouts | None, report: Report, whose: str = "of the student's own") -> None:
+    def _check_teachers(self, probe: Probe | None, report: Report, whose: str = "of the student's own") -> None:
+        rollouts = probe and probe.rollouts
         for teacher, columns in self.pool.members:
+            read = probe and probe.read_by(teacher)
             with teacher.on_device() as model:
                 if model is not None:
-                    check_head(model, "teacher", self.accelerator)
+                    check_head(model, "teacher", self.accelerator, None if teacher.reads_text else read)
             names = [self.pool.names[i] for i in columns]
             if teacher.prompts in self.readers:
                 report.add(self._spans(teacher, names[0] if self.pool.several else "", rollouts))
-            report.add(teacher_differs(self, teacher, names, rollouts, whose))
+            report.add(teacher_differs(self, teacher, names, probe, whose))
 
     def _spans(self, teacher: Any, name: str, rollouts: Rollouts | None) -> Finding:
         """
@@ -144,28 +157,55 @@ class ModelChecks:
         return cross_checks.spans(teacher.pair, texts, "the teacher's first completions", name)
 
 
+class Probe(NamedTuple):
+    """
+    A few completions.
+
+    Attributes:
+        rollouts ([`~trl_distill.Rollouts`]): as the student reads them.
+        read (`dict` of [`~trl_distill.Rollouts`]): as teachers with another processor read them, by the columns of
+            their prompts.
+    """
+
+    rollouts: Rollouts
+    read: Mapping[str, Rollouts]
+
+    def read_by(self, teacher: Teacher) -> Rollouts:
+        """As this teacher reads them."""
+        return self.read.get(teacher.prompts, self.rollouts)
+
+
+def _first(rollouts: Rollouts) -> Rollouts:
+    """The first tokens of a few rows."""
+    few = rollouts.rows(slice(PROBE_PROMPTS))
+    return replace(few, mask=few.mask & (few.mask.cumsum(1) <= PROBE_LENGTH))
+
+
 def _judged(rollouts: Rollouts) -> list[list[int]]:
     """The judged tokens of each row."""
     ids = rollouts.input_ids[:, -rollouts.mask.shape[1] :]
     return [row[mask].tolist() for row, mask in zip(ids, rollouts.mask, strict=True)]
 
 
-def check_head(model: nn.Module, whose: str, accelerator: Accelerator) -> None:
+def check_head(model: nn.Module, whose: str, accelerator: Accelerator, rollouts: Rollouts | None = None) -> None:
     """
     Compare logits computed from hidden states with the model's own, at six tokens, and check that those are causal.
+    Where rollouts have images, also at their judged tokens.
 
     Args:
         model (`torch.nn.Module`): its forward pass gives hidden states (see [`~trl_distill.signals.HiddenStates`]). If
             its weights are sharded, every process calls this at the same time.
         whose (`str`): "student" or "teacher", for the message.
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
+        rollouts ([`~trl_distill.Rollouts`], *optional*): as the model reads them.
 
     Raises:
         ValueError: they differ, or depend on later tokens.
     """
     base, training = unwrap_adapter(accelerator.unwrap_model(model)), model.training  # unwraps DeepSpeed's engine
     device = accelerator.device if is_sharded(accelerator) else next(base.parameters()).device
-    input_ids = torch.tensor([[0, 1, 2, 3], [0, 1, 3, 3]], device=device)  # two ends, for `check_causal`
+    a, b, c, d = _plain_ids(base.config)
+    input_ids = torch.tensor([[a, b, c, d], [a, b, d, d]], device=device)  # two ends, for `check_causal`
     attended = torch.ones_like(input_ids)
     probe = Rollouts(input_ids, attended, attended[:, 1:].bool())
     with torch.no_grad(), accelerator.autocast():
@@ -178,6 +218,27 @@ def check_head(model: nn.Module, whose: str, accelerator: Accelerator) -> None:
         with states.head.gathered() as head:
             model_checks.check_width(states.hidden.shape[-1], head.parameters()[0].shape[-1], whose)
             model_checks.check_logits(expected.flatten(0, 1), head.logits(states.hidden.to(expected.device)), whose)
+    if rollouts is not None and rollouts.images is not None:
+        _check_with_images(model, whose, accelerator, rollouts)
+
+
+def _check_with_images(model: nn.Module, whose: str, accelerator: Accelerator, rollouts: Rollouts) -> None:
+    """Compare logits at the judged tokens of rollouts with images."""
+    training, mask = model.training, rollouts.mask
+    with torch.no_grad(), accelerator.autocast():
+        model.eval()
+        states = model(**rollouts.arguments, rollouts=rollouts)
+        logits = model(**rollouts.arguments, use_cache=False).logits
+        model.train(training)
+        expected = judged_states(logits, mask)  # logits are where hidden states would be
+        with states.head.gathered() as head:
+            model_checks.check_logits(expected, head.logits(states.hidden.to(expected.device)), whose)
+
+
+def _plain_ids(config: Any) -> list[int]:
+    """The first four ids that stand for no image."""
+    special = special_ids(config)
+    return list(itertools.islice((token for token in itertools.count() if token not in special), 4))
 
 
 def in_fp32(student: nn.Module, args: OPDConfig, accelerator: Accelerator) -> bool:
@@ -187,9 +248,7 @@ def in_fp32(student: nn.Module, args: OPDConfig, accelerator: Accelerator) -> bo
     return exact or bool(args.cast_lm_head_to_fp32)
 
 
-def teacher_differs(
-    run: ModelChecks, teacher: Teacher, names: list[str], rollouts: Rollouts | None, whose: str
-) -> Finding:
+def teacher_differs(run: ModelChecks, teacher: Teacher, names: list[str], probe: Probe | None, whose: str) -> Finding:
     """
     Measure KL(student ‖ teacher) on rollouts. 0 usually means that the wrong model was loaded.
 
@@ -197,14 +256,15 @@ def teacher_differs(
         run ([`ModelChecks`]): the run.
         teacher ([`~trl_distill.Teacher`]): ready to score.
         names (`list[str]`): its names.
-        rollouts ([`~trl_distill.Rollouts`], *optional*): `None` if no teacher gives hidden states.
+        probe ([`Probe`], *optional*): `None` if no teacher gives hidden states.
         whose (`str`): who wrote them, such as "of the student's own".
     """
-    if teacher.gives is not HiddenStates or rollouts is None:
+    if teacher.gives is not HiddenStates or probe is None:
         return Finding("teacher differs", "skipped", "Not measured: this teacher gives no hidden states.")
     facts, several = run.facts, len(run.pool.members) > 1
     args, columns = facts.args, getattr(facts.dataset, "column_names", None) or []
-    distance = measure_distance(run.student, teacher, run.accelerator, rollouts, run.spec)._replace(whose=whose)
+    how = (run.accelerator, probe.rollouts, run.spec, probe.read_by(teacher))
+    distance = measure_distance(run.student, teacher, *how)._replace(whose=whose)
     unknown = facts.has_environments or not columns
     explained = {
         "it has its own prompts": "teacher_prompt" in columns,
@@ -221,8 +281,12 @@ def teacher_differs(
 
 
 def own_completions(
-    facts: RunFacts, student: nn.Module, accelerator: Accelerator, suppressed: Sequence[int] = ()
-) -> Rollouts:
+    facts: RunFacts,
+    student: nn.Module,
+    accelerator: Accelerator,
+    suppressed: Sequence[int] = (),
+    encoders: Mapping[str, Any] | None = None,
+) -> Probe:
     """
     A few completions of the student, at the run's temperature and `top_p`. Random generators are left as they were.
 
@@ -231,36 +295,51 @@ def own_completions(
         student (`torch.nn.Module`): the model that is trained; its weights are whole.
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
         suppressed (`Sequence[int]`): ids that are never sampled.
+        encoders (`dict`, *optional*): of teachers with another processor, by the columns of their prompts.
 
     Returns:
-        [`~trl_distill.Rollouts`]: at most 4, with up to 32 judged tokens each.
+        [`Probe`]: at most 4 rows, with up to 32 judged tokens each.
     """
-    args, pad = facts.args, facts.tokenizer.pad_token_id
-    prompts = [ids for ids in facts.first_prompts(limit=PROBE_PROMPTS) if ids]
-    prompts = prompts or [list(range(min(PROBE_LENGTH, len(facts.tokenizer))))]
+    args, pad, device = facts.args, facts.tokenizer.pad_token_id, accelerator.device
+    rows = facts.first_prompts(limit=PROBE_PROMPTS)
+    written, tools = [prompt for prompt, _ in rows], [own for _, own in rows]
+    prompts = facts.encode(written, tools) if rows else []
+    if not all(prompt.ids for prompt in prompts) or not prompts:
+        prompts = [prompt for prompt in prompts if prompt.ids]
+        prompts, encoders = prompts or [EncodedPrompt(list(range(min(PROBE_LENGTH, len(facts.tokenizer)))))], {}
     limit = min(PROBE_LENGTH, args.max_completion_length or PROBE_LENGTH)
     how = Sampling(
         limit, tuple(facts.stops), args.temperature, seed=args.seed, suppressed=tuple(suppressed), top_p=args.top_p
     )
     with accelerator.autocast():
-        sampled = sample_ids(student, prompts, pad, how)
-    return rollouts_of(prompts, [ids for ((ids, _),) in sampled], pad, accelerator.device)
+        completions = [ids for ((ids, _),) in sample_ids(student, prompts, pad, how)]
+    read = {
+        name: rollouts_of(encode(written, tools=tools), completions, pad, device)
+        for name, encode in (encoders or {}).items()
+    }
+    return Probe(rollouts_of(prompts, completions, pad, device), read)
 
 
 @torch.no_grad()
 def measure_distance(
-    student: nn.Module, teacher: Teacher, accelerator: Accelerator, rollouts: Rollouts, spec: DivergenceSpec
+    student: nn.Module,
+    teacher: Teacher,
+    accelerator: Accelerator,
+    rollouts: Rollouts,
+    spec: DivergenceSpec,
+    read: Rollouts | None = None,
 ) -> Distance:
     """
-    KL(student ‖ teacher) on the judged tokens of any rollouts.
+    KL(student ‖ teacher) on the judged tokens of any rollouts; `read` are these as the teacher reads them, if it has
+    prompts of its own.
 
     With sharded weights it is called on every process, with as many rows, and takes the tokens of all.
     """
-    signal: Any = checked(teacher, teacher.score(rollouts), int(rollouts.mask.sum()))
+    signal: Any = checked(teacher, teacher.score(read or rollouts), int(rollouts.mask.sum()))
     training = student.training
     student.eval()
     with accelerator.autocast():
-        states = student(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask, rollouts=rollouts)
+        states = student(**rollouts.arguments, rollouts=rollouts)
         found = fused_divergence(states.hidden, states.head, signal.hidden, signal.head, spec)
     student.train(training)
     sums = torch.stack([found.divergence.sum(), found.entropy.sum(), rollouts.mask.sum(), rollouts.mask.any(1).sum()])

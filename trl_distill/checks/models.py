@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from ..models.properties import backbone_of
+from ..models.properties import backbone_of, reads_images
 from .findings import Finding
 
 
@@ -26,14 +26,14 @@ UNSUITABLE = {  # by `model_type`: causal models for transformers, but none that
 
 
 def check_architecture(config: PretrainedConfig, whose: str) -> None:
-    """Raise `ValueError` for vision-language models and others that cannot be student or teacher."""
+    """Raise `ValueError` for models that cannot be student or teacher."""
     reason = UNSUITABLE.get(config.model_type)
     if reason is not None:
         raise ValueError(f"The {whose} ({config.model_type}) cannot be distilled: {reason}. Use a text model.")
-    if getattr(config, "vision_config", None) is not None:
+    if reads_images(config) and config.is_encoder_decoder:
         raise ValueError(
-            f"The {whose} is a vision-language model ({config.model_type}). Distilling those is untested, so it "
-            "is refused. Use a text model."
+            f"The {whose} ({config.model_type}) is an encoder and a decoder, and does not continue its prompt. Use a "
+            "vision-language model with a decoder alone, such as Qwen-VL, Gemma 3 or LLaVA."
         )
 
 

@@ -17,10 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..alignment.vocabularies import Vocabularies
 from ..config import OPDConfig
 from ..data.completions import token_ids
+from ..data.images import prompt_of, shows_images, tidy_row
+from ..images import EncodedPrompt
 from ..models.properties import context_of, real_stops, stop_ids, unwrap_adapter
 from ..teachers.self_distillation import ADAPTER_OFF
 from ..teachers.spec import TeacherSpec, student_config
 from . import cross_tokenizer as cross_checks
+from . import images as image_checks
 from . import models as model_checks
 from . import prompts as prompt_checks
 from . import settings as setting_checks
@@ -78,11 +81,14 @@ class RunFacts:
         stops (`list[int]`): ids that end a completion.
         dataset (`Any`): training dataset.
         eval_datasets (`dict[str, Any]`): evaluation datasets by name.
-        tokenize (`Callable`): turns prompts, with their rows' tools, into token ids, as in training.
+        encode (`Callable`): turns prompts, with their rows' tools, into [`~trl_distill.images.EncodedPrompt`], as in
+            training.
         has_rewards (`bool`): whether there are rewards.
         has_environments (`bool`): whether environments write prompts, which are then unknown beforehand.
         generate_every (`int`): micro-steps per generation batch.
         template_kwargs (`dict`): keyword arguments of the chat template.
+        processor (`ProcessorMixin`, *optional*): of a vision-language student.
+        chat_template (`str`, *optional*): the student's.
         quiet (`bool`): whether to show no progress bars.
     """
 
@@ -93,17 +99,18 @@ class RunFacts:
     stops: list[int]
     dataset: Any
     eval_datasets: dict[str, Any]
-    tokenize: Callable[[list[Any], list[Any]], list[list[int]]]
+    encode: Callable[[list[Any], list[Any]], list[EncodedPrompt]]
     has_rewards: bool
     has_environments: bool
     generate_every: int
     template_kwargs: dict[str, Any]
+    processor: Any = None
+    chat_template: Any = None
     quiet: bool = True
 
-    def first_prompts(self, limit: int) -> list[list[int]]:
-        """Token ids of the first prompts; empty if they are unknown before training."""
-        rows = [] if self.has_environments else readable_prompts(self.dataset)[:limit]
-        return self.tokenize([prompt for prompt, _ in rows], [tools for _, tools in rows]) if rows else []
+    def first_prompts(self, limit: int) -> list[tuple[Any, Any]]:
+        """The first prompts with their rows' tools; empty if they are unknown before training."""
+        return [] if self.has_environments else readable_prompts(self.dataset, limit)
 
     def counted_prompts(self) -> list[Prompts]:
         """All prompts that can be read before training, tokenised and looked at, those of teachers included."""
@@ -115,7 +122,7 @@ class RunFacts:
             for name, dataset in self.eval_datasets.items()
         }
         found = [
-            count(dataset, name, column, self.tokenize, bos, stops, self.quiet)
+            count(dataset, name, column, self.encode, bos, stops, self.quiet)
             for column in ("prompt", "teacher_prompt")
             for name, dataset in datasets.items()
         ]
@@ -124,7 +131,7 @@ class RunFacts:
     @property
     def conversational(self) -> bool:
         """Whether prompts go through a chat template, as far as is known."""
-        return not any(isinstance(prompt, str) for prompt, _ in readable_prompts(self.dataset)[:1])
+        return not any(isinstance(prompt, str) for prompt, _ in readable_prompts(self.dataset, 1))
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,20 @@ class OtherTokenizer:
     prompts: str
 
 
+@dataclass(frozen=True)
+class OtherProcessor:
+    """
+    A teacher that reads images in another way than the student.
+
+    Attributes:
+        processor (`ProcessorMixin`): the teacher's.
+        prompts (`str`): the columns of a batch that hold its prompts.
+    """
+
+    processor: Any
+    prompts: str
+
+
 @dataclass
 class Examined:
     """
@@ -155,12 +176,14 @@ class Examined:
         vocab_size (`int`, *optional*): smallest vocabulary size of the teachers; `None` if unknown.
         merged (`list[int]`): stop tokens that count as one, if student and teachers have different ones.
         texts (`dict` of [`OtherTokenizer`]): with `cross_tokenizer`, teachers that have another tokenizer, by identity.
+        processors (`dict` of [`OtherProcessor`]): teachers that read images in another way than the student.
     """
 
     report: Report
     vocab_size: int | None = None
     merged: list[int] = field(default_factory=list)
     texts: dict[Any, OtherTokenizer] = field(default_factory=dict)
+    processors: dict[Any, OtherProcessor] = field(default_factory=dict)
 
 
 def examine(facts: RunFacts, specs: dict[str, TeacherSpec], report: Report) -> Examined:
@@ -181,7 +204,10 @@ def examine(facts: RunFacts, specs: dict[str, TeacherSpec], report: Report) -> E
     if prompts:
         report.add(prompt_checks.special_tokens(prompts, facts.tokenizer))
     stops, merged = real_stops(set(facts.stops), facts.tokenizer), set()
+    shown = facts.processor is not None and shows_images(facts.dataset)
     for spec in specs.values():
+        if shown:
+            _examine_sight(facts, spec, found)
         teacher_stops = _examine_teacher(facts, spec, found, prompts)
         if teacher_stops:
             report.add(tokenizer_checks.stop_tokens(facts.tokenizer, stops, teacher_stops, args.merge_stop_tokens))
@@ -243,6 +269,20 @@ def _examine_teacher(facts: RunFacts, spec: TeacherSpec, found: Examined, prompt
     return stop_ids(config, spec.generation_config(), tokenizer)
 
 
+def _examine_sight(facts: RunFacts, spec: TeacherSpec, found: Examined) -> None:
+    """Whether a teacher sees the images of the dataset, and in the same way as the student."""
+    if not spec.can_be_examined:
+        return
+    found.report.add(image_checks.teacher_sees(spec.config(), spec.name, spec.served, facts.args.cross_tokenizer))
+    processor = spec.processor()
+    if processor is None or spec.served:
+        return
+    different = image_checks.differences(facts.processor, processor)
+    if different and spec.identity not in found.processors:
+        found.processors[spec.identity] = OtherProcessor(processor, f"image_prompt_{len(found.processors)}")
+    found.report.add(image_checks.processors(different))
+
+
 def _examine_other_tokenizer(facts: RunFacts, spec: TeacherSpec, found: Examined, prompts: list[Prompts]) -> None:
     """Compare a teacher that has another tokenizer with the student."""
     config, tokenizer = spec.config(), spec.tokenizer()
@@ -273,10 +313,12 @@ def _examine_completions(facts: RunFacts, report: Report) -> None:
     report.add(setting_checks.completions(cut, len(found), limit, len(rows)))
 
 
-def readable_prompts(dataset: Any) -> list[tuple[Any, Any]]:
-    """The first prompts of a dataset with their rows' tools, if they can be read without consuming it; else none."""
+def readable_prompts(dataset: Any, limit: int = FIRST_ROWS) -> list[tuple[Any, Any]]:
+    """
+    The first prompts of a dataset, images included, with their rows' tools; none if they cannot be read without
+    consuming it.
+    """
     if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
         return []
-    rows = dataset[:FIRST_ROWS]
-    pairs = zip(rows["prompt"], rows.get("tools") or [None] * len(rows["prompt"]), strict=True)
-    return [(prompt, tools) for prompt, tools in pairs if prompt]
+    rows = (tidy_row(dataset[number]) for number in range(min(len(dataset), limit)))
+    return [(prompt_of(row), row.get("tools")) for row in rows if row["prompt"]]

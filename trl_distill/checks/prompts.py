@@ -13,10 +13,16 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..data.images import COLUMNS as IMAGES
+from ..data.images import prompt_of, shows_images, tidy_row
+from ..images import EncodedPrompt
 from .findings import Finding
 
 
 MOST_ROWS = 100_000  # of a dataset that are tokenised; some 5,000 to 50,000 a second
+
+
+MOST_IMAGES = 200  # rows that are counted where there are images, which take some milliseconds each
 
 
 BATCH = 1_000  # prompts tokenised at once
@@ -75,7 +81,7 @@ def count(
     dataset: Any,
     name: str,
     column: str,
-    tokenize: Callable[[list[Any], list[Any]], list[list[int]]],
+    encode: Callable[[list[Any], list[Any]], list[EncodedPrompt]],
     bos: int | None,
     stops: Iterable[int],
     quiet: bool = True,
@@ -87,7 +93,7 @@ def count(
         dataset: a `Dataset`; of anything else nothing can be read without consuming it.
         name (`str`): its name, for messages.
         column (`str`): "prompt" or "teacher_prompt". Empty prompts are passed over.
-        tokenize (`Callable`): turns prompts, with their rows' tools, into ids, as in training.
+        encode (`Callable`): turns prompts, with their rows' tools, into what the student reads, as in training.
         bos (`int`, *optional*): id of the BOS token.
         stops (`Iterable[int]`): ids that end a turn.
         quiet (`bool`): whether to show no progress bar; there is one if it takes longer than a few seconds.
@@ -97,19 +103,24 @@ def count(
     """
     if not isinstance(dataset, Dataset) or column not in dataset.column_names:
         return None
-    limit = min(len(dataset), MOST_ROWS)
+    images = shows_images(dataset)
+    limit, size = min(len(dataset), MOST_IMAGES if images else MOST_ROWS), 1 if images else BATCH
     shown = name if column == "prompt" else f"`{column}` in {name}"
-    columns = [name for name in (column, "tools") if name in dataset.column_names]
+    columns = [name for name in (column, "tools", *(IMAGES if images else ())) if name in dataset.column_names]
     found, dataset = Prompts(shown, column, len(dataset), limit), dataset.select_columns(columns)
     with tqdm(total=limit, desc=f"Counting tokens of {name}", delay=PATIENCE, disable=quiet, leave=False) as bar:
-        for start in range(0, limit, BATCH):
-            read = dataset[start : min(start + BATCH, limit)]
+        for start in range(0, limit, size):
+            read = dataset[start : min(start + size, limit)]
             tools = read.get("tools") or [None] * len(read[column])
-            rows = [(start + i, *row) for i, row in enumerate(zip(read[column], tools, strict=True)) if row[0]]
-            ids = tokenize([prompt for _, prompt, _ in rows], [own for *_, own in rows]) if rows else []
-            for (row, *_), tokens in zip(rows, ids, strict=True):
-                found.add(row, tokens, bos, stops)
-            bar.update(len(read[column]))
+            prompts = read[column]
+            if images:
+                each = [dict(zip(read, values, strict=True)) for values in zip(*read.values(), strict=True)]
+                prompts = [prompt_of(tidy_row(row), column) for row in each]
+            rows = [(start + i, *row) for i, row in enumerate(zip(prompts, tools, strict=True)) if row[0]]
+            encoded = encode([prompt for _, prompt, _ in rows], [own for *_, own in rows]) if rows else []
+            for (row, *_), prompt in zip(rows, encoded, strict=True):
+                found.add(row, prompt.ids, bos, stops)
+            bar.update(len(prompts))
     return found
 
 

@@ -74,7 +74,7 @@ def _json_files(folder: str, config: str | None) -> dict[str, list[Path]]:
     return files if plain else {}
 
 
-def with_prompts(dataset: Any, name: str = "the dataset", check: bool = True) -> Any:
+def with_prompts(dataset: Any, name: str = "the dataset", check: bool = True, parts: bool = False) -> Any:
     """
     A dataset with checked rows, in the form of prompts and completions; see [`~trl_distill.data.rows.check_row`].
 
@@ -83,12 +83,13 @@ def with_prompts(dataset: Any, name: str = "the dataset", check: bool = True) ->
             for prompts, is returned unchanged.
         name (`str`): its name in messages, such as "the training dataset".
         check (`bool`): without it, a dataset with a `prompt` column is returned unchanged, for TRL to judge.
+        parts (`bool`): whether messages may have images, and keep their parts.
 
     Raises:
         RowError: a row cannot be used; for a stream this is raised when it is read.
     """
     if isinstance(dataset, dict):
-        return type(dataset)({split: with_prompts(single, name, check) for split, single in dataset.items()})
+        return type(dataset)({split: with_prompts(single, name, check, parts) for split, single in dataset.items()})
     if not isinstance(dataset, Dataset | IterableDataset):
         return dataset
     columns = dataset.column_names
@@ -96,7 +97,7 @@ def with_prompts(dataset: Any, name: str = "the dataset", check: bool = True) ->
         return dataset
     if not check and columns is not None and "prompt" in columns:
         return dataset
-    return check_rows(dataset, name)
+    return check_rows(dataset, name, parts)
 
 
 def take_split(splits: Any, split: str, purpose: str) -> Any:

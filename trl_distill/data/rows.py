@@ -3,6 +3,8 @@
 Equivalent forms are converted: text parts become text, ShareGPT's `from` and `value` become `role` and `content`, and a
 whole conversation becomes prompt and completion. Anything else raises an error with the row, the column and what to
 write instead. What else a run needs, such as completions, is checked in `checks/datasets.py`.
+
+Where a dataset has images, messages keep their parts: text and images (`parts=True`).
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class RowError(ValueError):
         self.reason = reason
 
 
-def check_row(row: dict[str, Any], where: str) -> dict[str, Any]:
+def check_row(row: dict[str, Any], where: str, parts: bool = False) -> dict[str, Any]:
     """
     A row with its prompt, completion and conversation in TRL's form; the same object if nothing changes.
 
@@ -53,6 +55,7 @@ def check_row(row: dict[str, Any], where: str) -> dict[str, Any]:
         row (`dict`): a row of a dataset. A conversation without a prompt is split before its last message if that is
             the assistant's; otherwise all of it is the prompt, and the completion is `None`.
         where (`str`): the row, for messages, such as "Row 3 of the training dataset".
+        parts (`bool`): whether messages may have images, and keep their parts.
 
     Raises:
         RowError: the prompt or the teacher's prompt cannot be used, or a message is malformed.
@@ -65,23 +68,23 @@ def check_row(row: dict[str, Any], where: str) -> dict[str, Any]:
                 f"{where} has no column `prompt` or `messages`; it has {', '.join(row) or 'none'}. Rename the one that "
                 "has the prompts.",
             )
-        turns = read_messages(row[name], name, where) if isinstance(row[name], list) else row[name]
+        turns = read_messages(row[name], name, where, parts) if isinstance(row[name], list) else row[name]
         answered = isinstance(turns, list) and bool(turns) and turns[-1]["role"] == "assistant"
         rest = {key: value for key, value in row.items() if key != name}
         row = {**rest, "prompt": turns[:-1] if answered else turns, "completion": turns[-1:] if answered else None}
     changes = {}
     for column in PROMPTS:
         if column == "prompt" or row.get(column) is not None:
-            changes[column] = read_prompt(row[column], column, where)
+            changes[column] = read_prompt(row[column], column, where, parts)
     if isinstance(row.get("completion"), list):
-        changes["completion"] = read_messages(row["completion"], "completion", where)
+        changes["completion"] = read_messages(row["completion"], "completion", where, parts)
     changes = {column: value for column, value in changes.items() if value is not row[column]}
     return {**row, **changes} if changes else row
 
 
-def read_prompt(prompt: Any, column: str, where: str) -> Any:
+def read_prompt(prompt: Any, column: str, where: str, parts: bool = False) -> Any:
     """
-    A prompt as text or messages; the same object if nothing changes.
+    A prompt as text or messages; the same object if nothing changes. With `parts`, messages may have images.
 
     Raises:
         RowError: it is empty, of another type, or ends with an assistant message.
@@ -97,7 +100,7 @@ def read_prompt(prompt: Any, column: str, where: str) -> Any:
         return prompt
     if not isinstance(prompt, list):
         raise RowError("prompt is neither text nor messages", f"{shown}; {rule}. Write text, or {EXAMPLE}.")
-    prompt = read_messages(prompt, column, where)
+    prompt = read_messages(prompt, column, where, parts)
     if prompt and prompt[-1]["role"] == "assistant":
         raise RowError(
             "prompt ends with an assistant's message",
@@ -105,23 +108,32 @@ def read_prompt(prompt: Any, column: str, where: str) -> Any:
             "would begin another turn. Let prompts end with the user's message, and put an answer, or the beginning of "
             "one, into the column `completion`.",
         )
-    if not prompt or not (prompt[-1].get("content") or "").strip():
+    if not prompt or _is_empty(prompt[-1].get("content")):
         raise RowError("empty prompt", f"{shown}; {rule}: the last message must have text. {drop}")
     return prompt
 
 
-def read_messages(messages: list[Any], column: str, where: str) -> list[dict[str, Any]]:
+def _is_empty(content: Any) -> bool:
+    """Whether a message has neither text nor an image."""
+    if not isinstance(content, list):
+        return not (content or "").strip()
+    return not any(part.get("type") == "image" or (part.get("text") or "").strip() for part in content)
+
+
+def read_messages(messages: list[Any], column: str, where: str, parts: bool = False) -> list[dict[str, Any]]:
     """
-    Messages with `role` and text as `content`; the same object if nothing changes.
+    Messages with `role` and text as `content`; the same object if nothing changes. With `parts`, content that is given
+    as parts stays so.
 
     Raises:
-        RowError: an element is not a message, has an unknown role, or has content other than text.
+        RowError: an element is not a message, has an unknown role, or has content other than text (or, with `parts`,
+            images).
     """
-    found = [_message(message, column, where) for message in messages]
+    found = [_message(message, column, where, parts) for message in messages]
     return messages if all(new is old for new, old in zip(found, messages, strict=True)) else found
 
 
-def _message(message: Any, column: str, where: str) -> dict[str, Any]:
+def _message(message: Any, column: str, where: str, parts: bool) -> dict[str, Any]:
     role = message.get("role") if isinstance(message, dict) else None
     if isinstance(message, dict) and role is None and isinstance(message.get("from"), str):
         rest = {key: value for key, value in message.items() if key not in ("from", "value", "role", "content")}
@@ -142,14 +154,27 @@ def _message(message: Any, column: str, where: str) -> dict[str, Any]:
     content = message.get("content")
     if content is None or isinstance(content, str):
         return message
+    if parts and _are_parts(content):
+        return message
     text = flat_parts(content)
     if text is None:
         raise RowError(
             "content that is not text",
-            f"{where} has the content {content!r:.200} in {column!r}, which is not text alone. Only text is trained on "
-            "here: write text, or parts such as [{'type': 'text', 'text': '...'}], and drop rows with images.",
+            f"{where} has the content {content!r:.200} in {column!r}, which is not text"
+            + (" and images: write text, or " if parts else " alone. Only text is read here: write text, or ")
+            + "parts such as [{'type': 'text', 'text': '...'}]"
+            + ("." if parts else ", and drop rows with images."),
         )
     return {**message, "content": text}
+
+
+def _are_parts(content: Any) -> bool:
+    """Whether a message's content is a list of text and images."""
+    return isinstance(content, list) and all(
+        isinstance(part, dict)
+        and (part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str)))
+        for part in content
+    )
 
 
 def flat_parts(content: Any) -> str | None:
@@ -176,21 +201,22 @@ def _with_flat_parts(message: Any) -> Any:
     return message if text is None else {**message, "content": text}
 
 
-def check_rows(dataset: Any, name: str) -> Any:
+def check_rows(dataset: Any, name: str, parts: bool = False) -> Any:
     """
     A dataset with every row as [`check_row`] returns it: checked at once, or for a stream when it is read.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): with known columns.
         name (`str`): for messages, such as "the training dataset".
+        parts (`bool`): whether messages may have images, and keep their parts.
 
     Raises:
         RowError: for the first row that cannot be used; for a stream when that row is read.
     """
-    check = partial(_check_numbered, name=name)
+    check = partial(_check_numbered, name=name, parts=parts)
     if dataset.features is None:  # a stream whose columns are unknown until it is read
         return dataset.map(check, with_indices=True)
-    features = converted_features(dataset.features)
+    features = converted_features(dataset.features, parts)
     drop = [column for column in dataset.features if column not in features]
     if isinstance(dataset, IterableDataset):
         return dataset.map(check, with_indices=True, remove_columns=drop, features=features)
@@ -204,27 +230,28 @@ def check_rows(dataset: Any, name: str) -> Any:
     return dataset.map(check, with_indices=True, remove_columns=drop, features=features) if changed else dataset
 
 
-def _check_numbered(row: dict[str, Any], number: int, name: str) -> dict[str, Any]:
-    return check_row(row, f"Row {number} of {name}")
+def _check_numbered(row: dict[str, Any], number: int, name: str, parts: bool) -> dict[str, Any]:
+    return check_row(row, f"Row {number} of {name}", parts)
 
 
-def converted_features(features: Features) -> Features:
+def converted_features(features: Features, parts: bool = False) -> Features:
     """The types of a dataset's columns after [`check_row`]."""
     found: dict[str, Any] = dict(features)
     name = next((name for name in CONVERSATIONS if name in found), None)
     if "prompt" not in found and name is not None:
         turns = found.pop(name)
         found |= {"prompt": turns, "completion": turns}
-    return Features({name: _converted(kind) if name in COLUMNS[:3] else kind for name, kind in found.items()})
+    return Features({name: _converted(kind, parts) if name in COLUMNS[:3] else kind for name, kind in found.items()})
 
 
-def _converted(kind: Any) -> Any:
-    """The type of messages with text as content; other types are unchanged."""
+def _converted(kind: Any, parts: bool) -> Any:
+    """The type of messages with text as content, or with the parts that it has; other types are unchanged."""
     fields = getattr(kind, "feature", None)
     if not isinstance(kind, List | LargeList) or not isinstance(fields, dict):
         return kind
     rest = {name: value for name, value in fields.items() if name not in ("from", "value", "role", "content")}
-    return List({"role": Value("string"), "content": Value("string"), **rest})
+    content = fields.get("content") if parts else None
+    return List({"role": Value("string"), "content": content or Value("string"), **rest})
 
 
 def tools_of(tools: Any) -> list[Any] | None:

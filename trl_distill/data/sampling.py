@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
+from ..images import EncodedPrompt, Images
 from ..models.properties import backbone_of, has_relative_positions, unwrap_adapter
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
@@ -26,6 +27,9 @@ from .rows import tools_of
 
 
 Signals = Callable[[Rollouts], HiddenStates]
+
+
+Prompt = list[int] | EncodedPrompt  # token ids alone, or with images
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,19 @@ class SampledCompletion:
         prompt (`list[int]`): ids of the prompt.
         completion (`list[int]`): ids of the completion, up to and including its first stop token.
         truncated (`bool`): whether it was cut before a stop token.
+        encoded ([`~trl_distill.images.EncodedPrompt`], *optional*): the prompt with its images.
     """
 
     row: dict[str, Any]
     prompt: list[int]
     completion: list[int]
     truncated: bool
+    encoded: EncodedPrompt | None = None
+
+    @property
+    def read(self) -> EncodedPrompt:
+        """The prompt as a model reads it."""
+        return self.encoded or EncodedPrompt(self.prompt)
 
 
 @contextmanager
@@ -164,7 +175,12 @@ def answer_texts(
     return [str(tokenizer.decode(ids, **exact)) for ids in kept]
 
 
-def sample_ids(model: Any, prompts: Sequence[list[int]], pad: int, how: Sampling) -> list[list[tuple[list[int], bool]]]:
+def read(prompt: Prompt) -> EncodedPrompt:
+    """A prompt with its images, of which token ids alone have none."""
+    return prompt if isinstance(prompt, EncodedPrompt) else EncodedPrompt(prompt)
+
+
+def sample_ids(model: Any, prompts: Sequence[Prompt], pad: int, how: Sampling) -> list[list[tuple[list[int], bool]]]:
     """
     Sample completions of prompts, in one batch.
 
@@ -173,7 +189,7 @@ def sample_ids(model: Any, prompts: Sequence[list[int]], pad: int, how: Sampling
 
     Args:
         model: a model with transformers' `generate`.
-        prompts (`list[list[int]]`): ids, at least one per prompt.
+        prompts (`list` of `list[int]` or [`~trl_distill.images.EncodedPrompt`]): at least one id per prompt.
         pad (`int`): id of the padding token.
         how ([`Sampling`]): how to sample.
 
@@ -182,9 +198,11 @@ def sample_ids(model: Any, prompts: Sequence[list[int]], pad: int, how: Sampling
         of whether the completion was cut before one.
     """
     device = next(model.parameters()).device
-    ids = [torch.tensor(prompt) for prompt in prompts for _ in range(how.generations)]
+    rows = [read(prompt) for prompt in prompts for _ in range(how.generations)]
+    ids = [torch.tensor(row.ids) for row in rows]
     padded = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left").to(device)  # (B · n, P)
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left").to(device)
+    images = Images.of_prompts(rows, padded.shape[1], 0, device)
     config = GenerationConfig(
         **_drawing(how),
         max_new_tokens=how.limit,
@@ -194,7 +212,8 @@ def sample_ids(model: Any, prompts: Sequence[list[int]], pad: int, how: Sampling
     )
     with preserving_state(model), without_own_settings(model):
         set_seed(how.seed)
-        output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config)  # (B · n, P + C)
+        inputs = {"input_ids": padded, "attention_mask": mask, **(images.arguments if images else {})}
+        output = model.generate(**inputs, generation_config=config)  # (B · n, P + C)
     found = [until_stop(row, how.stops) for row in output[:, padded.shape[1] :].tolist()]
     return [found[start : start + how.generations] for start in range(0, len(found), how.generations)]
 
@@ -220,26 +239,27 @@ def until_stop(ids: list[int], stops: Sequence[int]) -> tuple[list[int], bool]:
 
 
 def sample_completions(
-    model: Any, rows: Sequence[dict[str, Any]], prompts: Sequence[list[int]], pad: int, how: Sampling
+    model: Any, rows: Sequence[dict[str, Any]], prompts: Sequence[Prompt], pad: int, how: Sampling
 ) -> list[SampledCompletion]:
     """
     Sample `how.generations` completions of each prompt, in one batch.
 
     Args:
         model: with transformers' `generate`.
-        rows (`list` of `dict`), prompts (`list[list[int]]`): of equal length.
+        rows (`list` of `dict`), prompts (as in [`sample_ids`]): of equal length.
         pad (`int`): id of the padding token.
         how ([`Sampling`]): how to sample.
 
     Raises:
         ValueError: a prompt has no tokens.
     """
-    if not all(prompts):
-        empty = next(row for row, ids in zip(rows, prompts, strict=True) if not ids)
+    encoded = [read(prompt) for prompt in prompts]
+    empty = next((row for row, prompt in zip(rows, encoded, strict=True) if not prompt.ids), None)
+    if empty is not None:
         raise ValueError(f"The prompt {empty['prompt']!r} has no tokens, so nothing can be sampled. Drop such rows.")
     return [
-        SampledCompletion(row, prompt, ids, truncated)
-        for row, prompt, found in zip(rows, prompts, sample_ids(model, prompts, pad, how), strict=True)
+        SampledCompletion(row, prompt.ids, ids, truncated, prompt if prompt.images else None)
+        for row, prompt, found in zip(rows, encoded, sample_ids(model, encoded, pad, how), strict=True)
         for ids, truncated in found
     ]
 
@@ -262,15 +282,17 @@ def dataset_completion(
     return SampledCompletion(row, prompt, completion, completion[-1] not in how.stops)
 
 
-def rollouts_of(prompts: Sequence[list[int]], completions: Sequence[list[int]], pad: int, device: Any) -> Rollouts:
+def rollouts_of(prompts: Sequence[Prompt], completions: Sequence[list[int]], pad: int, device: Any) -> Rollouts:
     """A batch of [`Rollouts`] for students and teachers: `(B, P + C)`, padded on both sides."""
-    tensors = [[torch.tensor(row) for row in rows] for rows in (prompts, completions)]
+    encoded = [read(prompt) for prompt in prompts]
+    tensors = [[torch.tensor(row) for row in rows] for rows in ([prompt.ids for prompt in encoded], completions)]
     padded, masks = [], []
     for rows, side in zip(tensors, ("left", "right"), strict=True):
         padded.append(pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side))
         masks.append(pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side))
     ids, attention = torch.cat(padded, dim=1).to(device), torch.cat(masks, dim=1).to(device)
-    return Rollouts(ids, attention, masks[1].bool().to(device))
+    images = Images.of_prompts(encoded, padded[0].shape[1], padded[1].shape[1], device)
+    return Rollouts(ids, attention, masks[1].bool().to(device), images)
 
 
 def scorer_of(model: nn.Module, as_in_training: bool = False) -> Signals:
@@ -289,7 +311,6 @@ def scorer_of(model: nn.Module, as_in_training: bool = False) -> Signals:
     def answer(rollouts: Rollouts) -> HiddenStates:
         attended = rollouts.attention_mask
         places = {"position_ids": (attended.cumsum(1) - 1).clamp(min=0)} if given else {}
-        inputs = {"input_ids": rollouts.input_ids, "attention_mask": attended, **places}
-        return model(**inputs, rollouts=rollouts, share_prompts=len(rollouts))
+        return model(**rollouts.arguments, **places, rollouts=rollouts, share_prompts=len(rollouts))
 
     return answer

@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from .properties import reads_images
 
 
 logger = logging.getLogger(__name__)
@@ -81,6 +90,17 @@ def load_whole(load: Callable[..., Any], name_or_path: str, whose: str, **kwargs
             "they would be random. Use a complete checkpoint, or one that matches its `config.json`."
         )
     return model
+
+
+def load_processor(name_or_path: str, config: PretrainedConfig, **kwargs: Any) -> Any:
+    """The processor saved with a vision-language model, or `None` if there is none."""
+    if not name_or_path or not reads_images(config):
+        return None
+    try:
+        found: Any = AutoProcessor.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
+        return None
+    return found if isinstance(found, ProcessorMixin) else None
 
 
 def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase | None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .properties import backbone_of, has_relative_positions
+from .properties import backbone_of, has_relative_positions, reads_images
 
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ def obstacle(model: PreTrainedModel) -> str:
     attention = str(model.config._attn_implementation).replace("-", "_")
     if "flash" not in attention or attention.startswith("paged"):
         return "its attention is not FlashAttention"
+    if reads_images(model.config):
+        return "it reads images, whose tokens may have positions of several dimensions"
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ())
     stateful = bool(getattr(model, "_is_stateful", False)) or bool(layers - KNOWN_LAYERS)

@@ -29,6 +29,17 @@ def has_relative_positions(config: Any) -> bool:
     return getattr(text, "rope_parameters", None) is not None and text.model_type not in PADDING_COUNTS
 
 
+def reads_images(config: Any) -> bool:
+    """Whether a model, by its configuration, is a vision-language model."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def special_ids(config: Any) -> set[int]:
+    """Ids in whose place a vision-language model puts images, or expects them, by its configuration."""
+    named = {name: value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))}
+    return {value for value in named.values() if isinstance(value, int)} if reads_images(config) else set()
+
+
 def backbone_of(model: PreTrainedModel) -> Any:
     """The module that computes the hidden states: `base_model`, or what Llama 4 has in its place."""
     return getattr(model, "model", model) if model.base_model is model else model.base_model

@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .packing import agrees
-from .properties import PADDING_COUNTS, backbone_of
+from .properties import PADDING_COUNTS, backbone_of, reads_images
 
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ def obstacle(model: PreTrainedModel) -> str:
     # ZeRO-3 and FSDP2, which leaves whole tensors where its root is not sharded again and inside of a forward pass
     if hasattr(weight, "ds_id") or isinstance(weight, DTensor) or any(map(_is_fsdp, model.modules())):
         return "sharded weights, for which all processes must run as many forward passes"
+    if reads_images(model.config):
+        return "it reads images, so that equal token ids need not be equal prompts"
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ())
     if getattr(model, "_is_stateful", False) or layers - LAYERS:

@@ -34,6 +34,7 @@ class Teacher:
         starts_equal (`bool`): whether, by design, it gives the student's probabilities before the first step.
         module (`torch.nn.Module`, *optional*): its own model in this process.
         prompts (`str`): the columns of a batch from which it reads prompts, if they are there.
+        reads_text (`bool`): whether it has another tokenizer, and reads the student's completions as text.
     """
 
     gives: type = HiddenStates
@@ -47,6 +48,7 @@ class Teacher:
     starts_equal: bool = False
     module: Any = None
     prompts: str = "teacher_prompt"
+    reads_text: bool = False
 
     def score(self, rollouts: Rollouts) -> Signal:
         """

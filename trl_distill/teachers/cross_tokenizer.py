@@ -53,6 +53,8 @@ class _Reader(Teacher):
         prompts (`str`): the columns of a batch that hold its own prompts.
     """
 
+    reads_text = True
+
     def __init__(self, teacher: Teacher, pair: Vocabularies, shared: SharedIds, prompts: str):
         self.teacher, self.pair, self.shared, self.prompts = teacher, pair, shared, prompts
         self.per_generation, self.module = teacher.per_generation, teacher.module

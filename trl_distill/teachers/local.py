@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class LocalTeacher(Teacher):
         with self.on_device() as model, self.accelerator.autocast():
             return in_parts(
                 model,
-                Rollouts(input_ids, rollouts.attention_mask, rollouts.mask),
+                replace(rollouts, input_ids=input_ids),
                 self.batch_size,
                 self._trims_prompts,
                 can_share(self._base),
@@ -119,12 +120,7 @@ def in_parts(
     for rows in parts_of(rollouts, size, shares_prompts):
         part = rollouts.rows(rows).trimmed(trims_prompts)
         counts = part.mask.sum(1).tolist()
-        signal = model(
-            input_ids=part.input_ids,
-            attention_mask=part.attention_mask,
-            rollouts=part,
-            **({"share_prompts": size} if shares_prompts else {}),
-        )
+        signal = model(**part.arguments, rollouts=part, **({"share_prompts": size} if shares_prompts else {}))
         pieces |= dict(zip(rows.tolist(), signal.split(counts), strict=True))
     return HiddenStates.cat([pieces[row] for row in range(len(rollouts))])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class TeacherPool:
                 weights_of(self.weights if own is None else own, self.names, f"Row {i} of a batch", self.divergences)
                 for i, own in enumerate(row.get("teacher") for row in rows)
             ]
-            readers = {name for name, teacher in self.teachers.items() if teacher.prompts != "teacher_prompt"}
+            readers = {name for name, teacher in self.teachers.items() if teacher.reads_text}
             for i, own in enumerate(weights):
                 check_readers(dict(zip(self.names, own, strict=True)), readers, f"Row {i} of a batch has")
             added["teacher_weights"] = torch.tensor(weights, device=device)
@@ -166,7 +167,7 @@ class TeacherPool:
 
     def _ask(self, teacher: Teacher, rollouts: Rollouts, chosen: torch.Tensor) -> Signal | None:
         if self.together:  # all rows, so that every process runs the same number of forward passes
-            chosen_rollouts = Rollouts(rollouts.input_ids, rollouts.attention_mask, rollouts.mask & chosen[:, None])
+            chosen_rollouts = replace(rollouts, mask=rollouts.mask & chosen[:, None])
         elif not chosen.any():
             return None
         else:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from .._trl import create_model_from_path, get_config_model_id
 from ..config import OPDConfig
 from ..config_checks import divergences_of
-from ..models.loading import load_config, load_tokenizer, load_whole
+from ..models.loading import load_config, load_processor, load_tokenizer, load_whole
 from ..models.properties import unwrap_adapter
 from ..server_urls import without_login
 from . import sharding, shared_memory
@@ -69,6 +69,10 @@ class TeacherSpec:
         """The tokenizer saved with it."""
         return None
 
+    def processor(self) -> Any:
+        """Its processor, if it is a vision-language model that has one."""
+        return None
+
     def generation_config(self) -> GenerationConfig | None:
         """Its generation settings."""
         return None
@@ -108,6 +112,9 @@ class NamedModel(_ModelSpec):
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(self.given, **self._hub_kwargs)
+
+    def processor(self) -> Any:
+        return load_processor(self.given, self.config(), **self._hub_kwargs)
 
     def generation_config(self) -> GenerationConfig | None:
         return _generation_config(self.given, **self._hub_kwargs)
@@ -162,6 +169,10 @@ class LoadedModel(_ModelSpec):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         name = get_config_model_id(unwrap_adapter(self.given).config)
         return load_tokenizer(name, **hub_kwargs(_init_kwargs(self.args)))
+
+    def processor(self) -> Any:
+        config = unwrap_adapter(self.given).config
+        return load_processor(get_config_model_id(config), config, **hub_kwargs(_init_kwargs(self.args)))
 
     def generation_config(self) -> GenerationConfig | None:
         return getattr(unwrap_adapter(self.given), "generation_config", None)

@@ -16,9 +16,11 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from ..data.images import encode, has_images, is_processor, tidy_row
 from ..data.rows import tools_of
 from ..data.sampling import answer_texts, without_own_settings
 from ..errors import CheckpointError, NonFiniteLossError
+from ..images import EncodedPrompt, Images, by_rows, keys_of
 from ..objective.weights import leave_one_out
 from .checkpoints import last_complete, mark_complete, unmark, what_is_missing
 from .micro_batches import by_length, trimmed
@@ -85,6 +87,7 @@ class GRPOHooks(GRPOTrainer):
     _buffered_inputs: Any
     max_completion_length: int
     _logs: dict[str, Any]
+    processing_class: Any
 
     # -- hooks: TRL calls the private name, subclasses override the public one ---------------------------------------
 
@@ -138,7 +141,14 @@ class GRPOHooks(GRPOTrainer):
         """TRL's, except that rows with tools of their own (a column `tools`) are rendered with them."""
         rows = self._rows_tools or []
         if len(rows) != len(prompts) or not any(rows):
-            return super()._tokenize_prompts(prompts)
+            ids, images, fields = super()._tokenize_prompts(prompts)
+            # processors take no `None` for a row without images
+            return ids, images and [of_row or [] for of_row in images], fields
+        if self.processor is not None and any(has_images({"prompt": prompt}) for prompt in prompts):
+            raise ValueError(
+                "The dataset has images and a column `tools`, which are not rendered together. Drop the column, or "
+                "pass `tools` to the trainer, the same for all rows."
+            )
         everyone, ids = self.tools, [[0]] * len(prompts)
         try:
             for kind in {json.dumps(tools) for tools in rows}:
@@ -162,13 +172,15 @@ class GRPOHooks(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's rollouts, with each row's reward, and advantages by the baseline that was asked for."""
         self._fresh = True
+        if self.processor is not None:
+            inputs = [tidy_row(row) for row in inputs]
         output = self.dataset_batch(inputs)
         if output is None:
             self._rewards_per_func = None
             self._generating = True
             try:
                 with self._with_tools_of([row.get("tools") for row in inputs]):
-                    output = super()._generate_and_score_completions(inputs)
+                    output = by_rows(super()._generate_and_score_completions(inputs))
             finally:
                 self._generating = False
             if self._rewards_per_func is not None:
@@ -181,7 +193,7 @@ class GRPOHooks(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         if self._generating and self._skips_old_log_probs:  # TRL leaves out of the batch what is `None`
             return None, None, None
-        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return super()._get_per_token_logps_and_entropies(*args, **by_rows(kwargs))
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """TRL's micro-batch, without padding that none of its rows needs."""
@@ -247,7 +259,8 @@ class GRPOHooks(GRPOTrainer):
         total = (rewards * weights).nansum(1).masked_fill(unscored, torch.nan)  # (all rows,)
         output["rewards"] = total[rows]
         if self.baseline is not None:
-            keys = self.accelerator.gather(prompt_keys(output["prompt_ids"], output["prompt_mask"]))
+            own = prompt_keys(output["prompt_ids"], output["prompt_mask"])
+            keys = self.accelerator.gather(own ^ keys_of(Images.from_inputs(output), len(own)).to(own.device))
             everyone = self.baseline.advantages(total, keys, self.mode == "train")
             if self.baseline.kind == "prompt" and self.mode == "train":
                 self.record("distill/known_prompts", self.baseline.share_known)
@@ -347,14 +360,28 @@ class GRPOHooks(GRPOTrainer):
         return self._tokenizer
 
     @property
+    def processor(self) -> Any:
+        """The processor of a vision-language student; `None` for text models."""
+        return self.processing_class if is_processor(self.processing_class) else None
+
+    @property
     def has_environments(self) -> bool:
         """Whether environments write or extend the prompts, which are then unknown before an episode begins."""
         return self.environment_factories is not None
 
     def token_ids_of(self, prompts: list[Any], tools: list[Any] | None = None) -> list[list[int]]:
         """Prompts, text or messages, as they are rendered and tokenised for generation; each with its row's `tools`."""
+        if self.processor is not None:
+            return [prompt.ids for prompt in self.encoded(prompts, tools)]
         with self._with_tools_of(tools or []):
             return self._tokenize_prompts(prompts)[0]
+
+    def encoded(self, prompts: list[Any], tools: list[Any] | None = None) -> list[EncodedPrompt]:
+        """As [`~GRPOHooks.token_ids_of`], with the images of the prompts."""
+        if self.processor is None:
+            return [EncodedPrompt(ids) for ids in self.token_ids_of(prompts, tools)]
+        own = [tools_of(row) or self.tools or None for row in tools or [None] * len(prompts)]
+        return encode(self.processor, prompts, dict(self.chat_template_kwargs), own, self.chat_template)  # type: ignore[arg-type]
 
     @property
     def has_side_terms(self) -> bool:

@@ -96,8 +96,7 @@ class DistillationLoss:
         scores = self.setup.pool.score(batch, training=True)
         plan = ForwardPlan(estimator, divergence_slopes=self._divergence_slopes(scores, batch, beta))
         student = RecordedStudent(model, batch.rollouts, scores, plan)
-        rollouts = batch.rollouts
-        self._call(student, {"input_ids": rollouts.input_ids, "attention_mask": rollouts.attention_mask})
+        self._call(student, batch.rollouts.arguments)
         return self._parts(estimator, student.output, scores, batch, beta)
 
     def _parts(
@@ -167,7 +166,7 @@ class DistillationLoss:
     def _student_inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """Arguments for the student's forward pass when there is no policy loss to call it."""
         rollouts = batch.rollouts
-        inputs: dict[str, Any] = {"input_ids": rollouts.input_ids, "attention_mask": rollouts.attention_mask}
+        inputs: dict[str, Any] = rollouts.arguments
         if self.setup.estimator.needs_log_probs or self.args.kl_discount > 0:
             labels = torch.full_like(rollouts.input_ids, -100)
             completion = slice(-batch.mask.shape[1], None)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ..images import KINDS
+
 
 PROMPT = ("prompt", "teacher_prompt")  # and "text_prompt_0", ... of teachers with other tokenizers
 
@@ -30,8 +32,8 @@ def trimmed(batch: dict[str, Any], prompts: bool = True) -> dict[str, Any]:
     A batch without the columns that are padding in every row.
 
     Args:
-        batch (`dict`): "prompt_ids" `(B, P)`, left-padded, "completion_ids" `(B, C)`, right-padded, their masks, and
-            any other columns.
+        batch (`dict`): "prompt_ids" `(B, P)`, left-padded, "completion_ids" `(B, C)`, right-padded, their masks, kinds
+            of tokens `(B, P + C)`, and any other columns.
         prompts (`bool`): cut prompts too. Not for models with absolute positions, which start at the left padding.
     """
     shorter = dict(batch)
@@ -45,7 +47,8 @@ def trimmed(batch: dict[str, Any], prompts: bool = True) -> dict[str, Any]:
             kept = max(int(batch[f"{name}_mask"].any(0).sum()), 1)
             for what in ("ids", "mask"):
                 shorter[f"{name}_{what}"] = batch[f"{name}_{what}"][:, -kept:]
-    return shorter
+    cut, end = batch["prompt_ids"].shape[1] - shorter["prompt_ids"].shape[1], batch["prompt_ids"].shape[1] + length
+    return shorter | {name: batch[name][:, cut:end] for name in KINDS if batch.get(name) is not None}
 
 
 def by_length(batches: list[dict[str, Any]], alike: int) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,10 +20,13 @@ from ..checks.models import check_router_loss
 from ..checks.preflight import Examined, OtherTokenizer, RunFacts, examine
 from ..checks.teachers import check_signals
 from ..config import OPDConfig
+from ..data.images import encode
+from ..data.sampling import prompts_ids
 from ..estimators import make_estimator
 from ..estimators.base import Estimator
 from ..estimators.cross_tokenizer import ByTokenizer, ClosedIds, CrossTokenizer
 from ..heads.fused import DivergenceSpec
+from ..images import EncodedPrompt
 from ..models.properties import has_relative_positions, name_of, unwrap_adapter
 from ..models.student import add_student_forward, keep_output_dtype
 from ..objective.weighting import measured_for
@@ -49,6 +53,8 @@ class Setup:
         same_vocabulary (`bool`): whether the divergence covers all of the student's ids.
         checks ([`~trl_distill.checks.loaded.ModelChecks`]): some are made on the first rollouts if weights are sharded.
         readers (`dict`): tokenizers of teachers that have another than the student, by the columns of their prompts.
+        encoders (`dict` of `Callable`): by these columns, and by those of teachers with another processor, what turns
+            prompts and their rows' `tools=` into what such a teacher reads.
     """
 
     pool: TeacherPool
@@ -57,6 +63,7 @@ class Setup:
     same_vocabulary: bool
     checks: ModelChecks
     readers: dict[str, Any] = field(default_factory=dict)
+    encoders: dict[str, Callable[..., list[EncodedPrompt]]] = field(default_factory=dict)
 
 
 def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setup:
@@ -101,7 +108,26 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
     report.stop_on_errors()
     report.warn()
     readers = {text.prompts: text.tokenizer for text in found.texts.values()}
-    return Setup(pool, estimator, off_policy_estimator, same_vocabulary, checks, readers)
+    return Setup(pool, estimator, off_policy_estimator, same_vocabulary, checks, readers, encoders_of(facts, found))
+
+
+def encoders_of(facts: RunFacts, found: Examined) -> dict[str, Callable[..., list[EncodedPrompt]]]:
+    """How teachers with another tokenizer or processor read prompts, by the columns of these."""
+    of_texts: dict[str, Callable[..., list[EncodedPrompt]]] = {
+        text.prompts: functools.partial(_encoded_text, text.tokenizer, facts.template_kwargs)
+        for text in found.texts.values()
+    }
+    how = {"template_kwargs": facts.template_kwargs, "chat_template": facts.chat_template}
+    of_images: dict[str, Callable[..., list[EncodedPrompt]]] = {
+        other.prompts: functools.partial(encode, other.processor, **how) for other in found.processors.values()
+    }
+    return of_texts | of_images
+
+
+def _encoded_text(
+    tokenizer: Any, template_kwargs: dict[str, Any], prompts: list[Any], tools: list[Any]
+) -> list[EncodedPrompt]:
+    return [EncodedPrompt(ids) for ids in prompts_ids(tokenizer, template_kwargs, tools, prompts)]
 
 
 def _model_checks(trainer: Any, facts: RunFacts, pool: TeacherPool, found: Examined) -> ModelChecks:
@@ -114,6 +140,7 @@ def _model_checks(trainer: Any, facts: RunFacts, pool: TeacherPool, found: Exami
         spec=DivergenceSpec(temperature=args.kl_temperature or args.temperature, stops=tuple(found.merged)),
         suppressed=[] if trainer.use_vllm else trainer.generation_config.suppress_tokens or [],
         readers={text.prompts: text.tokenizer for text in found.texts.values()},
+        encoders=encoders_of(facts, found),
     )
 
 
@@ -128,7 +155,9 @@ def facts_of(trainer: Any) -> RunFacts:
         stops=trainer.eos_token_ids,
         dataset=trainer.train_dataset,
         eval_datasets=evaluation if isinstance(evaluation, dict) else {"": evaluation},
-        tokenize=trainer.token_ids_of,
+        encode=trainer.encoded,
+        processor=trainer.processor,
+        chat_template=trainer.chat_template or getattr(trainer.processing_class, "chat_template", None),
         has_rewards=trainer.has_rewards,
         has_environments=trainer.has_environments,
         generate_every=trainer.args.micro_steps_per_generation,
@@ -195,6 +224,9 @@ def _load(trainer: Any, specs: dict[str, TeacherSpec], estimator: Estimator, fou
     }
     pool = load_pool(specs, args, trainer.accelerator, trainer.model, size, readers)
     check_signals(args.kl_estimator, estimator, pool.teachers, args.kl_temperature or args.temperature)
+    for name, spec in specs.items():
+        if spec.identity in found.processors:
+            pool.teachers[name].prompts = found.processors[spec.identity].prompts
     first, _ = pool.members[0]
     if isinstance(first.module, nn.Module):
         trainer.ref_model = first.module  # TRL's name for the model that the KL is measured against

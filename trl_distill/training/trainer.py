@@ -19,23 +19,25 @@ from .._trl import get_config_model_id, probe_environments
 from ..checks.cross_tokenizer import check_writers
 from ..checks.datasets import check_datasets
 from ..checks.findings import Report
+from ..checks.images import check_sight
 from ..checks.preflight import check_before_loading
 from ..config import OPDConfig
 from ..data.completions import Turns, completion_batch
 from ..data.datasets import with_prompts
+from ..data.images import prompt_of, shows_images
 from ..data.rewards import check_rewards
-from ..data.sampling import prompts_ids
 from ..errors import RunawayError, StoppedBySignal, TeacherAnswerError, TeacherUnavailable
 from ..estimators.base import Estimator
 from ..heads.tiles import release_memory
+from ..models.properties import unwrap_adapter
 from ..objective.weights import scheduled_beta
 from ..reporting.metrics import means
 from ..reporting.tokens.callback import TokenReport
 from ..reporting.trackers import close_last
-from ..rollouts import MicroBatch, Rollouts, teacher_prompts
+from ..rollouts import MicroBatch, teacher_prompts
 from ..teachers.base import Teacher
 from ..teachers.pool import TeacherPool
-from ..teachers.spec import TeacherSpec, read_specs
+from ..teachers.spec import TeacherSpec, read_specs, student_config
 from .citation import PAPER
 from .grpo_hooks import GRPOHooks
 from .loss import DistillationLoss, LossParts
@@ -52,6 +54,20 @@ logger = logging.getLogger(__name__)
 def no_reward(completions: list, **_: Any) -> list[float]:
     """Placeholder for the reward function that TRL requires; never called."""
     return [0.0] * len(completions)
+
+
+def _sees_images(model: Any, args: OPDConfig, datasets: dict[str, Any]) -> bool:
+    """Whether there are images, and a student that sees them; raises `ValueError` if it does not."""
+    found = {}
+    for purpose, given in datasets.items():
+        for name, dataset in given.items() if isinstance(given, dict) else [("", given)]:
+            if shows_images(dataset):
+                found[f"the {purpose} dataset{name and f' {name!r}'}"] = dataset
+    if not found or args.beta == 0:
+        return bool(found)
+    config = student_config(model, args) if isinstance(model, str) else unwrap_adapter(model).config
+    check_sight(found, config)
+    return True
 
 
 def _as_opd_config(args: GRPOConfig | None, model: Any, teacher_model: Any) -> OPDConfig:
@@ -163,8 +179,9 @@ class OPDTrainer(GRPOHooks):
             self.baseline = RewardBaseline(args.reward_baseline)
         if environment_factory is None:
             ours = args.beta > 0  # plain GRPO takes what TRL takes, images too
-            train_dataset = with_prompts(train_dataset, "the training dataset", check=ours)
-            eval_dataset = with_prompts(eval_dataset, "the evaluation dataset", check=ours)
+            sees = _sees_images(model, args, {"training": train_dataset, "evaluation": eval_dataset})
+            train_dataset = with_prompts(train_dataset, "the training dataset", check=ours, parts=sees)
+            eval_dataset = with_prompts(eval_dataset, "the evaluation dataset", check=ours, parts=sees)
         if environment_factory is None and reward_funcs:
             check_rewards(reward_funcs, train_dataset)
         specs = _teachers_of(teacher_model, args, self.has_rewards)
@@ -287,15 +304,14 @@ class OPDTrainer(GRPOHooks):
             return
         self._check_models(batch)
         assert self.setup is not None
-        own = [row.get("teacher_prompt") for row in rows]
+        own = [prompt_of(row, "teacher_prompt") for row in rows]
         tools = [row.get("tools") for row in rows]
         pad = self.tokenizer.pad_token_id
         if any(teacher.prompts == "teacher_prompt" for teacher, _ in self.pool.members):
-            batch |= teacher_prompts(own, batch, functools.partial(self.token_ids_of, tools=tools), pad)
-        for name, tokenizer in self.setup.readers.items():  # in their own tokens and templates
-            read = [prompt or row["prompt"] for prompt, row in zip(own, rows, strict=True)]
-            how = (tokenizer, dict(self.chat_template_kwargs), tools)  # type: ignore[arg-type]
-            batch |= teacher_prompts(read, batch, functools.partial(prompts_ids, *how), pad, name)
+            batch |= teacher_prompts(own, batch, functools.partial(self.encoded, tools=tools), pad)
+        for name, encode in self.setup.encoders.items():  # in their own tokens, templates and pixels
+            read = [prompt or prompt_of(row) for prompt, row in zip(own, rows, strict=True)]
+            batch |= teacher_prompts(read, batch, functools.partial(encode, tools=tools), pad, name)
         batch |= self.pool.assign(rows, batch["prompt_ids"].device)
         self.pool.score_ahead(MicroBatch.from_inputs(batch), self.mode == "train")
 
@@ -304,7 +320,7 @@ class OPDTrainer(GRPOHooks):
         assert self.setup is not None
         if self._models_checked or self.mode == "eval" or not self.setup.checks.wait_for_rollouts:
             return
-        found = self.setup.checks.on_rollouts(Rollouts.from_inputs(batch), own="row_weight" not in batch)
+        found = self.setup.checks.on_rollouts(MicroBatch.from_inputs(batch), own="row_weight" not in batch)
         if found is not None:
             self._models_checked = True
             self.preflight.add(*found.findings)
