@@ -75,11 +75,8 @@ class Images:
             return None
         counts = {name: inputs[name] for name in COUNTS if inputs.get(name) is not None}
         by_row = {name: _pieces(value) for name, value in split_pixel_values_by_grid({**found, **counts}).items()}
-        rows = tuple(
-            {name: by_row[name][row] for name in found if len(by_row[name][row])}
-            for row in range(len(inputs["prompt_ids"]))
-        )
-        return cls(rows, kinds)
+        rows = [{name: by_row[name][row] for name in found} for row in range(len(inputs["prompt_ids"]))]
+        return cls(tuple(row if row and _shows_something(row) else {} for row in rows), kinds)
 
     @classmethod
     def of_prompts(cls, prompts: Sequence[EncodedPrompt], length: int, completion: int, device: Any) -> Images | None:
@@ -176,16 +173,26 @@ def by_rows(batch: dict[str, Any]) -> dict[str, Any]:
 
     TRL takes this layout for the one with a row per image where, by chance, there are as many images as rows.
     """
-    pixels = batch.get("pixel_values")
-    if not isinstance(pixels, torch.Tensor) or pixels.dim() != 5 or "pixel_attention_mask" not in batch:
-        return batch
-    return {**batch, "num_images": [1] * len(pixels)}
+    return {**batch, "num_images": [1] * len(batch["pixel_values"])} if _is_by_rows(batch) else batch
 
 
 def without_empty(arguments: dict[str, Any]) -> dict[str, Any]:
     """A model's arguments without pixels of no image, which TRL passes where no row of a batch has one."""
-    empty = "pixel_values" in arguments and arguments["pixel_values"] is not None and not len(arguments["pixel_values"])
-    return {name: value for name, value in arguments.items() if name not in PIXELS} if empty else arguments
+    if arguments.get("pixel_values") is None or _shows_something(arguments):
+        return arguments
+    return {name: value for name, value in arguments.items() if name not in PIXELS}
+
+
+def _shows_something(pixels: dict[str, Any]) -> bool:
+    """Whether there is an image; where rows are padded to the same number, images that are 0 are none."""
+    values = pixels["pixel_values"]
+    return bool(len(values)) and (not _is_by_rows(pixels) or bool(values.any()))
+
+
+def _is_by_rows(pixels: dict[str, Any]) -> bool:
+    """Whether pixels lie row by row, each row padded to the same number of images (Idefics, SmolVLM)."""
+    values = pixels.get("pixel_values")
+    return isinstance(values, torch.Tensor) and values.dim() == 5 and "pixel_attention_mask" in pixels
 
 
 def _pieces(value: Any) -> list[Any]:
