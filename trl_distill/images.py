@@ -76,7 +76,7 @@ class Images:
         counts = {name: inputs[name] for name in COUNTS if inputs.get(name) is not None}
         by_row = {name: _pieces(value) for name, value in split_pixel_values_by_grid({**found, **counts}).items()}
         rows = [{name: by_row[name][row] for name in found} for row in range(len(inputs["prompt_ids"]))]
-        return cls(tuple(row if row and _shows_something(row) else {} for row in rows), kinds)
+        return cls(tuple(row if "pixel_values" in row and _shows_something(row) else {} for row in rows), kinds)
 
     @classmethod
     def of_prompts(cls, prompts: Sequence[EncodedPrompt], length: int, completion: int, device: Any) -> Images | None:
@@ -143,6 +143,10 @@ def columns_of(prompts: Sequence[EncodedPrompt], length: int, completion: int) -
     images = Images.of_prompts(prompts, length, completion, "cpu")
     if images is None:
         return {}
+    padded = next((row for row in images.rows if _is_by_rows(row)), None)
+    if padded is not None:
+        nothing = {name: torch.zeros_like(value) for name, value in padded.items()}
+        return by_rows(Images(tuple(row or nothing for row in images.rows), images.kinds).arguments)
     counts: dict[str, Any] = {"num_images": [prompt.images for prompt in prompts]} if any(images.rows) else {}
     pixels = [row["pixel_values"] for row in images.rows if "pixel_values" in row]
     tiles = [len(row.get("pixel_values", ())) for row in images.rows]

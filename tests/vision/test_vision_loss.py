@@ -25,7 +25,7 @@ def rows(counts=COUNTS, repeat: int = 1):
             {
                 "prompt": [{"role": "user", "content": text}],
                 "images": [picture(10 * i + j, side=20 + 8 * j) for j in range(count)],
-                "place": i,
+                "completion": [{"role": "assistant", "content": "It is red."[: 4 + i]}],
             }
             for i, (count, text) in enumerate(zip(counts, TEXTS, strict=True))
         ]
@@ -178,6 +178,8 @@ WAYS = {
     "topk": {"kl_estimator": "topk", "kl_top_k": 8},
     "sampled": {"kl_estimator": "sampled"},
     "forward KL": {"divergence": "forward_kl"},
+    "off-policy": {"lmbda": 0.0},
+    "half and half": {"lmbda": 0.5, "num_generations": 2},
     "gamma 1": {"kl_discount": 1.0},
     "parked": {"teacher_offload": True},
     "used twice": {"num_iterations": 2},

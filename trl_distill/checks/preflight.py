@@ -308,7 +308,8 @@ def _examine_completions(facts: RunFacts, report: Report) -> None:
     if not isinstance(rows, Dataset) or limit is None:
         return
     first = rows.select(range(min(FIRST_ROWS, len(rows))))
-    found = [token_ids(row, facts.tokenizer, facts.stops, limit + 1, facts.template_kwargs) for row in first]
+    how = (facts.tokenizer, facts.stops, limit + 1, facts.template_kwargs, facts.processor)
+    found = [token_ids(row if facts.processor is None else tidy_row(row), *how) for row in first]
     cut = sum(len(completion) > limit for _, completion in found)
     report.add(setting_checks.completions(cut, len(found), limit, len(rows)))
 

@@ -16,6 +16,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from .._trl import prepare_multimodal_messages
+from ..images import EncodedPrompt, columns_of
+from .images import encode, prompt_of
 from .rows import tools_of
 
 
@@ -59,9 +62,12 @@ def token_ids(
     stops: Sequence[int],
     limit: int | None,
     template_kwargs: dict[str, Any] | None = None,
+    processor: Any = None,
 ) -> tuple[list[int], list[int]]:
     """
     Ids of a row's prompt, and of its completion up to its first stop token, which is added if there is none.
+
+    An image in the prompt is a placeholder here; see [`encoded_ids`].
 
     Args:
         row (`dict`): "prompt" and "completion", both text or both messages; optionally "tools", for the template.
@@ -69,6 +75,7 @@ def token_ids(
         stops (`list[int]`): ids that end a completion; the tokenizer's `eos_token_id` is added if none occurs.
         limit (`int`, *optional*): maximum tokens of a completion, stop token included; longer ones are cut.
         template_kwargs (`dict`, *optional*): keyword arguments of the chat template.
+        processor (`ProcessorMixin`, *optional*): of a vision-language model; then it renders messages.
 
     Raises:
         ValueError: the row has no completion, or its prompt has no tokens or ends with an assistant message.
@@ -81,7 +88,7 @@ def token_ids(
     prefix, answer, special = row["prompt"], row["completion"], True
     if not isinstance(prefix, str):
         tools = {"tools": tools_of(row["tools"])} if row.get("tools") else {}
-        prefix, answer = _rendered(prefix, answer, tokenizer, {**(template_kwargs or {}), **tools})
+        prefix, answer = _rendered(prompt_of(row), answer, tokenizer, {**(template_kwargs or {}), **tools}, processor)
         special = False  # the template has written special tokens
     prompt, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for text in (prefix, prefix + answer))
     if not prompt:
@@ -95,11 +102,28 @@ def token_ids(
     return prompt, completion[:limit]
 
 
+def encoded_ids(
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[int],
+    limit: int | None,
+    template_kwargs: dict[str, Any] | None = None,
+    processor: Any = None,
+) -> tuple[EncodedPrompt, list[int]]:
+    """As [`token_ids`], with the prompt as the model reads it, images included."""
+    prompt, completion = token_ids(row, tokenizer, stops, limit, template_kwargs, processor)
+    if processor is None or isinstance(row["prompt"], str):
+        return EncodedPrompt(prompt), completion
+    (encoded,) = encode(processor, [prompt_of(row)], template_kwargs, [row.get("tools")])
+    return encoded, completion
+
+
 def _rendered(
     prompt: list[dict[str, Any]],
     completion: list[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     template_kwargs: dict[str, Any],
+    processor: Any = None,
 ) -> tuple[str, str]:
     """
     Prompt and completion as text: the prompt as for generation, and what the template writes after it.
@@ -112,8 +136,16 @@ def _rendered(
             "A row has a prompt that ends with an assistant message, after which a rollout would begin another turn. "
             "Let prompts end with the user's message, and put the beginning of the answer into the completion."
         )
+    renderer: Any = processor or tokenizer
     prefix, whole = (
-        str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens, **template_kwargs))
+        str(
+            renderer.apply_chat_template(
+                messages if processor is None else prepare_multimodal_messages(messages),
+                tokenize=False,
+                add_generation_prompt=opens,
+                **template_kwargs,
+            )
+        )
         for messages, opens in ((prompt, True), ([*prompt, *completion], False))
     )
     if whole.startswith(prefix):
@@ -136,7 +168,8 @@ def completion_batch(
     limit: int | None,
     template_kwargs: dict[str, Any] | None = None,
     mask_truncated: bool = False,
-) -> dict[str, torch.Tensor]:
+    processor: Any = None,
+) -> dict[str, Any]:
     """
     A generation batch of the dataset's completions, in the form of TRL's rollouts.
 
@@ -144,28 +177,31 @@ def completion_batch(
         rows (`list` of `dict`): rows of this process; over all processes, each prompt occurs `group` times in a row.
         first (`int`): index of the first of them among the rows of all processes.
         group (`int`): `num_generations`. Of equal rows only the first counts; the others are masked.
-        tokenizer, stops, limit, template_kwargs: as in [`token_ids`].
+        tokenizer, stops, limit, template_kwargs, processor: as in [`token_ids`].
         mask_truncated (`bool`): whether cut completions are masked (TRL's `mask_truncated_completions`).
 
     Returns:
         `dict` of `torch.Tensor`: "prompt_ids" and "prompt_mask" `(B, P)`, left-padded; "completion_ids" and
         "completion_mask" `(B, C)`, right-padded; and "row_weight" `(B,)`, the weight of each row in a
-        loss that is averaged over rows: `group` for rows that count, and 0 for others.
+        loss that is averaged over rows: `group` for rows that count, and 0 for others. With images also TRL's columns
+        for these, see [`~trl_distill.images.columns_of`].
     """
     counts = [(first + i) % group == 0 for i in range(len(rows))]
-    prompts, completions, masks = [], [], []
+    encoded: list[EncodedPrompt] = []
+    completions, masks = [], []
     for row, counted in zip(rows, counts, strict=True):
-        prompt, completion = token_ids(row, tokenizer, stops, limit, template_kwargs)
+        prompt, completion = encoded_ids(row, tokenizer, stops, limit, template_kwargs, processor)
         cut = completion[-1] not in stops
         most = None if counted else 1  # one token is enough for a row that does not count
-        prompts.append(torch.tensor(prompt[:most], dtype=torch.long))
+        encoded.append(prompt if counted else EncodedPrompt([tokenizer.pad_token_id]))
         completions.append(torch.tensor(completion[:most], dtype=torch.long))
         masks.append(torch.full_like(completions[-1], counted and not (cut and mask_truncated)))
-    pad = functools.partial(pad_sequence, batch_first=True)
-    return {
+    pad, prompts = functools.partial(pad_sequence, batch_first=True), [torch.tensor(prompt.ids) for prompt in encoded]
+    batch = {
         "prompt_ids": pad(prompts, padding_value=tokenizer.pad_token_id, padding_side="left"),
         "prompt_mask": pad([torch.ones_like(p) for p in prompts], padding_side="left"),
         "completion_ids": pad(completions, padding_value=tokenizer.pad_token_id),
         "completion_mask": pad(masks),
         "row_weight": torch.tensor([float(group) * counted for counted in counts]),
     }
+    return batch | columns_of(encoded, batch["prompt_ids"].shape[1], batch["completion_ids"].shape[1])

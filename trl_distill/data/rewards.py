@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from .._trl import REWARD_ARGUMENTS
 from ..objective.user_functions import import_by_path
+from .images import prompt_of
 from .sampling import SampledCompletion, answer_texts
 
 
@@ -242,7 +243,7 @@ def scores(
     texts = answer_texts(tokenizer, [row.completion for row in written], stops)
     given = {
         **{name: [row.get(name) for row in rows] for name in names},
-        "prompts": [row["prompt"] for row in rows],
+        "prompts": [prompt_of(row) for row in rows],
         "completions": [
             text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
             for row, text in zip(rows, texts, strict=True)

@@ -22,7 +22,7 @@ from ..images import EncodedPrompt, Images
 from ..models.properties import backbone_of, has_relative_positions, unwrap_adapter
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
-from .completions import token_ids
+from .completions import encoded_ids
 from .rows import tools_of
 
 
@@ -269,6 +269,7 @@ def dataset_completion(
     tokenizer: PreTrainedTokenizerBase,
     how: Sampling,
     template_kwargs: dict[str, Any] | None = None,
+    processor: Any = None,
 ) -> SampledCompletion:
     """The dataset's completion of a row, tokenised as for off-policy batches. Raises `ValueError` if it has none."""
     if not row.get("completion"):
@@ -278,8 +279,9 @@ def dataset_completion(
         )
     tools = tools_of(row.get("tools"))
     kwargs = {**(template_kwargs or {}), **({"tools": tools} if tools else {})}
-    prompt, completion = token_ids(row, tokenizer, how.stops, how.limit, kwargs)
-    return SampledCompletion(row, prompt, completion, completion[-1] not in how.stops)
+    prompt, completion = encoded_ids(row, tokenizer, how.stops, how.limit, kwargs, processor)
+    cut = completion[-1] not in how.stops
+    return SampledCompletion(row, prompt.ids, completion, cut, prompt if prompt.images else None)
 
 
 def rollouts_of(prompts: Sequence[Prompt], completions: Sequence[list[int]], pad: int, device: Any) -> Rollouts:

@@ -29,13 +29,14 @@ from ..data.rewards import check_rewards
 from ..errors import RunawayError, StoppedBySignal, TeacherAnswerError, TeacherUnavailable
 from ..estimators.base import Estimator
 from ..heads.tiles import release_memory
+from ..images import Images
 from ..models.properties import unwrap_adapter
 from ..objective.weights import scheduled_beta
 from ..reporting.metrics import means
 from ..reporting.tokens.callback import TokenReport
 from ..reporting.trackers import close_last
 from ..rollouts import MicroBatch, teacher_prompts
-from ..teachers.base import Teacher
+from ..teachers.base import Teacher, is_sharded
 from ..teachers.pool import TeacherPool
 from ..teachers.spec import TeacherSpec, read_specs, student_config
 from .citation import PAPER
@@ -293,8 +294,10 @@ class OPDTrainer(GRPOHooks):
             limit=self.max_completion_length,
             template_kwargs=dict(self.chat_template_kwargs),  # type: ignore[arg-type]
             mask_truncated=self.mask_truncated_completions,
+            processor=self.processor,
         )
-        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        device = self.accelerator.device
+        return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
     def on_rollouts(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
         """Assign teachers and their prompts to rows, and run those teachers that score whole generation batches."""
@@ -303,6 +306,7 @@ class OPDTrainer(GRPOHooks):
         if self.pool is None or self.beta_at(self.state.global_step) == 0:  # a weight that has reached 0 stays 0
             return
         self._check_models(batch)
+        self._check_images(batch)
         assert self.setup is not None
         own = [prompt_of(row, "teacher_prompt") for row in rows]
         tools = [row.get("tools") for row in rows]
@@ -314,6 +318,21 @@ class OPDTrainer(GRPOHooks):
             batch |= teacher_prompts(read, batch, functools.partial(encode, tools=tools), pad, name)
         batch |= self.pool.assign(rows, batch["prompt_ids"].device)
         self.pool.score_ahead(MicroBatch.from_inputs(batch), self.mode == "train")
+
+    def _check_images(self, batch: dict[str, Any]) -> None:
+        """Raise on all processes if sharded weights would have to be gathered for the images of some rows alone."""
+        if self.processor is None or not is_sharded(self.accelerator):
+            return
+        images, rows = Images.from_inputs(batch), len(batch["prompt_ids"])
+        shown = sum(map(bool, images.rows)) if images else 0
+        counts = torch.tensor([shown, rows], device=self.accelerator.device)
+        shown, rows = self.accelerator.reduce(counts, reduction="sum").tolist()
+        if 0 < shown < rows:
+            raise ValueError(
+                f"{shown} of {rows} rows of a generation batch have images. Under ZeRO-3 and FSDP all processes must "
+                "run the same layers, or they wait for each other for ever. Train on rows with images and without in "
+                "separate runs, or use ZeRO-2 or plain data parallelism."
+            )
 
     def _check_models(self, batch: dict[str, Any]) -> None:
         """The checks that set-up had to leave out because weights are sharded, on the first rollouts of training."""
