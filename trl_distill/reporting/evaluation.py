@@ -7,7 +7,6 @@ and files are made by `evaluation_table.py`.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,19 +15,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..data.readers import PromptReader, continued, encoder_of
 from ..data.rewards import RewardFunction, scores
 from ..data.sampling import (
     SampledCompletion,
     Sampling,
     answer_texts,
     preserving_state,
-    prompt_ids,
     rollouts_of,
     sample_completions,
     scorer_of,
-    teacher_prompt_ids,
 )
 from ..heads.fused import DivergenceSpec, fused_divergence
+from ..images import EncodedPrompt
 from .tokens.spans import Reading, span_values
 
 
@@ -189,6 +188,7 @@ def answer_all(
     prefixes: Sequence[Sequence[int]] | None = None,
     template_kwargs: dict[str, Any] | None = None,
     reading: Reading | None = None,
+    reader: PromptReader | None = None,
 ) -> Iterator[list[Answer]]:
     """
     Sample and score answers of a model, batch by batch.
@@ -207,18 +207,20 @@ def answer_all(
         template_kwargs (`dict`, *optional*): for the chat template, such as `{"enable_thinking": False}`.
         reading ([`~trl_distill.reporting.tokens.spans.Reading`], *optional*): in place of `teacher`, one that has
             another tokenizer; the KL is then that between texts, in part from the sampled tokens.
+        reader ([`~trl_distill.data.readers.PromptReader`], *optional*): how both read prompts, for vision-language
+            models. Defaults to the tokenizer, with `template_kwargs`.
 
     Yields:
         `list[Answer]`: the answers of a batch.
     """
     size, device = max(1, batch_size // how.generations), next(model.parameters()).device
-    ids_of = functools.partial(prompt_ids, tokenizer, template_kwargs=template_kwargs)
+    reader = reader or PromptReader(encoder_of(tokenizer, template_kwargs=template_kwargs))
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         begun: Sequence[Sequence[int]] = prefixes[start : start + size] if prefixes is not None else [[]] * len(part)
-        prompts = [ids_of(row["prompt"], tools=row.get("tools")) for row in part]
+        prompts = [reader.prompt(row) for row in part]
         whole = _written(model, part, prompts, begun, tokenizer.pad_token_id, replace(how, seed=how.seed + start))
-        read = [teacher_prompt_ids(one.row, one.prompt, ids_of) for one in whole]
+        read = [reader.teacher_prompt(one.row, one.read) for one in whole] if teacher is not None else []
         if reading is None:
             kl = _sequence_kl(model, teacher, whole, read, tokenizer.pad_token_id, how.temperature, merged, device)
         else:
@@ -242,17 +244,22 @@ def answer_all(
 def _written(
     model: Any,
     rows: Sequence[dict[str, Any]],
-    prompts: Sequence[list[int]],
+    prompts: Sequence[EncodedPrompt],
     begun: Sequence[Sequence[int]],
     pad: int,
     how: Sampling,
 ) -> list[SampledCompletion]:
     """Sampled answers, `how.generations` to each row in turn, with the ids that they begin with."""
-    given = [[*prompt, *prefix] for prompt, prefix in zip(prompts, begun, strict=True)]
+    given = [continued(prompt, prefix) for prompt, prefix in zip(prompts, begun, strict=True)]
     written = sample_completions(model, rows, given, pad, how)
     places = [i // how.generations for i in range(len(written))]
     return [
-        replace(one, prompt=prompts[place], completion=[*begun[place], *one.completion])
+        replace(
+            one,
+            prompt=prompts[place].ids,
+            completion=[*begun[place], *one.completion],
+            encoded=prompts[place] if one.encoded else None,
+        )
         for place, one in zip(places, written, strict=True)
     ]
 
@@ -267,7 +274,7 @@ def _sequence_kl(
     model: Any,
     teacher: Any,
     written: Sequence[SampledCompletion],
-    read: Sequence[list[int]],
+    read: Sequence[EncodedPrompt],
     pad: int,
     temperature: float,
     merged: Sequence[int],
@@ -277,7 +284,7 @@ def _sequence_kl(
     if teacher is None:
         return [None] * len(written)
     completions = [one.completion for one in written]
-    rollouts = rollouts_of([one.prompt for one in written], completions, pad, device)
+    rollouts = rollouts_of([one.read for one in written], completions, pad, device)
     with preserving_state(model, teacher):
         ours, theirs = scorer_of(model)(rollouts), scorer_of(teacher)(rollouts_of(read, completions, pad, device))
         form = DivergenceSpec(temperature=temperature, stops=tuple(merged))
@@ -295,7 +302,7 @@ def _text_kl(
     device: torch.device,
 ) -> Sequence[float | None]:
     """The same to a teacher with another tokenizer, between texts: an unbiased estimate, as in training."""
-    rollouts = rollouts_of([one.prompt for one in written], [one.completion for one in written], pad, device)
+    rollouts = rollouts_of([one.read for one in written], [one.completion for one in written], pad, device)
     with preserving_state(model):
         states, signal = scorer_of(model)(rollouts), reading.signal(written, pad, device)
         values, _ = span_values(states, signal, written, reading.stops, temperature)

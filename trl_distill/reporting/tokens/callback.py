@@ -15,8 +15,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from ...data.images import has_images, tidy_row
+from ...data.readers import PromptReader
 from ...data.rewards import RewardFunction
 from ...data.sampling import SampledCompletion, Sampling, preserving_state, sample_completions, scorer_of
+from ...images import EncodedPrompt
 from ...signals import HiddenStates
 from ...teachers.base import is_sharded
 from ..trackers import log_page
@@ -44,8 +47,8 @@ class TokenReport(TrainerCallback):
         every (`int`, *optional*, defaults to 100):
             Optimizer steps between two reports. There is always one after the last step.
         prompts (`Dataset`, or `list` of `dict`, `str` or messages, *optional*):
-            Rows with a "prompt", optionally a "teacher_prompt", and columns for rewards. Defaults to the trainer's
-            evaluation dataset, or else its training dataset.
+            Rows with a "prompt", optionally a "teacher_prompt", images, and columns for rewards. Defaults to the
+            trainer's evaluation dataset, or else its training dataset.
         rows (`int`, *optional*, defaults to 16):
             Number of rows that are used, from the first.
         num_generations (`int`, *optional*, defaults to 1):
@@ -130,6 +133,11 @@ class TokenReport(TrainerCallback):
         rows = [row if isinstance(row, dict) else {"prompt": row} for row in first]
         if not rows or any(not row.get("prompt") for row in rows):
             raise ValueError("`TokenReport` needs at least one row, and a prompt in each row. Give `prompts`.")
+        rows = [tidy_row(row) for row in rows]
+        if trainer.processor is None and any(map(has_images, rows)):
+            raise ValueError(
+                "`TokenReport` was given prompts with images, but the student is a text model. Leave the images out."
+            )
         return rows
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -172,8 +180,8 @@ class TokenReport(TrainerCallback):
         reading = self._reading(teacher)
         completions: list[Completion] = []
         written: list[SampledCompletion] = []
-        tools = [row.get("tools") for row in self._rows]
-        prompts = trainer.token_ids_of([row["prompt"] for row in self._rows], tools)
+        reader = self._reader(teacher)
+        prompts = [reader.prompt(row) for row in self._rows]
         with preserving_state(trainer.model), trainer.accelerator.autocast():
             size = max(1, self.batch_size // self.num_generations)
             for start in range(0, len(self._rows), size):
@@ -183,7 +191,7 @@ class TokenReport(TrainerCallback):
                 if reading is not None:
                     completions += scored_texts(batch, [student], reading, tokenizer, device, temperature)
                 else:
-                    how_judged = (tokenizer, device, merged, temperature, self._ids_of)
+                    how_judged = (tokenizer, device, merged, temperature, reader)
                     completions += scored(batch, [student], teacher.score, *how_judged)
                 written += batch
             completions = with_rewards(completions, written, self.reward_funcs, tokenizer)
@@ -211,9 +219,17 @@ class TokenReport(TrainerCallback):
         stops = sorted(self._trainer.eos_token_ids)
         return Reading(teacher.score, teacher.pair, readers[teacher.prompts], stops, kwargs)
 
-    def _ids_of(self, prompt: Any, tools: Any = None) -> list[int]:
-        """As in training."""
-        return self._trainer.token_ids_of([prompt], [tools])[0]
+    def _reader(self, teacher: Any) -> PromptReader:
+        """How student and teacher read prompts in training."""
+        trainer = self._trainer
+
+        def of_student(prompt: Any, tools: Any = None) -> EncodedPrompt:
+            return trainer.encoded([prompt], [tools])[0]
+
+        encode = trainer.setup.encoders.get(teacher.prompts)  # of a teacher with another processor
+        if encode is None:
+            return PromptReader(of_student)
+        return PromptReader(of_student, lambda prompt, tools=None: encode([prompt], tools=[tools])[0])
 
 
 def _name(owner: Any) -> str:

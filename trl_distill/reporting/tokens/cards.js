@@ -13,16 +13,23 @@ const cards = rows.map((row) => {
   facts.append(el("span", {}, count(row.ids.length, "token")));
   if (row.truncated) facts.append(el("b", {}, "cut at the limit"));
   const prompt = el("div", { class: "prompt", tabindex: row.prompt.length > 400 ? 0 : undefined }, row.prompt);
+  const asked = row.pictures.length ? el("div", { class: "asked" }, pictures(row), prompt) : prompt;
   const lanes = row.views.map((_, view) => el("div", { class: "tokens", tabindex: 0, role: "group", "data-view": view,
     "aria-label": `Tokens of completion ${row.index + 1}${two ? `, judged for ${letters[view]}` : ""}; arrow keys move` }, row.text));
   const boxes = lanes.map((lane, i) => el("div", { class: "lane" },
     two ? el("h4", { class: classes[i] }, `${letters[i]}: ${data.students[i]}`) : null, lane));
   const card = el("article", { "aria-labelledby": `row-${row.index}` }, el("h3", { id: `row-${row.index}` }, `Completion ${row.index + 1}`),
-    facts, prompt, el("div", { class: `lanes${two ? " two" : ""}` }, ...boxes));
-  card.style.containIntrinsicSize = `auto ${150 + 30 * Math.ceil(row.text.length / 70)}px`;
+    facts, asked, el("div", { class: `lanes${two ? " two" : ""}` }, ...boxes));
+  card.style.containIntrinsicSize = `auto ${150 + 30 * Math.ceil(row.text.length / 70) + (row.pictures.length ? 120 : 0)}px`;
   Object.assign(card, { row, lanes, prompt, stale: true });
   return card;
 });
+function pictures(row) { // the images of its prompt: thumbnails, and the names of those that are not shown
+  const drawn = row.pictures.filter((one) => one[3] !== null), others = row.pictures.filter((one) => one[3] === null);
+  return el("div", { class: "pictures" },
+    ...drawn.map(([alt, width, height, number]) => el("img", { src: data.pictures[number], alt, title: alt, width, height })),
+    ...others.map(([alt]) => el("span", {}, alt)));
+}
 const observer = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
     if (isIntersecting) { near.add(target); fill(target); } else near.delete(target);

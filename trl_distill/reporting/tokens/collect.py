@@ -6,18 +6,20 @@ positions at a time. Completions are sampled by `data/sampling.py`.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ...data.images import prompt_of
+from ...data.readers import PromptReader, encoder_of
 from ...data.rewards import RewardFunction, scores
-from ...data.sampling import SampledCompletion, Signals, prompt_ids, rollouts_of, teacher_prompt_ids
+from ...data.sampling import SampledCompletion, Signals, rollouts_of
 from ...objective.divergences import as_one_class, summands
 from ...signals import HiddenStates
+from .pictures import pictures_of
 from .table import TOP, Completion, Opinion, Span, View
 from .texts import label, token_texts
 
@@ -82,7 +84,7 @@ def scored(
     device: Any,
     merged: Sequence[int] = (),
     temperature: float = 1.0,
-    ids_of: Callable[..., list[int]] | None = None,
+    reader: PromptReader | None = None,
 ) -> list[Completion]:
     """
     Score one batch of completions with one or several students and the teacher; rewards are left empty.
@@ -95,15 +97,15 @@ def scored(
         tokenizer: the tokenizer of all models.
         device: device of the batches.
         merged, temperature: as in [`compare`].
-        ids_of (`Callable`, *optional*): turns a teacher's prompt and the row's `tools=` into ids. Defaults to
-            `prompt_ids`.
+        reader ([`~trl_distill.data.readers.PromptReader`], *optional*): how the teacher reads prompts. Defaults to the
+            tokenizer.
     """
-    pad, ids_of = tokenizer.pad_token_id, ids_of or functools.partial(prompt_ids, tokenizer)
+    pad, reader = tokenizer.pad_token_id, reader or PromptReader(encoder_of(tokenizer))
     assert isinstance(pad, int)
     completions = [row.completion for row in written]
-    theirs = [teacher_prompt_ids(row.row, row.prompt, ids_of) for row in written]
+    theirs = [reader.teacher_prompt(row.row, row.read) for row in written]
     signal = teacher(rollouts_of(theirs, completions, pad, device))
-    rollouts = rollouts_of([row.prompt for row in written], completions, pad, device)
+    rollouts = rollouts_of([row.read for row in written], completions, pad, device)
     tokens = torch.tensor([token for completion in completions for token in completion], device=device)
     of_all = [compare(student(rollouts), signal, tokens, merged, temperature) for student in students]
     return completions_of(written, tokenizer, of_all[0][1], [view for view, _ in of_all])
@@ -131,7 +133,8 @@ def completions_of(
         start, end = end, end + len(row.completion)
         found.append(
             Completion(
-                prompt=readable(row.row["prompt"]),
+                prompt=readable(prompt_of(row.row)),
+                pictures=pictures_of(row.row),
                 ids=tuple(row.completion),
                 texts=token_texts(tokenizer, row.completion),
                 truncated=row.truncated,
@@ -152,7 +155,15 @@ def readable(prompt: Any) -> str:
     """A prompt as readable text: text unchanged, messages with their roles."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in prompt)
+    return "\n".join(f"{message['role']}: {_content(message.get('content'))}" for message in prompt)
+
+
+def _content(content: Any) -> str:
+    """A message's content as text, with "[image]" in the place of images."""
+    if not isinstance(content, list):
+        return content or ""
+    texts = ["[image]" if part.get("type") == "image" else part.get("text") or "" for part in content]
+    return " ".join(texts)
 
 
 def with_rewards(

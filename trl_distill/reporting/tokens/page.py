@@ -1,7 +1,8 @@
 """A [`TokenTable`] as one self-contained HTML file: data as JSON, a style sheet, and a script.
 
 Text from models is in the JSON only and is shown as text, never as markup. A content security policy allows only the
-style sheet and script made here, by their hashes. The script is in the three `.js` files.
+style sheet and script made here, by their hashes, and thumbnails in data URIs if prompts have images. The script is in
+the three `.js` files.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from .table import Opinion, TokenTable, View, curve, summary
 SCRIPTS = ("data.js", "cards.js", "sidebar.js")  # concatenated in this order, in one scope
 
 
+THUMBNAILS = 400_000  # characters of all thumbnails in a report; further images are named only
+
+
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
@@ -34,6 +38,7 @@ def page(table: TokenTable) -> str:
     """
     if not table.completions:
         raise ValueError("There are no completions to report on. Give at least one prompt.")
+    data = data_of(table)
     css = _part("report.css")
     js = '(() => {\n"use strict";\n' + "\n".join(_part(name) for name in SCRIPTS) + "})();\n"
     return string.Template(_part("report.html")).substitute(
@@ -42,7 +47,8 @@ def page(table: TokenTable) -> str:
         css_hash=_hash(css),
         js=js,
         js_hash=_hash(js),
-        data=embedded(data_of(table)),
+        images="; img-src data:" if data["pictures"] else "",
+        data=embedded(data),
     )
 
 
@@ -64,6 +70,7 @@ def embedded(data: Any) -> str:
 def data_of(table: TokenTable) -> dict[str, Any]:
     """The data for the script; numbers are rounded, and NaN and infinity become `null`."""
     students = range(len(table.students))
+    pictures = _thumbnails(table)
     return {
         "title": table.title,
         "teacher": table.teacher,
@@ -72,6 +79,7 @@ def data_of(table: TokenTable) -> dict[str, Any]:
         "settings": table.settings,
         "summaries": [_rounded(asdict(summary(table.completions, student))) for student in students],
         "own": [_rounded(asdict(own)) for own in table.own],
+        "pictures": list(pictures),
         "curves": [[_rounded(asdict(p)) for p in curve(table.completions, student)] for student in students],
         "rows": [
             {
@@ -84,10 +92,22 @@ def data_of(table: TokenTable) -> dict[str, Any]:
                 "teacher": _opinion(row.teacher),
                 "views": [_opinion(view) for view in row.views],
                 "spans": [list(vars(span).values()) for span in row.spans],
+                "pictures": [[one.alt, one.width, one.height, pictures.get(one.uri)] for one in row.pictures],
             }
             for row in table.completions
         ],
     }
+
+
+def _thumbnails(table: TokenTable) -> dict[str, int]:
+    """The thumbnails that the page holds, each once, with their numbers; no more than `THUMBNAILS` characters."""
+    found: dict[str, int] = {}
+    left = THUMBNAILS
+    for one in (picture for row in table.completions for picture in row.pictures):
+        if one.uri and one.uri not in found and len(one.uri) <= left:
+            found[one.uri] = len(found)
+            left -= len(one.uri)
+    return found
 
 
 def _opinion(opinion: Opinion) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def scored_texts(
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
     signal = reading.signal(written, pad, device)
-    rollouts = rollouts_of([row.prompt for row in written], [row.completion for row in written], pad, device)
+    rollouts = rollouts_of([row.read for row in written], [row.completion for row in written], pad, device)
     views: list[View] = []
     log_p: list[float] = []
     for student in students:

@@ -63,6 +63,23 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """
+    An image in a prompt.
+
+    Attributes:
+        alt (`str`): what is said in its place.
+        uri (`str`): the thumbnail as a data URI; empty where there is none.
+        width, height (`int`): of the thumbnail, pixels.
+    """
+
+    alt: str
+    uri: str = ""
+    width: int = 0
+    height: int = 0
+
+
+@dataclass(frozen=True)
 class Completion:
     """
     One scored completion.
@@ -77,6 +94,7 @@ class Completion:
         views (`tuple` of [`View`]): one for each student, in the order of `TokenTable.students`.
         spans (`tuple` of [`Span`]): with a teacher that has another tokenizer. A span's KL and the teacher's
             log-probability then stand at its first token, and the teacher's most likely ids are its own.
+        pictures (`tuple` of [`Picture`]): the images in the prompt.
     """
 
     prompt: str
@@ -87,6 +105,7 @@ class Completion:
     teacher: Opinion
     views: tuple[View, ...]
     spans: tuple[Span, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def reward(self) -> float | None:
