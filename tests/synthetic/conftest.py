@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
+from sums import REWARD, problems, solve
 
 from trl_distill.synthetic import Completion, GenerateConfig, pipeline
 from trl_distill.synthetic.sources.base import seeds_of
@@ -132,3 +133,12 @@ def reward(tmp_path, monkeypatch):
     yield write
     for name in written:
         sys.modules.pop(name, None)  # other tests have modules of that name, too
+
+
+@pytest.fixture
+def sums(bench, reward):
+    reward(REWARD)
+    bench.prompts(problems(10))
+    bench.teach(solve)
+    bench.settings = {"reward_funcs": ["my_verifier.right"], "completions_per_prompt": 3}
+    return bench
