@@ -18,7 +18,6 @@ Left out on purpose: public benchmarks, for which `lm-eval` is made (docs/recipe
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 import time
 from pathlib import Path
@@ -29,19 +28,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from transformers.utils import logging as transformers_logging
 
 from .. import foreign_text
+from ..data.images import has_images
 from ..data.rewards import import_reward
-from ..data.sampling import Sampling, prompt_ids
+from ..data.sampling import Sampling
 from ..models.properties import unwrap_adapter
 from ..reporting.evaluation import Answer, answer_all
 from ..reporting.evaluation_table import Results
 from . import judging
 from .arguments import CommandParser, errors_without_traceback, finite, template_kwargs
+from .images import readable_rows, reader_of
 from .models import (
     check_fit,
     config_of,
-    first_rows,
-    ids_unknown_to_teacher,
+    first_prompts,
     load,
+    never_written,
     reading_of,
     stop_ids_of_all,
     tokenizer_of,
@@ -109,17 +110,31 @@ def evaluated(
         options.temperature,
         options.num_generations,
         options.seed,
-        suppressed=ids_unknown_to_teacher(model, teacher) if teacher is not None else (),
+        suppressed=never_written(model, teacher),
     )
     check_prompts(name, [unwrap_adapter(one).config for one in models], rows, options)
     verifiers = [import_reward(path) for path in options.reward_funcs]
     bar = progress.add_task(name, total=len(rows) * options.num_generations)
     found: list[Answer] = []
     asked = (rows, tokenizer, how, verifiers, teacher, merged, options.batch_size)
-    for batch in answer_all(model, *asked, template_kwargs=options.chat_template_kwargs, reading=reading):
+    reader = reader_of(name, options.teacher_model_name_or_path, options.chat_template_kwargs)
+    for batch in answer_all(model, *asked, reading=reading, reader=reader):
         found += batch
         progress.advance(bar, len(batch))
     return found
+
+
+def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows that are asked about, after a check that all models see their images."""
+    dataset = first_prompts(options.dataset_name, options.dataset_split, options.num_prompts)
+    teacher = options.teacher_model_name_or_path
+    rows = readable_rows(dataset, models_of(options), teacher, options.cross_tokenizer)
+    if options.judge and any(map(has_images, rows)):
+        raise ValueError(
+            "The dataset has images, but `--judge` reads prompts and answers as text, so it would judge without them. "
+            "Use `--reward_funcs`, which get the images, or leave the judge out."
+        )
+    return rows
 
 
 def models_of(options: argparse.Namespace) -> list[str]:
@@ -137,16 +152,16 @@ def compare_all(judge: judging.EvaluationJudge, results: Results, against: str) 
 
 def check_prompts(name: str, configs: list[Any], rows: list, options: argparse.Namespace) -> None:
     """Raise `ValueError` if a prompt does not fit into a model, or into the teacher, whose configuration is second."""
-    ids_of = functools.partial(prompt_ids, tokenizer_of(name), template_kwargs=options.chat_template_kwargs)
-    lengths = [(ids_of(row["prompt"], tools=row.get("tools")), options.max_completion_length) for row in rows]
-    check_fit(rows, lengths, ids_of, {"model": configs[0]}, *configs[1:])
+    reader = reader_of(name, options.teacher_model_name_or_path, options.chat_template_kwargs)
+    lengths = [(reader.prompt(row), options.max_completion_length) for row in rows]
+    check_fit(rows, lengths, reader, {"model": configs[0]}, *configs[1:])
 
 
 def main(words: list[str] | None = None) -> None:
     options = arguments(words)
     transformers_logging.disable_progress_bar()
     with errors_without_traceback():
-        rows = first_rows(options.dataset_name, options.dataset_split, options.num_prompts)
+        rows = rows_of(options)
         for path in options.reward_funcs:
             import_reward(path)  # before anything long begins
         for name in models_of(options):

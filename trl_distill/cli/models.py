@@ -5,24 +5,33 @@ Errors end the command with a message that says what to change.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from .. import foreign_text
+from .._trl import create_model_from_path
 from ..checks import models as model_checks
 from ..checks import tokenizers as tokenizer_checks
 from ..checks.cross_tokenizer import compared, has_another
 from ..data.datasets import load_splits, with_prompts
-from ..data.sampling import rollouts_of, scorer_of, teacher_prompt_ids
+from ..data.images import shows_images
+from ..data.readers import PromptReader
+from ..data.sampling import rollouts_of, scorer_of
+from ..images import EncodedPrompt
 from ..models.hidden_states import add_teacher_forward
 from ..models.loading import check_folder, load_tokenizer, load_whole
-from ..models.properties import context_of, stop_ids, unwrap_adapter
+from ..models.properties import context_of, placeholder_ids, reads_images, special_ids, stop_ids, unwrap_adapter
 from ..reporting.tokens.spans import Reading
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
@@ -37,10 +46,12 @@ def load(name: str, whose: str, dtype: str, device: str) -> Any:
     """A model whose forward gives hidden states, after a check that its logits follow from them."""
     try:
         check_folder(name, whose, "the path")
-        model = load_whole(AutoModelForCausalLM.from_pretrained, name, whose, dtype=dtype).to(device).eval()
+        model = load_whole(_loader_of(name), name, whose, dtype=dtype).to(device).eval()
         model_checks.check_architecture(model.config, whose)
         add_teacher_forward(model)
-        probe = rollouts_of([[0]], [[1, 2, 3]], 0, device)
+        special = special_ids(unwrap_adapter(model).config)  # in whose place there would be images
+        first, *others = itertools.islice((token for token in itertools.count() if token not in special), 4)
+        probe = rollouts_of([[first]], [others], first, device)
         with torch.no_grad():
             expected = model(input_ids=probe.input_ids).logits[0, :-1]
             states = scorer_of(model)(probe)
@@ -48,6 +59,16 @@ def load(name: str, whose: str, dtype: str, device: str) -> Any:
     except (OSError, ValueError) as error:
         raise SystemExit(f"The {whose} {name!r} could not be loaded. ({error})") from None
     return model
+
+
+def _loader_of(name: str) -> Callable[..., Any]:
+    """What loads a model: a text model as a causal LM, a vision-language model as what its configuration names."""
+    config = config_of(name)
+    if config is None or not reads_images(config):
+        return AutoModelForCausalLM.from_pretrained
+    if base_of(name) != name:  # an adapter's folder, which has no configuration
+        return AutoModelForImageTextToText.from_pretrained
+    return functools.partial(create_model_from_path, device_map=None)
 
 
 def reading_of(tokenizer: Any, name: str, teacher: Any, student: Any, options: Any) -> Reading | None:
@@ -134,8 +155,8 @@ def _first_difference(tokenizer: Any, other: Any) -> str:
 
 def check_fit(
     rows: Sequence[dict[str, Any]],
-    lengths: Sequence[tuple[list[int], int]],
-    ids_of: Callable[..., list[int]],
+    lengths: Sequence[tuple[EncodedPrompt, int]],
+    reader: PromptReader,
     configs: dict[str, Any],
     teacher: Any = None,
 ) -> None:
@@ -144,20 +165,21 @@ def check_fit(
 
     Args:
         rows (`list[dict]`): the rows.
-        lengths (`list[tuple[list[int], int]]`): of each row, ids of its prompt, and tokens of its longest completion.
-        ids_of (`Callable`): ids of a prompt, see [`~trl_distill.data.sampling.prompt_ids`].
+        lengths (`list` of `tuple`): of each row, its prompt as the student reads it, an
+            [`~trl_distill.images.EncodedPrompt`], and the tokens of its longest completion.
+        reader ([`~trl_distill.data.readers.PromptReader`]): how prompts are read.
         configs (`dict`): configurations of students, by their names in messages.
         teacher (*optional*): the teacher's configuration; it reads the rows' `teacher_prompt`.
 
     Raises:
         ValueError: a prompt has no tokens, or is too long together with its completion.
     """
-    ours = [(len(prompt), completion) for prompt, completion in lengths]
+    ours = [(len(prompt.ids), completion) for prompt, completion in lengths]
     for whose, config in configs.items():
         _check_lengths(ours, config, whose)
     if teacher is not None:
         theirs = [
-            (len(teacher_prompt_ids(row, prompt, ids_of)), completion)
+            (len(reader.teacher_prompt(row, prompt).ids), completion)
             for row, (prompt, completion) in zip(rows, lengths, strict=True)
         ]
         _check_lengths(theirs, teacher, "teacher")
@@ -173,34 +195,43 @@ def _check_lengths(lengths: Sequence[tuple[int, int]], config: Any, whose: str) 
         raise ValueError(f"{finding} It is row {place} of the dataset, counted from 0.")
 
 
+def base_of(name: str) -> str:
+    """The base model that an adapter's folder names, or the model's own name."""
+    adapter = Path(name, "adapter_config.json")
+    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else name
+
+
 def config_of(name: str) -> Any:
-    """A saved model's configuration without its weights; `None` for an adapter's folder."""
+    """The configuration of a saved model, or of an adapter's base, without its weights; `None` if there is none."""
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(base_of(name))
     except (OSError, ValueError):
         return None
 
 
-def first_rows(prompts: str, split: str, most: int) -> list[dict[str, Any]]:
-    """The rows that are asked about."""
+def first_prompts(prompts: str, split: str, most: int) -> Dataset:
+    """The rows that are asked about, as a dataset with a column "prompt"."""
     splits = load_splits(prompts)
     if split not in splits:
         raise ValueError(
             f"{prompts} has no split {split!r}, only {', '.join(splits)}. Name one of them with `--dataset_split`."
         )
-    dataset = with_prompts(splits[split])
+    dataset = with_prompts(splits[split], parts=shows_images(splits[split]))
     if "prompt" not in dataset.column_names:
         raise ValueError(
             f'{prompts} has the columns {", ".join(dataset.column_names)}, but no "prompt" and no "messages". '
             "Rename the one that holds the questions."
         )
-    return list(dataset.select(range(min(most, len(dataset)))))
+    return dataset.select(range(min(most, len(dataset))))
 
 
-def ids_unknown_to_teacher(student: Any, teacher: Any) -> tuple[int, ...]:
-    """Ids that the student has and the teacher has not: never drawn, as in training."""
+def never_written(student: Any, teacher: Any = None) -> tuple[int, ...]:
+    """Ids that are never drawn: those that the student has and the teacher has not, as in training, and of images."""
+    images = placeholder_ids(unwrap_adapter(student).config)
+    if teacher is None:
+        return tuple(sorted(images))
     theirs, ours = (unwrap_adapter(m).config.get_text_config().vocab_size for m in (teacher, student))
-    return tuple(range(theirs, ours))
+    return tuple(sorted({*images, *range(theirs, ours)}))
 
 
 def tokenizer_of(model: str) -> Any:

@@ -14,7 +14,6 @@ Left out on purpose: several devices, and models that do not fit on one.
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,6 @@ from ..data.sampling import (
     Sampling,
     dataset_completion,
     preserving_state,
-    prompt_ids,
     sample_completions,
     scorer_of,
 )
@@ -42,12 +40,13 @@ from ..reporting.tokens.spans import Reading, labels_of_both, scored_texts
 from ..reporting.tokens.table import Completion, summary
 from ..reporting.trackers import TRACKERS, log_page_alone
 from .arguments import CommandParser, errors_without_traceback, finite, template_kwargs
+from .images import check_second_processor, processor_of, readable_rows, reader_of
 from .models import (
     check_fit,
     check_second_student,
-    first_rows,
-    ids_unknown_to_teacher,
+    first_prompts,
     load,
+    never_written,
     reading_of,
     stop_ids_of_all,
     tokenizer_of,
@@ -101,36 +100,41 @@ class Collector:
 
     def __init__(self, options: argparse.Namespace, rows: list[dict[str, Any]], tokenizer: Any, rewards: list[Any]):
         self.options, self.rows, self.tokenizer, self.rewards = options, rows, tokenizer, rewards
-        self.ids_of = functools.partial(prompt_ids, tokenizer, template_kwargs=options.chat_template_kwargs)
+        self.processor = processor_of(options.model_name_or_path)
+        names = (options.model_name_or_path, options.teacher_model_name_or_path)
+        self.reader = reader_of(*names, options.chat_template_kwargs)
 
     def _batches(self, writer: Any, how: Sampling, teacher: Any, label: str, progress: Progress) -> Any:
         """Written completions, `batch_size` at a time."""
-        from_dataset = self.options.completions == "dataset"
         size = max(1, self.options.batch_size // how.generations)
         bar = progress.add_task(label, total=len(self.rows))
         for start in range(0, len(self.rows), size):
             rows = self.rows[start : start + size]
-            if from_dataset:
-                yield [dataset_completion(row, self.tokenizer, how, self.options.chat_template_kwargs) for row in rows]
+            if self.options.completions == "dataset":
+                yield [self._given(row, how) for row in rows]
             else:
-                prompts = [self.ids_of(row["prompt"], tools=row.get("tools")) for row in rows]
+                prompts = [self.reader.prompt(row) for row in rows]
                 yield sample_completions(
                     writer, rows, prompts, self.tokenizer.pad_token_id, replace(how, seed=how.seed + start)
                 )
             progress.update(bar, advance=len(rows))
+
+    def _given(self, row: dict[str, Any], how: Sampling) -> SampledCompletion:
+        """The dataset's completion of a row."""
+        return dataset_completion(row, self.tokenizer, how, self.options.chat_template_kwargs, self.processor)
 
     def check_fit(self, students: Sequence[Any], teacher: Any, how: Sampling) -> None:
         """Raise `ValueError` if a prompt with its completion does not fit into one of the models."""
         lengths = []
         for row in self.rows:
             if self.options.completions == "dataset":
-                found = dataset_completion(row, self.tokenizer, how, self.options.chat_template_kwargs)
-                lengths.append((found.prompt, len(found.completion)))
+                found = self._given(row, how)
+                lengths.append((found.read, len(found.completion)))
             else:
-                lengths.append((self.ids_of(row["prompt"], tools=row.get("tools")), how.limit))
+                lengths.append((self.reader.prompt(row), how.limit))
         whose = dict(zip(("student", "second student"), students, strict=False))
         configs = {name: unwrap_adapter(model).config for name, model in whose.items()}
-        check_fit(self.rows, lengths, self.ids_of, configs, unwrap_adapter(teacher).config)
+        check_fit(self.rows, lengths, self.reader, configs, unwrap_adapter(teacher).config)
 
     def collect(
         self,
@@ -152,7 +156,7 @@ class Collector:
                 if reading is not None:
                     completions += scored_texts(batch, scorers, reading, self.tokenizer, device, temperature)
                 else:
-                    asked = (scorer_of(teacher), self.tokenizer, device, merged, temperature, self.ids_of)
+                    asked = (scorer_of(teacher), self.tokenizer, device, merged, temperature, self.reader)
                     completions += scored(batch, scorers, *asked)
                 written += batch
         return with_rewards(completions, written, self.rewards, self.tokenizer)
@@ -163,9 +167,12 @@ def main(words: list[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     with errors_without_traceback():
         rewards = [import_reward(path) for path in options.reward_funcs]
-        rows = first_rows(options.dataset_name, options.dataset_split, options.num_prompts)
+        dataset = first_prompts(options.dataset_name, options.dataset_split, options.num_prompts)
+        names = [options.model_name_or_path, *([options.compare_with] if options.compare_with else [])]
+        rows = readable_rows(dataset, names, options.teacher_model_name_or_path, options.cross_tokenizer)
+        if options.compare_with:
+            check_second_processor(rows, *names)
     console.print("Loading models ...")
-    names = [options.model_name_or_path, *([options.compare_with] if options.compare_with else [])]
     students = [load(name, "student", options.dtype, options.device) for name in names]
     teacher_name = options.teacher_model_name_or_path
     teacher = load(teacher_name, "teacher", options.dtype, options.device)
@@ -184,7 +191,7 @@ def main(words: list[str] | None = None) -> None:
         options.temperature,
         options.num_generations,
         options.seed,
-        suppressed=tuple(sorted({one for student in students for one in ids_unknown_to_teacher(student, alike[-1])})),
+        suppressed=tuple(sorted({one for student in students for one in never_written(student, alike[-1])})),
     )
     collector = Collector(options, rows, tokenizer, rewards)
     own: list[Summary] = []

@@ -11,18 +11,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from .._trl import prepare_multimodal_messages
 from ..images import EncodedPrompt
 from .images import encode, prompt_of
-from .sampling import SampledCompletion, Sampling, dataset_completion, prompt_ids
+from .sampling import prompt_ids
 
 
 Encode = Callable[..., EncodedPrompt]  # of a prompt and of its row's `tools=`
 
 
-def encoder_of(tokenizer: Any, processor: Any = None, template_kwargs: dict[str, Any] | None = None) -> Encode:
+def encoder_of(
+    tokenizer: Any,
+    processor: Any = None,
+    template_kwargs: dict[str, Any] | None = None,
+    chat_template: str | None = None,
+) -> Encode:
     """
     What turns a prompt into what a model reads.
 
@@ -30,18 +33,21 @@ def encoder_of(tokenizer: Any, processor: Any = None, template_kwargs: dict[str,
         tokenizer (`PreTrainedTokenizerBase`): the model's; for text models.
         processor (`ProcessorMixin`, *optional*): that of a vision-language model.
         template_kwargs (`dict`, *optional*): keyword arguments of the chat template.
+        chat_template (`str`, *optional*): in place of the processor's.
     """
     if processor is None:
         return functools.partial(_encoded_text, tokenizer, template_kwargs)
-    return functools.partial(_encoded, processor, template_kwargs)
+    return functools.partial(_encoded, processor, template_kwargs, chat_template)
 
 
 def _encoded_text(tokenizer: Any, template_kwargs: dict[str, Any] | None, prompt: Any, tools: Any = None) -> Any:
     return EncodedPrompt(prompt_ids(tokenizer, prompt, template_kwargs, tools))
 
 
-def _encoded(processor: Any, template_kwargs: dict[str, Any] | None, prompt: Any, tools: Any = None) -> Any:
-    (found,) = encode(processor, [prompt], template_kwargs, [tools])
+def _encoded(
+    processor: Any, template_kwargs: dict[str, Any] | None, template: str | None, prompt: Any, tools: Any = None
+) -> Any:
+    (found,) = encode(processor, [prompt], template_kwargs, [tools], template)
     return found
 
 
@@ -75,27 +81,3 @@ def continued(prompt: EncodedPrompt, ids: Sequence[int]) -> EncodedPrompt:
     zeros = torch.zeros(len(ids), dtype=torch.long)
     kinds = {name: torch.cat([kind, zeros]) for name, kind in prompt.kinds.items()}
     return replace(prompt, ids=[*prompt.ids, *ids], kinds=kinds)
-
-
-def given_completion(
-    row: dict[str, Any],
-    prompt: EncodedPrompt,
-    tokenizer: PreTrainedTokenizerBase,
-    how: Sampling,
-    template_kwargs: dict[str, Any] | None = None,
-) -> SampledCompletion:
-    """
-    The dataset's completion of a row, see [`~trl_distill.data.sampling.dataset_completion`]; images in the prompt stay.
-
-    Args:
-        row (`dict`): of a dataset.
-        prompt ([`~trl_distill.images.EncodedPrompt`]): its prompt as the student reads it.
-        tokenizer, how, template_kwargs: as in `dataset_completion`.
-    """
-    if not prompt.images:
-        return dataset_completion(row, tokenizer, how, template_kwargs)
-    rendered = {**row, "prompt": prompt_of(row)}
-    if isinstance(row.get("completion"), list):
-        rendered["completion"] = prepare_multimodal_messages(row["completion"])
-    found = dataset_completion(rendered, tokenizer, how, template_kwargs)
-    return replace(found, row=row, prompt=prompt.ids, encoded=prompt)

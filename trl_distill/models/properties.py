@@ -40,6 +40,13 @@ def special_ids(config: Any) -> set[int]:
     return {value for value in named.values() if isinstance(value, int)} if reads_images(config) else set()
 
 
+def placeholder_ids(config: Any) -> set[int]:
+    """Ids that stand for an image or a video in a prompt; a model that wrote one could not be judged on it."""
+    names = [f"{what}_token_{kind}" for what in ("image", "video") for kind in ("id", "index")]
+    found = {getattr(config, name, None) for name in names} if reads_images(config) else set()
+    return {value for value in found if isinstance(value, int)}
+
+
 def backbone_of(model: PreTrainedModel) -> Any:
     """The module that computes the hidden states: `base_model`, or what Llama 4 has in its place."""
     return getattr(model, "model", model) if model.base_model is model else model.base_model

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from trl_distill.reporting.tokens import page as rendered
-from trl_distill.reporting.tokens.table import Span
+from trl_distill.reporting.tokens.pictures import pictures_of
+from trl_distill.reporting.tokens.table import Picture, Span
 
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra `dev`)")
@@ -91,6 +93,31 @@ def test_what_models_wrote_stays_text(opened, table):
     assert page.evaluate("[window.hurt, document.scripts.length, document.images.length]") == [None, 2, 0]
     assert page.locator("article:has(#row-1) .prompt").inner_text().startswith("<img src=x")
     assert page.locator("h1").inner_text() == "<script>window.hurt=3</script>"
+
+
+@pytest.mark.parametrize("phone", [False, True])
+def test_thumbnails_stand_beside_the_prompt(opened, table, phone):
+    seen = pictures_of(
+        {"prompt": [{"role": "user", "content": "?"}], "images": [Image.new("RGB", (640, 400), "red")] * 2}
+    )
+    evil = Picture("\"><script>window.hurt=4</script><img src=x onerror='window.hurt=5'>")
+    whole = table()
+    first, second, third = whole.completions
+    rows = (replace(first, pictures=(*seen, evil)), replace(second, pictures=(replace(seen[0], alt=evil.alt),)), third)
+    page = opened(replace(whole, completions=rows), **({"width": 390, "height": 844} if phone else {}))
+    page.locator("article:has(#row-0)").scroll_into_view_if_needed()
+    shown = "[...document.images].map((i) => [i.complete, i.naturalWidth, i.naturalHeight, i.clientWidth > 40])"
+    wait(page, f"{shown}.every((one) => one[0])")
+    assert page.evaluate(shown) == [[True, 160, 100, True]] * 3
+    assert page.evaluate("[window.hurt, document.scripts.length]") == [None, 2]
+    card = page.locator("article:has(#row-0)")
+    assert card.locator("img").first.get_attribute("alt") == "image 1 of 2, 640 × 400 pixels"
+    assert page.locator("article:has(#row-1) img").get_attribute("alt") == evil.alt
+    assert evil.alt in card.locator(".pictures").inner_text()
+    image, prompt = (card.locator(name).first.bounding_box() for name in ("img", ".prompt"))
+    assert image["y"] < prompt["y"] if phone else image["x"] + image["width"] < prompt["x"]
+    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert page.locator("article:has(#row-2) .pictures").count() == 0
 
 
 def test_blanks_and_controls_are_visible(opened, table):
