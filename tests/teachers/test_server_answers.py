@@ -211,9 +211,12 @@ def not_the_json_of_an_answer(draw, answer):
 @corruption
 def a_key_stands_twice(draw, answer):
     entry = pick_entry(draw, answer)
-    key = draw(st.sampled_from(list(entry)))
-    rename(entry, key, "HERE")
-    return json.dumps(answer).replace('"HERE":', f'"{key}": {json.dumps(entry["HERE"])}, "{key}":')
+    holder = draw(st.sampled_from([answer, pick_choice(draw, answer), entry, *entry.values()]))
+    key = draw(st.sampled_from(list(holder)))
+    rename(holder, key, "HERE")
+    first, second = draw(st.lists(st.sampled_from(["", " ", "\t", "  ", "\n\r"]), min_size=2, max_size=2))
+    twice = f'"{key}"{first}: {json.dumps(holder["HERE"])}, "{key}"{second}:'
+    return json.dumps(answer).replace('"HERE":', twice)
 
 
 @corruption
@@ -320,7 +323,7 @@ def parser(request, monkeypatch):
 @pytest.mark.parametrize("spaced", [False, True])
 def test_a_good_answer_is_read_at_once_as_with_care(parser, model, asked, kept, spaced):
     """Whatever the tokens say: quotation marks, colons and names of fields count as text."""
-    texts = ['":', '"logprob":', "\\", '\\":', "logprob", "٣", "\n"]
+    texts = ['":', '"logprob":', "\\", '\\":', "logprob", "٣", "\n", " :", 'a" :', "a :"]
     with TeacherServer(model, max_logprobs=VOCAB) as server:
         body = {"model": "teacher", "prompt": [row.ids for row in ROWS], "prompt_logprobs": asked, "max_tokens": 1}
         good = server.answer({**body, "return_token_ids": True})[1]

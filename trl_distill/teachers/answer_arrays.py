@@ -30,6 +30,7 @@ LARGEST_LOG_PROB = 1e-4  # rounding
 LARGEST_MASS = 1 + 1e-3
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 IDS = re.compile(rf"(?:{TOKEN_ID.pattern})(?:,(?:{TOKEN_ID.pattern}))*+")
+SPACED_COLON = re.compile(rb'"[ \t\n\r]+:')
 _log_prob, _rank = operator.itemgetter("logprob"), operator.itemgetter("rank")
 
 
@@ -104,7 +105,17 @@ def read_good_answer(content: bytes | str, rows: list[Row], model: str, top_k: i
     found = text.count(b'":')
     if found != keys and found - text.count(b'\\":') != keys:
         return None  # a key may stand twice
+    if _has_spaced_key(text):
+        return None  # such a key is not counted, so that another may stand twice
     return TokenScores.cat(pieces, top_k)
+
+
+def _has_spaced_key(text: bytes) -> bool:
+    """Whether white space stands between a key and its colon. All keys that are read end in a letter or a digit."""
+    if not any(space + b":" in text for space in (b" ", b"\t", b"\n", b"\r")):
+        return False
+    # a quotation mark that opens a string, as in `":": " :"`, does not follow a letter or a digit
+    return any(text[found.start() - 1 : found.start()].isalnum() for found in SPACED_COLON.finditer(text))
 
 
 def _keys(value: Any) -> int:
