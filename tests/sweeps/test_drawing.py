@@ -184,6 +184,8 @@ def test_a_large_grid_begins_at_once(sweep):
         ({"parameters": {"lr": {"distribution": "beta"}}}, "'beta' of 'lr' is unknown here"),
         ({"parameters": {"lr": {"min": 0.1, "max": 1.0}}}, "a grid cannot hold it"),
         ({"parameters": {"lr": {"values": [1], "q": 2}}}, "'lr' has 'q'; 'categorical' takes values"),
+        ({"parameters": {"lr": {"values": [1.0, float("inf")]}}}, "'lr' has the value inf.*as text: \"inf\""),
+        ({"parameters": {"lr": {"value": float("nan")}}}, "'lr' has the value nan"),
         ({"method": "random", "parameters": {"x": {"values": [1, 2], "probabilities": [0.5, 0.4]}}}, "sum to 1"),
         ({"metric": {"name": "x", "goal": "best"}}, "write minimize or maximize"),
         ({"metric": {"name": "x", "impute": "best"}}, "counts as the worst"),

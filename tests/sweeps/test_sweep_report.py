@@ -17,6 +17,15 @@ def test_means_skip_what_is_no_number():
     log = [{"step": 1, "a": 1.0, "b": None}, {"step": 2, "a": float("nan"), "b": 2}, {"step": 3, "a": 3.0, "c": "x"}]
     assert last_means(log, 2) == {"a": 2.0, "b": 2.0}
     assert last_means(log, 1) == {"a": 3.0, "b": 2.0}
+    assert last_means([{"a": float("inf")}, {"a": 1.0}, {"a": float("-inf"), "b": float("inf")}], 3) == {"a": 1.0}
+
+
+def test_files_of_a_sweep_are_json_that_every_reader_takes(tmp_path):
+    from trl_distill.sweeps.results import write
+
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write(tmp_path / "result.json", {"metrics": {"a": float("nan")}})
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_the_front_is_what_no_other_run_beats():

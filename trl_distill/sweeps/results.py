@@ -6,6 +6,7 @@ Nothing here imports PyTorch: the memory is left to the runs.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ NEVER = ("step", "epoch", "total_flos")  # logged, but no metrics
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write a file that is either whole or not there."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     part.replace(path)
 
 
@@ -48,11 +49,11 @@ class Row:
 
 
 def last_means(log_history: list[dict[str, Any]], last: int) -> dict[str, float]:
-    """The mean of each logged quantity over its last `last` values; text and NaN do not count."""
+    """The mean of each logged quantity over its last `last` values; text, NaN and infinite values do not count."""
     values: dict[str, list[float]] = {}
     for entry in log_history:
         for name, value in entry.items():
-            if name not in NEVER and isinstance(value, int | float) and value == value:
+            if name not in NEVER and isinstance(value, int | float) and math.isfinite(value):
                 values.setdefault(name, []).append(value)
     return {name: sum(found[-last:]) / len(found[-last:]) for name, found in values.items()}
 

@@ -180,6 +180,11 @@ def parameter(name: str, spec: Any) -> dict[str, Any]:
     values = [spec["value"]] if "value" in spec else spec.get("values", [])
     if not isinstance(values, list) or ("values" in spec and not values):
         raise ValueError(f"the `values` of {name!r} are {values!r}; write a list with at least one value")
+    if endless := [value for value in values if isinstance(value, float) and not math.isfinite(value)]:
+        raise ValueError(
+            f"the parameter {name!r} has the value {endless[0]}, which the sweep's files (JSON) cannot hold; write it "
+            f'as text: "{endless[0]}"'
+        )
     if "parameters" in spec or any(isinstance(value, list | dict) for value in values):
         raise ValueError(
             f"the parameter {name!r} is nested or a list, which is no argument of a program; write it as "
