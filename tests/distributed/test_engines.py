@@ -17,6 +17,7 @@ from processes import succeeds
 from safetensors.torch import load_file
 from text_models import make_pair
 from transformers import AutoModelForCausalLM
+from vision_models import vision_pair
 
 
 HERE = Path(__file__).parent
@@ -186,6 +187,46 @@ def test_two_processes_equal_one_with_another_tokenizer(tmp_path, engine, more):
     if more == "routed":
         texts = [sum(result["sequences"]) for result in both]
         assert min(texts) == 0 < max(texts)
+
+
+@pytest.fixture
+def vision_models(tmp_path) -> Path:
+    for name, seed in (("student", 1), ("teacher", 2)):
+        model, processor = vision_pair("gemma3", seed=seed)
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("engine", "more"),
+    [("ddp", ""), ("ddp", "mixed"), ("ddp", "lora"), ("zero2", ""), ("zero3", ""), ("fsdp2", ""), ("fsdp2", "lora")],
+)
+@pytest.mark.slow
+def test_two_processes_equal_one_with_images(vision_models, engine, more):
+    """
+    With "mixed" one process has all the pictures. Biases of keys are left out: they change no probability of attention,
+    so their gradient is 0 but for rounding, which Adam brings to the size of any other.
+    """
+    options = ["full", "images", *more.split()]
+    single = alone(vision_models, *options)
+    expected = weights(vision_models)
+    assert_same_run(on_two(engine, vision_models, *options), single)
+    found, tight = weights(vision_models), engine == "ddp"
+    named = [name for name in expected if not name.endswith("k_proj.bias")]
+    assert 0 <= len(expected) - len(named) <= 2
+    torch.testing.assert_close(
+        *(vector({name: state[name] for name in named}) for state in (found, expected)),
+        rtol=1e-4 if tight else 1e-3,
+        atol=1e-6 if tight else 1e-5,
+    )
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+@pytest.mark.slow
+def test_sharded_engines_refuse_pictures_in_some_rows_only(vision_models, engine):
+    with pytest.raises(AssertionError, match="4 of 8 rows of a generation batch have images"):
+        on_two(engine, vision_models, "full", "images", "mixed")
 
 
 @pytest.mark.parametrize("engine", SHARDED)

@@ -122,6 +122,18 @@ def watch_precision(trainer: OPDTrainer) -> dict[str, float]:
     return seen
 
 
+def with_images(mixed: bool) -> Dataset:
+    """A picture, or two, for each row; if `mixed`, only for the rows of the first of two processes."""
+    from vision_models import picture
+
+    rows = []
+    for i in range(32):
+        images = [picture(10 * i + j) for j in range(1 + i % 2)]
+        prompt = [{"role": "user", "content": "What is it?"[: 4 + i % 8]}]
+        rows.append({"prompt": prompt, "images": [] if mixed and i % 8 >= 4 else images})
+    return Dataset.from_list(rows)
+
+
 def count_sequences() -> list[int]:
     """How many texts a teacher with another tokenizer has on this process, at each call."""
     from trl_distill.teachers import cross_tokenizer
@@ -167,6 +179,8 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         "batch_baseline",
         "prompt_baseline",
         "texts",
+        "images",
+        "mixed",
     }
     if unknown:
         raise SystemExit(f"There is no option {unknown}.")
@@ -178,6 +192,8 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
     if "texts" in options:  # of letters, for a student and a teacher whose tokenizers are over pieces of them
         texts = ["a", "bab", "abb", "ba", "aab", "bbab", "aba", "bb"]
         prompts = Dataset.from_dict({"prompt": [texts[i % 8] + "ab" * (i // 8) for i in range(32)]})
+    if "images" in options:  # for vision-language models
+        prompts = with_images("mixed" in options)
     sequences = count_sequences()
     teacher = str(folder / ("student" if "same" in options else "teacher"))
     if "scaled" in options:  # a model whose logits are not those of its head
@@ -207,7 +223,7 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
             num_generations=GROUP if rewards and baseline == "group" else 2 if off_policy else 1,
             reward_baseline=baseline,
             lmbda=0.5 if off_policy else 1.0,
-            shuffle_dataset="routed" not in options,
+            shuffle_dataset=not {"routed", "mixed"} & options,
             teacher_offload="offload" in options,
             teacher_ema=0.8 if "ema" in options else None,
             cross_tokenizer="texts" in options,

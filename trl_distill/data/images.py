@@ -38,6 +38,15 @@ def images_of(row: dict[str, Any]) -> list[Any]:
     return [] if row.get("image") is None else [row["image"]]
 
 
+def pictures_of(row: dict[str, Any]) -> list[Any]:
+    """All images of a row's prompt, in the order in which it is read; see [`tidy_row`]."""
+    prompt = prompt_of(row)
+    if not isinstance(prompt, list):
+        return []
+    parts = [part for message in prompt if isinstance(message.get("content"), list) for part in message["content"]]
+    return [part["image"] for part in parts if part.get("type") == "image"]
+
+
 def in_messages(prompt: Any) -> bool:
     """Whether a prompt has an image, or a place for one, in its messages."""
     return isinstance(prompt, list) and any(

@@ -11,12 +11,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import Sampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from ..data.images import encode, has_images, is_processor, tidy_row
+from ..data.images import encode, has_images, is_processor, pictures_of, tidy_row
 from ..data.rows import tools_of
 from ..data.sampling import answer_texts, without_own_settings
 from ..errors import CheckpointError, NonFiniteLossError
@@ -87,6 +88,7 @@ class GRPOHooks(GRPOTrainer):
     _buffered_inputs: Any
     max_completion_length: int
     _logs: dict[str, Any]
+    log_multimodal: bool
     processing_class: Any
 
     # -- hooks: TRL calls the private name, subclasses override the public one ---------------------------------------
@@ -162,6 +164,23 @@ class GRPOHooks(GRPOTrainer):
         return ids, None, {}
 
     @contextmanager
+    def _logging_images_of(self, rows: list[dict[str, Any]]) -> Iterator[None]:
+        """
+        Context in which TRL gathers no images for its table of completions: it does so only where a process has some,
+        and then that process waits for the others. They are gathered here, one list for each row.
+        """
+        logged = self.log_multimodal
+        self.log_multimodal = logged and self.processor is None
+        try:
+            yield
+        finally:
+            self.log_multimodal = logged
+        if logged and self.processor is not None:
+            images = gather_object([pictures_of(row) for row in rows])
+            if any(images) or self._logs["images"]:
+                self._logs["images"].extend(images)
+
+    @contextmanager
     def _with_tools_of(self, rows: list[Any]) -> Iterator[None]:
         self._rows_tools = [tools_of(tools) for tools in rows] if self.is_distilling else None
         try:
@@ -179,7 +198,8 @@ class GRPOHooks(GRPOTrainer):
             self._rewards_per_func = None
             self._generating = True
             try:
-                with self._with_tools_of([row.get("tools") for row in inputs]):
+                tools = [row.get("tools") for row in inputs]
+                with self._with_tools_of(tools), self._logging_images_of(inputs):
                     output = by_rows(super()._generate_and_score_completions(inputs))
             finally:
                 self._generating = False

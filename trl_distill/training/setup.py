@@ -21,6 +21,7 @@ from ..checks.preflight import Examined, OtherTokenizer, RunFacts, examine
 from ..checks.teachers import check_signals
 from ..config import OPDConfig
 from ..data.images import encode
+from ..data.rewards import checked_reward
 from ..data.sampling import prompts_ids
 from ..estimators import make_estimator
 from ..estimators.base import Estimator
@@ -79,6 +80,7 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
         ValueError: something does not fit. Errors that the preflight collects are raised together as `PreflightError`.
     """
     trainer.is_distilling = True
+    trainer.reward_funcs = [checked_reward(function) for function in trainer.reward_funcs]
     facts = facts_of(trainer)
     found = examine(facts, specs, report)
     same_vocabulary = _stay_inside_vocabulary(trainer, found.vocab_size)
