@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_distill import OPDTrainer
-from trl_distill.data.rewards import as_score, call_reward, import_reward, scores
+from trl_distill.data.rewards import as_score, call_reward, checked_reward, import_reward, scores
 from trl_distill.data.sampling import SampledCompletion, answer_texts
 from trl_distill.reporting.evaluation import Answer, summarise
 from trl_distill.reporting.evaluation_table import as_json
@@ -302,6 +302,70 @@ def test_another_stop_token_of_the_model(thinking):
 
 def test_a_stop_token_that_is_not_special_is_text(tokenizer):
     assert answer_texts(tokenizer, [[3, 4, 5, EOS]], [EOS, 5]) == ["b c d"]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "'odd' returned None for 2 completions. Return a list with a number"),
+        ("ab", "returned 'ab' for 2"),
+        ([1.0], r"returned \[1.0\] for 2"),
+        (1.0, "returned 1.0 for 2"),
+        ({1.0, 2.0}, "returned a set"),
+        (["good", "bad"], "returned 'good' of type str as a reward. Return a `float`"),
+        ([1.0, "bad"], "returned 'bad' of type str"),
+        ([[1.0], [0.0]], r"returned \[1.0\] of type list"),
+        ([1.0, {"score": 1}], "returned {'score': 1} of type dict"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("later", [False, True], ids=["sync", "async"])
+def test_what_cannot_be_a_reward_in_training_is_named(returned, message, later):
+    def odd(prompts, **kwargs):
+        return returned
+
+    async def odd_later(prompts, **kwargs):
+        return returned
+
+    odd_later.__name__ = "odd"
+    call = functools.partial(checked_reward(odd_later if later else odd), prompts=["a", "b"], completions=["c", "d"])
+    with pytest.raises(ValueError, match=message):
+        asyncio.run(call()) if later else call()
+
+
+@pytest.mark.parametrize(
+    "returned", [[1, None], [True, 0.5], (math.nan, None), [torch.tensor(1.0), np.float32(2)], np.array([1.0, 2.0])]
+)
+def test_what_is_a_reward_in_training_stays_as_it_is(returned):
+    found = checked_reward(lambda **_: returned)(prompts=["a", "b"])
+    assert all(ours is theirs or ours == theirs for ours, theirs in zip(found, returned, strict=True))
+
+
+@pytest.mark.parametrize("function", [lengths_later, LengthsLater(), functools.partial(lengths_later, x=1)])
+def test_checked_functions_that_are_async_stay_so(function):
+    """TRL awaits them together."""
+    from trl.trainer.utils import is_async_callable
+
+    assert is_async_callable(checked_reward(function))
+    assert not is_async_callable(checked_reward(lengths))
+
+
+def test_a_reward_function_without_a_result_stops_training_with_its_name(
+    tmp_path, tokenizer, prompts, student, teacher
+):
+    def forgotten(completions, **kwargs):
+        [len(text) for text in completions]
+
+    trainer = OPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        reward_funcs=[forgotten],
+        args=config(tmp_path, max_steps=1, num_generations=2),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    with pytest.raises(ValueError, match="The reward function 'forgotten' returned None for 4 completions"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("conversational", [False, True], ids=["text", "messages"])

@@ -1,4 +1,4 @@
-"""Reward functions outside of training: import, check and call them."""
+"""Reward functions: import and check them, call them outside of training, and look at what they return in training."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import functools
 import inspect
 import itertools
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerState
 
@@ -83,6 +85,74 @@ def check_rewards(functions: list[Any], dataset: Any) -> None:
             ) from None
 
 
+def checked_reward(function: Any) -> Any:
+    """
+    A reward function as training calls it, with an error that names it where TRL cannot use what it returns.
+
+    Args:
+        function: a reward function, sync or async; of a reward model nothing changes.
+
+    Returns:
+        One that returns the same. It raises `ValueError` if that is not a list with a number, or `None`, for each
+        completion.
+    """
+    if isinstance(function, nn.Module):
+        return function
+    name, bare = name_of_reward(function), function
+    while isinstance(bare, functools.partial):
+        bare = bare.func
+    if inspect.iscoroutinefunction(bare) or inspect.iscoroutinefunction(type(bare).__call__):
+
+        async def later(**given: Any) -> Any:
+            return _usable(name, await function(**given), len(given["prompts"]))
+
+        return later
+
+    def at_once(**given: Any) -> Any:
+        return _usable(name, function(**given), len(given["prompts"]))
+
+    return at_once
+
+
+def _usable(name: str, found: Any, completions: int) -> Any:
+    """What a reward function returned, if TRL can make rewards of it."""
+    values = _values_of(name, found, completions)
+    if not _are_numbers(values):
+        value = next((value for value in values if not _are_numbers([value])), values[0])
+        raise ValueError(
+            f"The reward function {name!r} returned {_shown(value)} of type {type(value).__name__} as a reward. Return "
+            "a `float` for each completion, or `None` where it has none."
+        )
+    return values
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    """Whether TRL can make a tensor `(B,)` of rewards; `None` becomes NaN."""
+    try:
+        return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32).ndim == 1
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _values_of(name: str, found: Any, completions: int) -> list[Any]:
+    """The values in what a reward function returned, one for each completion."""
+    if isinstance(found, set | frozenset):
+        raise ValueError(
+            f"The reward function {name!r} returned a set, {found!r:.100}. It has no order, so it cannot be told which "
+            "completion a score belongs to. Return a list."
+        )
+    try:
+        values = None if isinstance(found, str | bytes | Mapping) else [*found]
+    except TypeError:
+        values = None
+    if values is None or len(values) != completions:
+        raise ValueError(
+            f"The reward function {name!r} returned {found!r:.100} for {completions} completions. Return a list with "
+            "a number, or `None`, for each of them."
+        )
+    return values
+
+
 RewardFunction = Callable[..., Any]
 """What TRL takes: a function, sync or async, or an object that is called like one. It returns a score for each row."""
 
@@ -145,7 +215,7 @@ def call_reward(
         found = function(**_accepted(function, given))
         if inspect.isawaitable(found):
             found = asyncio.run_coroutine_threadsafe(_awaited(found), _event_loop(os.getpid())).result()
-        values = None if isinstance(found, str | bytes | Mapping) or found is None else [*found]
+        found = found if isinstance(found, str | bytes | Mapping | set | frozenset | None) else [*found]
     except Exception as error:  # a user's own code
         columns = [key for key in given if key not in REWARD_ARGUMENTS]
         given_to = f"the columns {', '.join(columns)}" if columns else "no columns"
@@ -154,16 +224,7 @@ def call_reward(
             f"The reward function {name!r} failed: {type(error).__name__}: {error}. It was given {given_to}, and "
             f"completions such as {first!r:.100}."
         ) from error
-    if isinstance(found, set | frozenset):
-        raise ValueError(
-            f"The reward function {name!r} returned a set, {found!r:.100}. It has no order, so it cannot be told which "
-            "completion a score belongs to. Return a list."
-        )
-    if values is None or len(values) != completions:
-        raise ValueError(
-            f"The reward function {name!r} returned {found!r:.100} for {completions} completions. Return a list with "
-            "a number, or `None`, for each of them."
-        )
+    values = _values_of(name, found, completions)
     numbers = [as_score(value) for value in values]
     dropped = [value for value, number in zip(values, numbers, strict=True) if number is None and not _is_none(value)]
     if dropped and (name, id(function)) not in _WARNED:
