@@ -119,6 +119,19 @@ def measure(
     return Measured(right / len(rows), kl / tokens, tokens / len(rows))
 
 
+def progress_bar() -> Progress:
+    """A bar for [`Watch`], with KL and accuracy."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("KL {task.fields[kl]:.3f}  accuracy {task.fields[accuracy]:.0%}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)
+
+
 class Watch(TrainerCallback):
     """
     Moves the progress bar, and measures accuracy now and then.
@@ -183,14 +196,6 @@ def train(
         reward (*optional*): reward function.
         changes: fields of `OPDConfig` that differ from those below.
     """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("KL {task.fields[kl]:.3f}  accuracy {task.fields[accuracy]:.0%}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     settings = {
         "output_dir": str(setting.output_dir / "checkpoints"),
         "max_steps": setting.steps,
@@ -209,7 +214,7 @@ def train(
         "disable_tqdm": True,
     }
     args = OPDConfig(**{**settings, **changes})
-    with Progress(*columns, console=console) as progress:
+    with progress_bar() as progress:
         watch = Watch(progress, label, args.max_steps, every=25, measure_now=measure_now)
         trainer = OPDTrainer(
             model=models.student,
