@@ -8,9 +8,18 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for what other threads do. In an answer of a server, it brings requests into a known order."""
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end, "waited in vain for a minute"
+        time.sleep(0.01)
 
 
 class ChatServer:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from chat_server import ChatServer
+from chat_server import ChatServer, wait_until
 from processes import started, succeeds
 
 from trl_distill.cli import generate
@@ -164,10 +164,7 @@ def test_an_endpoint_that_fails_half_way_loses_nothing(run, tmp_path):
         """And those after it, but not before the first two are finished."""
         if int(text.removeprefix("prompt ")) < 8:
             return None
-        for _ in range(6000):
-            if len(list(tmp_path.glob("out.work/completions/*/*.jsonl"))) == 2:
-                break
-            time.sleep(0.01)
+        wait_until(lambda: len(list(tmp_path.glob("out.work/completions/*/*.jsonl"))) == 2)
         return 500
 
     with ChatServer(lambda text, seed: f"{text} is answered {seed}") as server:

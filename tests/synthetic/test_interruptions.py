@@ -8,7 +8,7 @@ import shutil
 import tracemalloc
 
 import pytest
-from chat_server import ChatServer
+from chat_server import ChatServer, wait_until
 from rich.console import Console
 from sums import by_stage, problems, solve
 
@@ -125,13 +125,20 @@ def test_a_prompt_with_an_odd_answer_is_counted_and_listed_and_the_run_goes_on(b
 def test_a_later_chunk_without_any_answer_does_not_end_a_run_that_is_resumed(bench, killed):
     bench.prompts([{"prompt": [{"role": "user", "content": f"word {i}"}]} for i in range(6)])
     with ChatServer(lambda text, seed: f"all about {text}") as server:
-        server.refuse = lambda text: 400 if text in ("word 4", "word 5") else None
+        status = 503 if killed else 400
+
+        def refuse_the_second_chunk(text):
+            if text in ("word 4", "word 5"):
+                wait_until((bench.folder / "out.work" / "completions" / "0" / "000000.jsonl").exists)
+                return status
+            return None
+
+        server.refuse = refuse_the_second_chunk
         settings = {"teacher_model_name_or_path": f"{server.url}#m", "retries": 0}
-        if killed:  # after the first chunk
-            server.refuse = lambda text: 503 if text in ("word 4", "word 5") else None
+        if killed:
             with pytest.raises(TeacherUnavailable):
                 bench.run(**settings)
-            server.refuse = lambda text: 400 if text in ("word 4", "word 5") else None
+            status = 400
         counts = bench.run(**settings)
     assert by_stage(counts)["ask the teachers"]["dropped"] == {"refused by the endpoint": 2}
 

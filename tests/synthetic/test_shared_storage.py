@@ -7,7 +7,7 @@ import uuid
 
 import fsspec
 import pytest
-from chat_server import ChatServer
+from chat_server import ChatServer, wait_until
 
 from trl_distill import TeacherUnavailable
 from trl_distill.synthetic.make_chunks import ChunkMaker, work_folder
@@ -31,11 +31,19 @@ def url(request, tmp_path):
 def test_a_machine_goes_on_where_another_ended(bench, url):
     bench.prompts(CHATS)
     with ChatServer(lambda text, seed: f"{text} at {seed}") as server:
-        settings = {"teacher_model_name_or_path": f"{server.url}#m", "retries": 0, "concurrency": 1}
+        settings = {"teacher_model_name_or_path": f"{server.url}#m", "retries": 0}
         bench.run(**settings)
         expected, skipped = bench.rows(), bench.skipped()
         bench.out = bench.folder / "first"
-        server.refuse = lambda text: 503 if text == "word 9" else None
+
+        def refuse_once_a_chunk_is_shared(text):
+            if text == "word 9":
+                wait_until(lambda: files.exists(f"{root}/completions/0/000000.jsonl"))
+                return 503
+            return None
+
+        files, root = fsspec.core.url_to_fs(url)
+        server.refuse = refuse_once_a_chunk_is_shared
         with pytest.raises(TeacherUnavailable):
             bench.run(**settings, work_dir=url)
         server.refuse = lambda text: None

@@ -113,7 +113,7 @@ def test_a_dead_server_is_made_up_for_and_then_avoided(model, server, ask, rollo
     start = time.monotonic()
     for _ in range(3):
         assert_same(teacher.score(rollouts), expected(model, rollouts, 0))
-    assert time.monotonic() - start < 5  # no pause while there is another server to ask
+    assert time.monotonic() - start < 15  # half of `backoff`: no pause while there is another server to ask
     assert list(teacher._client._failed) == [closed_url + "/v1"]
     assert all(teacher._client.in_turn(teacher._next_urls())[0] == server.url + "/v1" for _ in range(4))
 
@@ -135,7 +135,7 @@ def test_a_passing_fault_changes_nothing(model, server, ask, rollouts, fault, va
 
 
 @pytest.mark.parametrize(
-    ("after", "longest", "least", "most"), [(0.4, 30, 0.4, 2), (3600, 0.2, 0.2, 2), ("soon", 9, 0, 2)]
+    ("after", "longest", "least", "most"), [(0.4, 30, 0.4, 20), (3600, 0.2, 0.2, 20), ("soon", 30, 0, 20)]
 )
 def test_retry_after_is_respected_up_to_a_limit(server, ask, rollouts, monkeypatch, after, longest, least, most):
     monkeypatch.setattr(http_client, "LONGEST_PAUSE", longest)
@@ -238,13 +238,13 @@ def test_parts_that_are_missing_are_named(server, ask, rollouts, odd):
 
 
 def test_an_error_ends_the_waiting_of_other_requests(server, ask, rollouts):
-    """Of two requests one is told to come back in 20 s, the other gets an answer that cannot be used."""
-    server.fail("status", 1, (429, 20))
+    """Of two requests one is told to come back in 30 s, the other gets an answer that cannot be used."""
+    server.fail("status", 1, (429, 30))
     server.alter = lambda answer: "no"
     start = time.monotonic()
     with pytest.raises(TeacherAnswerError, match="is not JSON"):
         ask(server.url, rows_per_request=3).score(rollouts)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 25
 
 
 def test_nothing_is_asked_after_close(server, ask, rollouts):

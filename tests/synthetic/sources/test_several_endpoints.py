@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
-from chat_server import ChatServer
+from chat_server import ChatServer, wait_until
 
 from trl_distill.synthetic import Completion
 from trl_distill.synthetic.address import Address, parse_address
@@ -49,29 +48,42 @@ def test_several_addresses_that_are_no_single_teacher(several, message):
 
 def test_answers_do_not_depend_on_which_endpoint_is_asked(servers):
     expected = [[Completion(f"word {i} {7 + i}", "stop")] for i in range(24)]
+
+    def both_are_asked(text):
+        wait_until(lambda: all(server.asked for server in servers))
+
+    servers[0].refuse = servers[1].refuse = both_are_asked
     assert source(*servers).complete(CHATS, 7) == expected == source(servers[0]).complete(CHATS, 7)
     assert {len(server.asked) > 0 for server in servers} == {True}
 
 
 def test_the_limit_holds_at_each_endpoint_and_a_slow_one_gets_less():
-    now, most, lock = [0, 0], [0, 0], threading.Lock()
+    """The slow one waits until the fast one has answered all but four; the fast one waits for company once."""
+    now, most, lock, company = [0, 0], [0, 0], threading.Lock(), threading.Barrier(2)
 
-    def answers(which, seconds):
+    def answers(which, wait):
         def answer(text, seed):
             with lock:
                 now[which] += 1
                 most[which] = max(most[which], now[which])
-            time.sleep(seconds)
+            wait(text)
             with lock:
                 now[which] -= 1
+                answered[which] += 1
             return text
 
         return answer
 
-    with ChatServer(answers(0, 0.3)) as slow, ChatServer(answers(1, 0.02)) as fast:
+    def meet(text):
+        if answered[1] == 0:
+            company.wait(60)
+
+    answered = [0, 0]
+    slowly = lambda text: wait_until(lambda: answered[1] >= len(CHATS) - 4)  # noqa: E731
+    with ChatServer(answers(0, slowly)) as slow, ChatServer(answers(1, meet)) as fast:
         source(slow, fast, concurrency=2).complete(CHATS, 0)
         assert most == [2, 2]
-        assert len(slow.asked) < len(fast.asked)
+        assert len(slow.asked) <= 4 < len(fast.asked)
 
 
 def test_an_endpoint_that_fails_is_left_out_and_no_prompt_is_lost(servers):
