@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from scripts.studies.benchmark.cells import make_tokenizer
 from scripts.studies.models.flash_stand_in import IMPLEMENTATION, stand_in
-from scripts.studies.models.tiny import PAD, VOCAB, configuration, tiny_model
+from scripts.studies.models.tiny import NOT_TRIED, PAD, VOCAB, configuration, tiny_model
 from trl_distill import OPDConfig, OPDTrainer
 from trl_distill.checks.models import check_architecture
 from trl_distill.models import packing
@@ -96,6 +96,8 @@ def _probe(family: str, result: FamilyResult) -> None:
 
 def models_of(family: str, result: FamilyResult) -> Any:
     """A function from seeds to models; `None` if the configuration is refused."""
+    if family in NOT_TRIED:
+        raise NotRun(NOT_TRIED[family])
     config = configuration(family)
     try:
         check_architecture(config, "student")

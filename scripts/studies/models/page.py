@@ -70,6 +70,9 @@ or size, about quantised weights, or about other devices: what was run there is 
 [the README](../README.md#what-works). Remote code (`trust_remote_code`) was not run; the preflight compares the logits
 of such a model with those from its hidden states, as for all models.
 
+Vision-language families among them (`gemma3`, `qwen3_5`, ...) read text alone here; with images:
+[images.md](images.md).
+
 ## Families that hold
 
 - **Padding** on the left: *cut* where it changes nothing, up to the longest prompt of a micro-batch. *Kept* where
@@ -90,8 +93,7 @@ of such a model with those from its hidden states, as for all models.
 
 ## Refused
 
-Encoders are shown as they are with `is_decoder=True`, without which they are refused as not causal. Of vision-language
-models the text part alone holds, where it is a family of its own (`gemma3_text`, `qwen3_5_text`).
+Encoders are shown as they are with `is_decoder=True`, without which they are refused as not causal.
 
 | family | reason |
 |---|---|
@@ -127,6 +129,7 @@ PACKED = {
     "no: the model does not support FlashAttention": "no: no FlashAttention",
     "no: results depend on padding, or positions are not rotary": "no: positions",
     "no: layers with a state": "no: state",
+    "no: it reads images, whose tokens may have positions of several dimensions": "no: images",
     "no: rows would see each other (found on the first batch)": "no: first batch differs",
 }
 
