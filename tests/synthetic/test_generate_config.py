@@ -11,6 +11,7 @@ from trl_distill.synthetic import GenerateConfig
 from trl_distill.synthetic.address import Address, parse_address
 from trl_distill.synthetic.config import FIXED
 from trl_distill.synthetic.pipeline import FREE
+from trl_distill.synthetic.sources.base import Sampling
 
 
 GOOD = {"dataset_name": "p.jsonl", "output_dir": "out", "teacher_model_name_or_path": "t"}
@@ -51,6 +52,11 @@ GOOD = {"dataset_name": "p.jsonl", "output_dir": "out", "teacher_model_name_or_p
         ({"reward_funcs": ["f"], "judge": "http://x#m"}, "Keep one"),
         ({"judge": "http://x"}, "does not say which model"),
         ({"judge_prompt": "file"}, "no `judge`"),
+        ({"chat_template_kwargs": "[1]"}, "JSON object"),
+        (
+            {"teacher_model_name_or_path": "http://x#m", "chat_template_kwargs": {"enable_thinking": False}},
+            "all teachers are endpoints. Write them into `request_options`",
+        ),
     ],
 )
 def test_wrong_settings(changes, message):
@@ -70,6 +76,18 @@ def test_settings_that_completions_hang_on_exist():
     assert set(FIXED) <= names
     assert set(FREE) <= names
     assert not set(FIXED) & set(FREE)
+
+
+def test_arguments_of_the_chat_template_are_the_teachers_alone(monkeypatch):
+    from trl_distill.synthetic.sources import load
+    from trl_distill.synthetic.stages import judge
+
+    monkeypatch.setattr(judge, "check_source", lambda address: None)
+    monkeypatch.setattr(load, "TransformersSource", lambda *given: given)
+    config = GenerateConfig(**GOOD, judge="folder", chat_template_kwargs='{"enable_thinking": false}')
+    (teacher,) = config.teachers.values()
+    assert load.load_source(teacher, Sampling(), config)[3] == {"enable_thinking": False}
+    assert judge.load_judging(config).load()[3] is None
 
 
 def test_addresses(tmp_path):

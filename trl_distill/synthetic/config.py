@@ -174,7 +174,7 @@ class GenerateConfig(
     human_share: float = field(default=0.0, metadata={"help": "Share of human rows in the result, below 1."})
 
     def __post_init__(self) -> None:
-        for name in ("teacher_models", "request_options", "engine_options"):
+        for name in ("teacher_models", "request_options", "engine_options", "chat_template_kwargs"):
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, _json(name, value))
@@ -230,7 +230,12 @@ class GenerateConfig(
                 "`api_key_env` names an environment variable, but what is written there cannot be a name. Put the key "
                 "into a variable, and write the variable's name."
             )
-        _ = self.teachers  # raises an error for an address that cannot be used
+        teachers = self.teachers.values()  # raises an error for an address that cannot be used
+        if self.chat_template_kwargs and all(one.kind == "endpoint" for one in (*teachers, *self.rewriters)):
+            yield (
+                "`chat_template_kwargs` are for models in this process, but all teachers are endpoints. Write them "
+                'into `request_options`, as in `\'{"chat_template_kwargs": {"enable_thinking": false}}\'` for vLLM.'
+            )
         if not _is_json(self.request_options):
             yield "`request_options` holds a number that JSON does not have, such as NaN. Write a number, or null."
 

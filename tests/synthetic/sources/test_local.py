@@ -50,6 +50,17 @@ def test_greedy_is_the_models_likeliest(folder):
         assert answer == [Completion(text, "stop" if EOS in said else "length")]
 
 
+def test_arguments_of_the_chat_template_reach_it(folder):
+    chat = [{"role": "user", "content": "a"}]
+    plain, other = (
+        TransformersSource(folder, Sampling(max_tokens=8, temperature=0.0), template_kwargs=kwargs)
+        for kwargs in (None, {"opening": "b c d"})
+    )
+    plain.tokenizer.chat_template = other.tokenizer.chat_template = "{{ opening }} {{ messages[0].content }}"
+    assert plain.complete([chat], 0) == plain.complete(["a"], 0)
+    assert other.complete([chat], 0) == plain.complete(["b c d a"], 0) != plain.complete([chat], 0)
+
+
 def test_stop_reasons_follow_the_stop_tokens(folder):
     source = TransformersSource(folder, Sampling())
     assert source._read(*until_stop([5, 6, EOS, 7], source.stops)) == Completion(
@@ -138,8 +149,10 @@ def vllm(monkeypatch):
         def generate(self, prompts, sampling_params, *, use_tqdm):
             return self._outputs("generate", prompts, sampling_params, use_tqdm)
 
-        def chat(self, messages, sampling_params, *, use_tqdm):
-            return self._outputs("chat", messages, sampling_params, use_tqdm)
+        def chat(self, messages, sampling_params, *, use_tqdm, chat_template_kwargs=None):
+            outputs = self._outputs("chat", messages, sampling_params, use_tqdm)
+            calls[-1] += (chat_template_kwargs,)
+            return outputs
 
     module = ModuleType("vllm")
     module.LLM, module.SamplingParams = LLM, lambda **settings: SimpleNamespace(**settings)
@@ -155,6 +168,8 @@ def test_vllm_is_asked_by_its_documented_interface(vllm):
     assert vars(vllm[0][1][0]) == how
     source.complete([[{"role": "user", "content": "a"}]], 0)
     assert vllm[1][0] == "chat"
+    VLLMSource("m", Sampling(), {"enable_thinking": False}).complete([[{"role": "user", "content": "a"}]], 0)
+    assert [call[2] for call in vllm[1:]] == [None, {"enable_thinking": False}]
 
 
 @pytest.mark.parametrize("own_errors", [False, True])

@@ -1,4 +1,4 @@
-"""Settings of the engine: who runs the stages, where what is finished lies, and what becomes of reasoning."""
+"""Who runs the stages, where what is finished lies, arguments of chat templates, and what becomes of reasoning."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-FIXED = ("keep_reasoning",)
+FIXED = ("keep_reasoning", "chat_template_kwargs")
 
 
 FREE = ("workers", "engine", "engine_options", "work_dir")  # rows do not depend on these
@@ -22,7 +22,7 @@ REASONING = ("no", "think", "column")
 @dataclass(repr=False)
 class EngineSettings:
     """
-    Who runs the stages, where what is finished lies, and what becomes of reasoning.
+    Who runs the stages, where what is finished lies, chat templates, and what becomes of reasoning.
 
     > Parameters that control the engine
 
@@ -39,6 +39,9 @@ class EngineSettings:
         keep_reasoning (`str`, *optional*, defaults to `"no"`): what becomes of the reasoning that an endpoint gives
             beside its answer: it is left out (`"no"`), put in front of the completion as `<think>` text (`"think"`),
             or kept as a column `reasoning` (`"column"`).
+        chat_template_kwargs (`dict` or `str`, *optional*): JSON with arguments of the chat template, such as
+            `{"enable_thinking": false}`, for teachers, and models that rewrite, in this process; not for a judge. For
+            an endpoint, write them into `request_options`.
     """
 
     workers: int = field(default=1, metadata={"help": "Worker processes."})
@@ -51,6 +54,9 @@ class EngineSettings:
     )
     keep_reasoning: str = field(
         default="no", metadata={"help": "Reasoning beside an endpoint's answer: `no`, `think` or `column`."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON with arguments of the chat template, for teachers in this process."}
     )
 
     def engine_faults(self) -> Iterator[str]:

@@ -40,10 +40,12 @@ def check_source(address: Address) -> None:
 
 def load_source(address: Address, sampling: Sampling, config: GenerateConfig) -> Source:
     """The source at an address."""
+    template = config.chat_template_kwargs
+    assert not isinstance(template, str)
     if address.kind == "vllm":
-        return VLLMSource(address.model, sampling)
+        return VLLMSource(address.model, sampling, template)
     if address.kind == "endpoint":
         from .endpoint import EndpointSource
 
         return EndpointSource.from_config(address, sampling, config)
-    return TransformersSource(address.model, sampling, config.batch_size)
+    return TransformersSource(address.model, sampling, config.batch_size, template)

@@ -7,6 +7,7 @@ for is left to the pipeline.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +27,17 @@ class TransformersSource:
         model (`str`): name or folder. Stop tokens are those of its generation configuration and its tokenizer.
         sampling (`Sampling`): how to sample. The generation configuration's own settings are not used.
         batch_size (`int`): prompts in one forward.
+        template_kwargs (`dict`, *optional*): for the chat template, such as `{"enable_thinking": False}`.
     """
 
-    def __init__(self, model: str, sampling: Sampling, batch_size: int = 16):
-        self.sampling, self.batch_size = sampling, batch_size
+    def __init__(
+        self,
+        model: str,
+        sampling: Sampling,
+        batch_size: int = 16,
+        template_kwargs: dict[str, Any] | None = None,
+    ):
+        self.sampling, self.batch_size, self.template_kwargs = sampling, batch_size, template_kwargs
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
@@ -43,7 +51,7 @@ class TransformersSource:
 
     def complete(self, prompts: list[Text], seed: Seeds) -> list[Answer]:
         seeds = seeds_of(seed, len(prompts))
-        encoded = [sampling.prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        encoded = [sampling.prompt_ids(self.tokenizer, prompt, self.template_kwargs) for prompt in prompts]
         answers: list[Answer] = [self._refusal(len(ids)) or [] for ids in encoded]
         possible = [i for i, answer in enumerate(answers) if not isinstance(answer, Refusal)]
         for start in range(0, len(possible), self.batch_size):
@@ -89,12 +97,14 @@ class VLLMSource:
     Args:
         model (`str`): name or folder.
         sampling (`Sampling`): how to sample. Each prompt has a seed of its own, whatever batch it is in.
+        template_kwargs (`dict`, *optional*): for the chat template.
     """
 
-    def __init__(self, model: str, sampling: Sampling):
+    def __init__(self, model: str, sampling: Sampling, template_kwargs: dict[str, Any] | None = None):
         from vllm import LLM, SamplingParams
 
         self.sampling, self._params, self._refusals = sampling, SamplingParams, _refusals()
+        self._template = {"chat_template_kwargs": template_kwargs} if template_kwargs else {}
         self._llm = LLM(model=model)
 
     def complete(self, prompts: list[Text], seed: Seeds) -> list[Answer]:
@@ -103,7 +113,7 @@ class VLLMSource:
         # the stop token is left out all the same; thoughts and tool calls stay
         params = [self._params(**how, seed=one, skip_special_tokens=False) for one in seeds]
         # `generate` for text, `chat` for messages, which applies the template
-        ask = self._llm.generate if isinstance(prompts[0], str) else self._llm.chat
+        ask = self._llm.generate if isinstance(prompts[0], str) else partial(self._llm.chat, **self._template)
         try:
             outputs = ask(prompts, params, use_tqdm=False)
         except self._refusals as error:

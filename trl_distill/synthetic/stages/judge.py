@@ -6,6 +6,7 @@ Verdicts are read by `verdict.py`.
 
 from __future__ import annotations
 
+import copy
 import string
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -146,7 +147,9 @@ def load_judging(config: GenerateConfig) -> Judging:
     if address.kind == "endpoint":
         return EndpointJudging(Endpoint.from_config(address, config))
     check_source(address)
-    return LocalJudging(config.judge, partial(load_source, address, Sampling(1, LONGEST, 0.0), config))
+    plain = copy.copy(config)
+    plain.chat_template_kwargs = None  # those are the teachers'
+    return LocalJudging(config.judge, partial(load_source, address, Sampling(1, LONGEST, 0.0), plain))
 
 
 def template_of(config: GenerateConfig, default: str) -> str:
