@@ -24,7 +24,6 @@ from ..heads.comparison import comparison_from_states
 from ..heads.few_ids import log_probs_of
 from ..heads.fused import ExpectedSlopes
 from ..heads.lm_head import LMHead
-from ..images import without_empty
 from ..rollouts import Rollouts
 from ..signals import HiddenStates, TeacherScore
 from .hidden_states import judged_states, last_hidden, last_hidden_state, scatter, scored, unbound_forward
@@ -137,7 +136,6 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
         fused_lm_head: bool = False,
         **kwargs: Any,
     ) -> Any:
-        kwargs = without_empty(kwargs)
         if rollouts is None:
             return fused_forward(self, *args, fused_lm_head=fused_lm_head, **kwargs)
         if scores is None or plan is None:

@@ -21,7 +21,7 @@ from ..data.images import encode, has_images, is_processor, pictures_of, tidy_ro
 from ..data.rows import tools_of
 from ..data.sampling import answer_texts, without_own_settings
 from ..errors import CheckpointError, NonFiniteLossError
-from ..images import EncodedPrompt, Images, by_rows, keys_of
+from ..images import EncodedPrompt, Images, by_rows, keys_of, without_empty
 from ..objective.weights import leave_one_out
 from .checkpoints import last_complete, mark_complete, unmark, what_is_missing
 from .micro_batches import by_length, trimmed
@@ -210,10 +210,16 @@ class GRPOHooks(GRPOTrainer):
         self.on_rollouts(inputs, output)
         return output
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         if self._generating and self._skips_old_log_probs:  # TRL leaves out of the batch what is `None`
             return None, None, None
-        return super()._get_per_token_logps_and_entropies(*args, **by_rows(kwargs))
+        if self.processor is None:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+        def called(**inputs: Any) -> Any:  # with a part of the rows, of which none may have an image
+            return model(**without_empty(inputs))
+
+        return super()._get_per_token_logps_and_entropies(called, *args, **by_rows(kwargs))
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """TRL's micro-batch, without padding that none of its rows needs."""
