@@ -18,6 +18,7 @@ from .. import foreign_text
 from ..data.json_rows import InputRow
 from .config import FIXED, GenerateConfig
 from .engines import run_workers
+from .images import check_images
 from .make_chunks import ChunkMaker, work_folder
 from .plan import scores_folder
 from .settings import engine
@@ -153,6 +154,8 @@ class Pipeline:
     def _check_inputs(self) -> None:
         """Find out before any teacher is asked what verifier and human data need."""
         prompts = Prompts(self.work)
+        if prompts.images:
+            check_images(self.config)
         _check_columns(self.config, prompts.columns)
         if self.scorer is not None:
             self.scorer.needs(prompts.columns)

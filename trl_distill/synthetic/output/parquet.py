@@ -15,12 +15,20 @@ from ...data.json_rows import BATCH, groups
 ROWS_PER_FILE = 100_000
 
 
-def write_parquet(folder: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
-    """Write rows as `train-00000.parquet`, `train-00001.parquet` ...; returns how many rows there were."""
+def write_parquet(folder: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, batch: int | None = None) -> int:
+    """
+    Write rows as `train-00000.parquet`, `train-00001.parquet` ...; returns how many rows there were.
+
+    Args:
+        folder (`Path`): made here.
+        rows (`Iterable[dict]`): the rows.
+        schema (`pa.Schema`): their columns.
+        batch (`int`, *optional*): rows in memory at a time. Defaults to `BATCH`.
+    """
     folder.mkdir(parents=True)
     written, writer, total = 0, None, 0
     try:
-        for group in groups(rows, BATCH):
+        for group in groups(rows, batch or BATCH):
             if writer is None or written >= ROWS_PER_FILE:
                 if writer is not None:
                     writer.close()

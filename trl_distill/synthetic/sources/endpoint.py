@@ -20,6 +20,7 @@ from ...http_client import HTTPClient, NoAnswerError, Settings, StatusError
 from ...redaction import from_environment, redacted
 from ...server_urls import ServerURL, read_url
 from ..address import Address
+from ..images import as_openai
 from ..records import Answer, Completion, Refusal
 from ..text import Text
 from .answers import ErrorInsideError, UnusableError, read_completions
@@ -224,7 +225,8 @@ class EndpointSource:
 
     def _body(self, prompt: Text, n: int, seed: int) -> dict[str, Any]:
         s = self.sampling
-        body: dict[str, Any] = {"prompt" if isinstance(prompt, str) else "messages": prompt, "n": n, "seed": seed}
+        name = "prompt" if isinstance(prompt, str) else "messages"
+        body: dict[str, Any] = {name: as_openai(prompt), "n": n, "seed": seed}
         body |= {"max_tokens": s.max_tokens, "temperature": s.temperature, "top_p": s.top_p, **self.options}
         return {key: value for key, value in body.items() if value is not None}
 

@@ -11,9 +11,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..._trl import create_model_from_path
 from ...data import sampling
+from ...data.readers import encoder_of
+from ...images import EncodedPrompt
+from ...models.loading import load_processor
+from ...models.properties import placeholder_ids, reads_images
 from ..records import Answer, Completion, Refusal
 from ..text import Text
 from .base import Sampling, Seeds, seeds_of
@@ -21,7 +26,8 @@ from .base import Sampling, Seeds, seeds_of
 
 class TransformersSource:
     """
-    A model in this process, on the GPU if there is one, in the checkpoint's dtype.
+    A model in this process, on the GPU if there is one, in the checkpoint's dtype; also a vision-language model, whose
+    processor reads the prompts.
 
     Args:
         model (`str`): name or folder. Stop tokens are those of its generation configuration and its tokenizer.
@@ -37,10 +43,15 @@ class TransformersSource:
         batch_size: int = 16,
         template_kwargs: dict[str, Any] | None = None,
     ):
-        self.sampling, self.batch_size, self.template_kwargs = sampling, batch_size, template_kwargs
+        self.sampling, self.batch_size = sampling, batch_size
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        config = AutoConfig.from_pretrained(model)
+        if reads_images(config):
+            loaded: Any = create_model_from_path(model, dtype="auto", device_map=None)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        self.encode = encoder_of(self.tokenizer, load_processor(model, config), template_kwargs)
         self.model = loaded.to(self.device).eval()
         found = self.model.generation_config.eos_token_id
         known = found if isinstance(found, list) else [found]
@@ -51,8 +62,8 @@ class TransformersSource:
 
     def complete(self, prompts: list[Text], seed: Seeds) -> list[Answer]:
         seeds = seeds_of(seed, len(prompts))
-        encoded = [sampling.prompt_ids(self.tokenizer, prompt, self.template_kwargs) for prompt in prompts]
-        answers: list[Answer] = [self._refusal(len(ids)) or [] for ids in encoded]
+        encoded = [self.encode(prompt) for prompt in prompts]
+        answers: list[Answer] = [self._refusal(len(prompt.ids)) or [] for prompt in encoded]
         possible = [i for i, answer in enumerate(answers) if not isinstance(answer, Refusal)]
         for start in range(0, len(possible), self.batch_size):
             chosen = possible[start : start + self.batch_size]
@@ -75,11 +86,17 @@ class TransformersSource:
             return Refusal("prompt too long for the teacher", detail)
         return None
 
-    def _write(self, batch: list[list[int]], seed: int) -> list[list[Completion]]:
+    def _write(self, batch: list[EncodedPrompt], seed: int) -> list[list[Completion]]:
         """The completions of one batch of prompts."""
         s = self.sampling
         how = sampling.Sampling(
-            s.max_tokens, tuple(self.stops), s.temperature, generations=s.n, seed=seed, top_p=s.top_p
+            s.max_tokens,
+            tuple(self.stops),
+            s.temperature,
+            generations=s.n,
+            seed=seed,
+            suppressed=tuple(sorted(placeholder_ids(self.model.config))),
+            top_p=s.top_p,
         )
         found = sampling.sample_ids(self.model, batch, self.tokenizer.pad_token_id, how)
         return [[self._read(*one) for one in of_prompt] for of_prompt in found]

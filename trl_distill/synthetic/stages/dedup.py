@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sqlite3
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -82,7 +83,7 @@ class Duplicates(Seen):
             self.db.execute("CREATE TABLE grams (row INTEGER PRIMARY KEY, hashes BLOB)")
             self.db.execute("CREATE TABLE bands (key INTEGER, row INTEGER, PRIMARY KEY (key, row)) WITHOUT ROWID")
 
-    def fault(self, prompt: str, completion: str) -> str | None:
+    def fault(self, prompt: str, completion: str, images: Sequence[str] = ()) -> str | None:
         """
         Why a row is dropped, or `None` for a new one, which is remembered.
 
@@ -90,13 +91,14 @@ class Duplicates(Seen):
             prompt (`str`): rows whose prompts name different numbers are not near duplicates, however long the text
                 around these numbers.
             completion (`str`): or, for a preference pair, both.
+            images (`Sequence[str]`): hashes of the prompt's images; rows with others are not duplicates.
         """
-        if not self.add(digest(normal(prompt), normal(completion))):
+        if not self.add(digest(normal(prompt), normal(completion), *images)):
             return "exact duplicate"
         if self.threshold == 0:
             return None
         hashes = shingles(f"{prompt}\n{completion}")
-        keys = self._bands(hashes, repr(numbers(prompt)))
+        keys = self._bands(hashes, repr((*numbers(prompt), *images)))
         marks = ",".join("?" * len(keys))
         near = self.db.execute(
             f"SELECT hashes FROM grams WHERE row IN (SELECT row FROM bands WHERE key IN ({marks}))", keys

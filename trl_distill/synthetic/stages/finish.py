@@ -16,6 +16,7 @@ from typing import Any
 
 from ...data.json_rows import BATCH, Columns, groups
 from ..config import GenerateConfig
+from ..images import as_row, as_stored, image_schema, names_of
 from ..output.card import card
 from ..output.counts import Skip, SkipFile, Stage
 from ..output.parquet import write_parquet
@@ -35,6 +36,9 @@ from .language import language_fault
 from .revise import revised_scores
 from .select import difficulty_faults, filter_fault, pair_of, pair_row, selection_faults
 from .variety import Variety, variety_notes
+
+
+WITH_IMAGES = 50  # rows in memory at a time, where they have images
 
 
 class DatasetBuilder:
@@ -97,7 +101,10 @@ class DatasetBuilder:
                 duplicates = Duplicates(folder / "duplicates.db", self.config.near_duplicates)
                 rows, columns = self._rows(folder, duplicates)
                 duplicates.close()
-            total = write_parquet(folder / "data", rows, columns.schema)
+            if self.originals.images:
+                total = write_parquet(folder / "data", map(as_stored, rows), image_schema(columns.schema), WITH_IMAGES)
+            else:
+                total = write_parquet(folder / "data", rows, columns.schema)
             for name in ("duplicates.db", "rows.jsonl", "human.jsonl"):
                 (folder / name).unlink(missing_ok=True)
             self._check(total)
@@ -191,8 +198,8 @@ class DatasetBuilder:
         for number in range(len(self.prompts)):
             for candidates in self.reader.read(number, self.skips):
                 for row in self._selected(candidates):
-                    if self.unique.count(duplicates.fault(*text_of(row))):
-                        yield row
+                    if self.unique.count(duplicates.fault(*text_of(row), names_of(row["prompt"]))):
+                        yield as_row(row) if self.originals.images else row
             self.variety.add_prompts(self.originals.chunk(number), self.prompts.chunk(number))
             self.advance()
 

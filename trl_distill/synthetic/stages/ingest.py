@@ -7,7 +7,7 @@ equal but for case and white space the first stays. Making new prompts is left t
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,14 @@ from datasets import IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
 from ...data.datasets import load_splits, take_split
+from ...data.images import COLUMNS as IMAGES
 from ...data.json_rows import BATCH, SUFFIXES, Columns, InputRow, groups, read_json_rows
 from ...data.rows import CONVERSATIONS, RowError, read_prompt
 from ...server_urls import without_login
+from ..images import ImageFiles, images_in, names_of, with_paths
 from ..output.counts import Skip, SkipFile, Stage
 from ..records import PromptRow
-from ..text import flat, normal
+from ..text import content, flat, normal
 from ..work_folder import WorkFolder, digest, dump, read_json, read_lines, write_json, write_lines
 from .dedup import Seen
 
@@ -49,6 +51,8 @@ def read_rows(name: str, config: str | None = None, split: str = "train") -> Ite
     rows = take_split(load_splits(name, config, streaming=True), split, "training")
     if not isinstance(rows, IterableDataset):
         rows = rows.to_iterable_dataset()  # one that `save_to_disk` wrote; it stays on disk
+    if rows.features is not None:
+        rows = rows.decode(False)  # images as their files
     try:
         for number, row in enumerate(rows, start=1):
             yield InputRow(f"row {number}", row)
@@ -57,17 +61,19 @@ def read_rows(name: str, config: str | None = None, split: str = "train") -> Ite
         raise ValueError(said) from None
 
 
-def prompt_and_columns(found: InputRow) -> tuple[Any, dict[str, Any], str | None]:
-    """A row's prompt, its other columns, and why it cannot be used (or `None`)."""
+def prompt_and_columns(found: InputRow, files: ImageFiles | None = None) -> tuple[Any, dict[str, Any], str | None]:
+    """A row's prompt, its other columns, and why it cannot be used (or `None`); its images go to `files`, if given."""
     if found.row is None:
         return None, {}, found.fault
     row = found.row
     name = next((name for name in ("prompt", *CONVERSATIONS) if name in row), None)
     if name is None:
         return None, {}, "no column `prompt` or `messages`"
-    columns = {key: value for key, value in row.items() if key not in RESERVED and key != name}
+    left_out = (*RESERVED, name, *(IMAGES if files else ()))
+    columns = {key: value for key, value in row.items() if key not in left_out}
     try:
-        return read_prompt(row[name], name, found.where), columns, None
+        prompt = files.prompt(row, name, found.where) if files else read_prompt(row[name], name, found.where)
+        return prompt, columns, None
     except RowError as error:
         return None, columns, error.reason
 
@@ -107,6 +113,7 @@ class Ingest:
         self.text: bool | None = None
         self.examples: list[str] = []
         with self.work.folder("prompts") as folder:
+            self.files, self.images = ImageFiles(folder / "images"), False
             self.seen = Seen(folder / "seen.db")
             with SkipFile(folder / "skipped.jsonl") as self.skips:
                 chunks = write_chunks(folder, self._prompts(rows, limit), self.chunk_size)
@@ -118,12 +125,13 @@ class Ingest:
                     "column `prompt` (text, or messages that end with the user's) or such `messages`."
                 )
             columns = [name for name in self.columns.types if name != "prompt"]
+            columns += ["images"] if self.images else []
             stages = [self.read, *([self.clean] if self.benchmarks else []), self.unique]
-            PromptCounts(stages, chunks, columns, bool(self.text)).write(folder)
+            PromptCounts(stages, chunks, columns, bool(self.text), self.images).write(folder)
 
     def _prompts(self, rows: Iterator[InputRow], limit: int | None) -> Iterator[PromptRow]:
         for group in groups(self._usable(rows, limit), BATCH):
-            self.columns.add([{"prompt": row.prompt, **row.columns} for row in group])
+            self.columns.add([{"prompt": _words(row.prompt), **row.columns} for row in group])
             yield from group
 
     def _usable(self, rows: Iterator[InputRow], limit: int | None) -> Iterator[PromptRow]:
@@ -131,7 +139,7 @@ class Ingest:
         for found in rows:
             if limit is not None and self.unique.kept >= limit:
                 return
-            prompt, columns, fault = prompt_and_columns(found)
+            prompt, columns, fault = prompt_and_columns(found, self.files)
             if fault is None and self.routed is not None:
                 columns["teacher"] = (found.row or {}).get("teacher")
                 fault = None if columns["teacher"] in self.routed else "column `teacher` names none of the teachers"
@@ -146,6 +154,7 @@ class Ingest:
             if self.unique.count(None if self.seen.add(prompt_key(prompt)) else "equal to an earlier prompt"):
                 row = PromptRow(self.unique.kept - 1, prompt, columns)
                 _check_storable(row, found.where)
+                self.images = self.images or bool(images_in(prompt))
                 yield row
 
     def _is_clean(self, found: InputRow, prompt: Any) -> bool:
@@ -173,6 +182,11 @@ def _check_storable(row: PromptRow, where: str) -> None:
         ) from None
 
 
+def _words(prompt: Any) -> Any:
+    """A prompt with text instead of parts, for its type."""
+    return prompt if isinstance(prompt, str) else [{**message, "content": content(message)} for message in prompt]
+
+
 def write_chunks(folder: Path, rows: Iterator[PromptRow], size: int) -> int:
     """Write rows to files of `size` each; returns how many files there are."""
     number = 0
@@ -191,31 +205,34 @@ class PromptCounts:
         chunks (`int`): files of prompts.
         columns (`list[str]`): of the input, beside the prompt.
         text (`bool`): whether prompts are text; otherwise messages.
+        images (`bool`): whether some of them have images.
     """
 
     stages: list[Stage]
     chunks: int
     columns: list[str]
     text: bool
+    images: bool = False
 
     def write(self, folder: Path) -> None:
         """Write `counts.json`."""
         stages = [stage.as_dict() for stage in self.stages]
         counts = {"stages": stages, "chunks": self.chunks, "columns": self.columns, "text": self.text}
-        write_json(folder / "counts.json", counts)
+        write_json(folder / "counts.json", counts | ({"images": True} if self.images else {}))
 
     @classmethod
     def read(cls, folder: Path) -> PromptCounts:
         found = read_json(folder / "counts.json")
         stages = [Stage.from_dict(stage) for stage in found["stages"]]
-        return cls(stages, found["chunks"], found["columns"], found["text"])
+        return cls(stages, found["chunks"], found["columns"], found["text"], found.get("images", False))
 
 
 def prompt_key(prompt: Any) -> bytes:
-    """Equal for prompts that differ in case and white space only."""
+    """Equal for prompts that differ in case and white space only, and have the same images."""
     if isinstance(prompt, str):
         return digest(normal(prompt, fold_case=True))
-    return digest([[message["role"], normal(flat([message]), fold_case=True)] for message in prompt])
+    words = [[message["role"], normal(flat([message]), fold_case=True)] for message in prompt]
+    return digest(words, *names_of(prompt))
 
 
 class Prompts:
@@ -225,12 +242,13 @@ class Prompts:
     Attributes:
         columns (`list[str]`): of the input, beside the prompt.
         text (`bool`): whether prompts are text; otherwise messages.
+        images (`bool`): whether some of them have images.
     """
 
     def __init__(self, work: WorkFolder):
         self.folders = [path for name in ("prompts", "new_prompts") if (path := work.path / name).exists()]
         counts = [PromptCounts.read(folder) for folder in self.folders]
-        self.columns, self.text = counts[0].columns, counts[0].text
+        self.columns, self.text, self.images = counts[0].columns, counts[0].text, counts[0].images
         self.stages = [stage for found in counts for stage in found.stages]
         self._chunks = [found.chunks for found in counts]  # in each folder
 
@@ -247,7 +265,10 @@ class Prompts:
         """The prompts of one chunk."""
         which = 0 if number < self._chunks[0] else 1
         path = self.folders[which] / f"{number - which * self._chunks[0]:06}.jsonl"
-        return [PromptRow.from_dict(row) for row in read_lines(path)]
+        rows = [PromptRow.from_dict(row) for row in read_lines(path)]
+        if not self.images:
+            return rows
+        return [replace(row, prompt=with_paths(row.prompt, self.folders[which] / "images")) for row in rows]
 
     def skips(self) -> Iterator[Skip]:
         """What could not be used on the way here."""

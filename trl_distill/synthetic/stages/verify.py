@@ -18,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from ...data.rewards import call_reward, import_reward
+from ..images import with_pictures
 from ..records import Answered, Refusal, Score
 from ..text import as_completion
 from .aspects import ASPECTS_PROMPT, AspectJudge
@@ -102,6 +103,7 @@ class RewardFunctions:
         return [f"{path}\n{_source(path, function)}" for path, function in self.functions.items()]
 
     def score(self, rows: list[Answered]) -> list[Score]:
+        rows = [with_pictures(row) for row in rows]
         names = dict.fromkeys(name for row in rows for name in row.columns)
         given: dict[str, list[Any]] = {name: [row.columns.get(name) for row in rows] for name in names}
         given["prompts"] = [row.prompt for row in rows]
