@@ -225,20 +225,32 @@ def answer_all(
             kl = _sequence_kl(model, teacher, whole, read, tokenizer.pad_token_id, how.temperature, merged, device)
         else:
             kl = _text_kl(model, reading, whole, tokenizer.pad_token_id, how.temperature, device)
-        by_name = scores(whole, verifiers, tokenizer)
-        ends = {token for one in whole if not one.truncated for token in one.completion[-1:]}
-        texts = answer_texts(tokenizer, [one.completion for one in whole], ends)
-        yield [
-            Answer(
-                start + i // how.generations,
-                tuple(one.completion),
-                _total(given_scores[i] for given_scores in by_name.values()),
-                one.truncated,
-                kl[i],
-                texts[i],
-            )
-            for i, one in enumerate(whole)
-        ]
+        places = [start + i // how.generations for i in range(len(whole))]
+        yield _scored(whole, places, kl, verifiers, tokenizer)
+
+
+def _scored(
+    written: Sequence[SampledCompletion],
+    prompts: Sequence[int],
+    kl: Sequence[float | None],
+    verifiers: Sequence[RewardFunction],
+    tokenizer: Any,
+) -> list[Answer]:
+    """Answers to the prompts with these numbers, with their texts and scores."""
+    by_name = scores(written, verifiers, tokenizer)
+    ends = {token for one in written if not one.truncated for token in one.completion[-1:]}
+    texts = answer_texts(tokenizer, [one.completion for one in written], ends)
+    return [
+        Answer(
+            prompts[i],
+            tuple(one.completion),
+            _total(given_scores[i] for given_scores in by_name.values()),
+            one.truncated,
+            kl[i],
+            texts[i],
+        )
+        for i, one in enumerate(written)
+    ]
 
 
 def _written(
