@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from io import BytesIO
 
 import pytest
@@ -13,6 +14,7 @@ from datasets import Dataset, load_dataset
 from helpers import make_model, make_tokenizer
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import SFTConfig, SFTTrainer
 from vision_models import picture, vision_pair
 from vision_runs import rows as vision_rows
 
@@ -272,10 +274,9 @@ def test_who_would_not_see_the_images_is_refused_before_anyone_is_asked(bench, m
     assert loaded == []
 
 
-def test_from_a_teacher_to_a_trained_student(bench, monkeypatch):
-    """Generate with a vision-language teacher; the student learns from the dataset that comes out."""
-    from trl_distill.cli import train
-
+@pytest.fixture
+def generated(bench, monkeypatch):
+    """A dataset that a vision-language teacher has written, in the folder "out", and a student beside it."""
     monkeypatch.chdir(bench.folder)
     save("teacher", "idefics3", 1)
     save("student", "idefics3", 0)
@@ -285,12 +286,56 @@ def test_from_a_teacher_to_a_trained_student(bench, monkeypatch):
         GenerateConfig(dataset_name="prompts", output_dir="out", max_repetition=1, min_characters=0, **settings)
     )
     assert [len(row["images"]) for row in bench.rows()] == [1, 0, 2, 1]
+    return bench.folder
+
+
+def test_a_student_is_trained_on_what_was_generated(generated):
+    from trl_distill.cli import train
+
     words = (
         "--model_name_or_path student --teacher_model_name_or_path teacher --dataset_name out --output_dir trained "
         "--max_steps 1 --per_device_train_batch_size 4 --max_completion_length 6 --use_cpu --bf16 false --lmbda 0 "
         "--gradient_checkpointing false --report_to none --save_strategy no --logging_steps 1"
     )
     train.main(*train.parsed(words.split()))
-    log = json.loads((bench.folder / "trained" / "trainer_state.json").read_text())["log_history"]
+    log = json.loads((generated / "trained" / "trainer_state.json").read_text())["log_history"]
     assert log[0]["distill/on_policy"] == 0
     assert log[0]["loss"] > 0
+
+
+def test_trl_s_sft_reads_what_was_generated(generated):
+    dataset, pixels_seen = load_dataset("out", split="train"), []
+    model, processor = vision_pair("idefics3", 0)
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(
+            "sft",
+            max_steps=1,
+            per_device_train_batch_size=4,
+            max_length=None,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+        ),
+        train_dataset=dataset,
+        processing_class=processor,
+    )
+    step = trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs, *args, **kwargs: (
+        pixels_seen.append(inputs["pixel_values"]) or step(model, inputs, *args, **kwargs)
+    )
+    trainer.train()
+    assert torch.isfinite(torch.tensor(trainer.state.log_history[-1]["train_loss"]))
+    assert sum(bool(image.any()) for row in pixels_seen[0] for image in row) == 4
+
+
+def test_images_reach_another_machine_with_the_prompts(bench, seen):
+    """Through storage that both reach; the second machine has no images of its own."""
+    storage = f"file://{bench.folder / 'shared'}"
+    bench.run(dataset_name=written(bench, "images"), work_dir=storage)
+    shutil.rmtree(bench.folder / "out.work")
+    shutil.rmtree(bench.out)
+    bench.run(dataset_name=str(bench.folder / "given"), work_dir=storage)
+    assert len(seen) == 1
+    assert [len(row["images"]) for row in bench.rows()] == [1, 0, 1]

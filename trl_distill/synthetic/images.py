@@ -8,6 +8,7 @@ the column `images`, and each has a place in the messages.
 from __future__ import annotations
 
 import base64
+import os
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
@@ -105,12 +106,17 @@ class ImageFiles:
         if kind not in SUFFIXES:
             data, kind = _png(pixels), "PNG"
         key = blake2b(repr(pixels.size).encode() + pixels.tobytes(), digest_size=16).hexdigest()
+        known = next(
+            (name for suffix in SUFFIXES.values() if (self.folder / (name := f"{key}{suffix}")).exists()), None
+        )
+        if known is not None:
+            return known
         self.folder.mkdir(exist_ok=True)
-        known = next(self.folder.glob(f"{key}.*"), None)
-        path = known or self.folder / f"{key}{SUFFIXES[kind]}"
-        if known is None:
-            path.write_bytes(data)
-        return path.name
+        with open(self.folder / f"{key}{SUFFIXES[kind]}", "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return f"{key}{SUFFIXES[kind]}"
 
 
 def _without_empty(message: dict[str, Any]) -> dict[str, Any]:

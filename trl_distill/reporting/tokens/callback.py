@@ -20,6 +20,7 @@ from ...data.readers import PromptReader
 from ...data.rewards import RewardFunction
 from ...data.sampling import SampledCompletion, Sampling, preserving_state, sample_completions, scorer_of
 from ...images import EncodedPrompt
+from ...models.properties import placeholder_ids, unwrap_adapter
 from ...signals import HiddenStates
 from ...teachers.base import is_sharded
 from ..trackers import log_page
@@ -168,13 +169,14 @@ class TokenReport(TrainerCallback):
         merged = getattr(trainer.estimator, "stops", ())
         # with vLLM, TRL has no settings for `generate`, and no ids are suppressed
         suppressed = () if trainer.use_vllm else trainer.generation_config.suppress_tokens or ()
+        images = placeholder_ids(unwrap_adapter(trainer.accelerator.unwrap_model(trainer.model)).config)
         how = Sampling(
             limit=trainer.max_completion_length,
             stops=tuple(trainer.eos_token_ids),
             temperature=args.temperature,
             generations=self.num_generations,
             seed=self.seed,
-            suppressed=tuple(suppressed),
+            suppressed=tuple({*suppressed, *images}),
         )
         teacher, device = trainer.pool.teachers[self._name], trainer.accelerator.device
         reading = self._reading(teacher)
