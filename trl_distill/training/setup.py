@@ -37,6 +37,7 @@ from ..teachers.base import Teacher, is_sharded
 from ..teachers.cross_tokenizer import reader_of, shared_ids
 from ..teachers.pool import TeacherPool
 from ..teachers.spec import TeacherSpec, load_pool
+from .objective_record import ObjectiveRecord, objective_of
 
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
     """
     trainer.is_distilling = True
     trainer.reward_funcs = [checked_reward(function) for function in trainer.reward_funcs]
+    objective = objective_of(trainer.args, trainer.facts["teachers"], trainer.facts["reward_funcs"])
+    trainer.add_callback(ObjectiveRecord(objective))
     facts = facts_of(trainer)
     found = examine(facts, specs, report)
     same_vocabulary = _stay_inside_vocabulary(trainer, found.vocab_size)
