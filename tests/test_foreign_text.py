@@ -105,6 +105,23 @@ def test_pictures(text):
     assert shown(ranking_figure([(text, 1.0), ("b", 0.5)], text, True, text))[text] == 4  # a tick has two
 
 
+@pytest.mark.parametrize("text", [*NASTY, "`code`", "``", "a`b", "*b*", "snake_case", "&lt;", "![x](y)"])
+def test_text_and_code_in_markdown(text):
+    """As a reader of CommonMark shows it."""
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark")
+    (paragraph,) = [token for token in parser.parse(f"x {foreign_text.in_markdown(text)}") if token.type == "inline"]
+    assert {token.type for token in paragraph.children} == {"text"}
+    assert "".join(token.content for token in paragraph.children) == f"x {text}"
+    (paragraph,) = [token for token in parser.parse(f"x {foreign_text.as_code(text)}") if token.type == "inline"]
+    assert [(token.type, token.content) for token in paragraph.children] == [("text", "x "), ("code_inline", text)]
+
+
+def test_dollars_in_markdown_are_no_mathematics():
+    """CommonMark has none; others read what stands between two."""
+    assert foreign_text.in_markdown("a$b$c") == r"a\$b\$c"
+    assert foreign_text.in_markdown("snake_case _x") == r"snake_case \_x"
+
+
 @pytest.mark.parametrize("text", [*NASTY, "two\nlines"])
 def test_a_cell_of_a_markdown_table(text):
     cell = foreign_text.in_markdown_table(text)

@@ -1,11 +1,13 @@
 """Names, paths, tokens and notes shown as they are written, wherever brackets, dollars or bars have a meaning.
 
-rich reads `[/INST]` as markup and `:x:` as an emoji, matplotlib reads `$` as mathematics, and Markdown ends a table's
-cell at `|`. Text that is not ours goes through one of these functions.
+rich reads `[/INST]` as markup and `:x:` as an emoji, matplotlib reads `$` as mathematics, and so do many readers of
+Markdown, which also makes links of brackets and ends a table's cell at `|`. Text that is not ours goes through one of
+these functions.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 
@@ -50,6 +52,23 @@ def in_legend(text: object) -> str:
     """As [`in_figure`], for a legend, which leaves out labels that begin with `_`."""
     shown = in_figure(text)
     return f" {shown}" if shown.startswith("_") else shown
+
+
+def in_markdown(text: object) -> str:
+    """Text in Markdown, in one line, in which nothing is a link, mathematics, HTML, code or emphasis."""
+    one_line = " ".join(str(text).split())
+    escaped = re.sub(r"[\\`*\[\]<>$&]", r"\\\g<0>", one_line)
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", escaped)  # between letters and digits it has no meaning
+
+
+def as_code(text: object) -> str:
+    """Text as code in Markdown, in one line."""
+    one_line = " ".join(str(text).split())
+    if not one_line:
+        return ""
+    fence = "`" * (1 + max(map(len, re.findall("`+", one_line)), default=0))
+    space = " " if one_line[:1] == "`" or one_line[-1:] == "`" else ""
+    return f"{fence}{space}{one_line}{space}{fence}"
 
 
 def in_markdown_table(text: object) -> str:

@@ -92,6 +92,15 @@ def test_names_from_the_hub_secrets_and_other_templates(tmp_path, template):
     assert "None" not in text
 
 
+def test_names_are_no_markdown(tmp_path):
+    facts = {"student": "[x](y)/z", "teachers": {"a$b$": "m`n", "[c]": "e/f"}, "reward_funcs": ["<lambda>", "a`b"]}
+    text = complete("### Framework versions\n", facts, config(tmp_path))
+    assert "fine-tuned version of `[x](y)/z`, distilled from ``m`n`` and [e/f](https://huggingface.co/e/f)" in text
+    assert r"| teacher 'a\$b\$' | ``m`n`` |" in text
+    assert r"| teacher '\[c\]' |" in text
+    assert "| rewards | `<lambda>`, ``a`b`` |" in text
+
+
 def test_the_datasets_name_stays(tmp_path):
     template = (
         "This model is a fine-tuned version of [a/b](https://huggingface.co/a/b) on the "

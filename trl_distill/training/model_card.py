@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config import OPDConfig
-from ..foreign_text import in_markdown_table
+from ..foreign_text import as_code, in_markdown, in_markdown_table
 from ..redaction import redacted
 
 
 ORIGIN = re.compile(r"^This model is a fine-tuned version of .*$", re.MULTILINE)  # TRL's sentence
+
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 BEFORE = "### Framework versions"  # TRL's heading, before which the table stands
@@ -60,7 +63,7 @@ def _rows(facts: dict[str, Any], args: OPDConfig) -> dict[str, str]:
         beta += f" to {settings.beta_end:g} ({settings.beta_schedule})"
     rows: dict[str, Any] = {"student": _linked(facts["student"])}
     for name, teacher in facts["teachers"].items():
-        rows["teacher" if len(facts["teachers"]) == 1 else f"teacher {name!r}"] = _linked(teacher)
+        rows["teacher" if len(facts["teachers"]) == 1 else in_markdown(f"teacher {name!r}")] = _linked(teacher)
     rows["`beta`, weight of the teacher"] = beta
     if facts["teachers"]:
         alpha = settings.alpha_of(settings.divergence)
@@ -72,12 +75,12 @@ def _rows(facts: dict[str, Any], args: OPDConfig) -> dict[str, str]:
         if settings.lmbda < 1:
             rows["`lmbda`, share of on-policy batches"] = f"{settings.lmbda:g}"
             rows["divergence on the dataset's completions"] = f"`{settings.off_policy_divergence}`"
-    rows["rewards"] = ", ".join(f"`{name}`" for name in facts["reward_funcs"]) or "none"
+    rows["rewards"] = ", ".join(map(as_code, facts["reward_funcs"])) or "none"
     return {in_markdown_table(name): in_markdown_table(value) for name, value in rows.items()}
 
 
 def _linked(name: str) -> str:
     """A hub name as a link; of a folder only its last part, since a path says more about a machine than a model."""
     if os.path.isdir(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        return f"`{Path(name).name}` (a local folder)"
-    return f"[{name}](https://huggingface.co/{name})" if name.count("/") == 1 else f"`{name}`"
+        return f"{as_code(Path(name).name)} (a local folder)"
+    return f"[{name}](https://huggingface.co/{name})" if HUB_NAME.fullmatch(name) else as_code(name)

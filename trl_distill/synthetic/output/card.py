@@ -6,10 +6,11 @@ dataset instead of this one. It finds `data/train-*.parquet` by itself. The numb
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
+from ...foreign_text import as_code, in_markdown, in_markdown_table
 from ..config import GenerateConfig
 from .counts import Skip, Stage
 from .diversity import WORDS
@@ -55,8 +56,8 @@ def card(
     text += _variety(variety or {})
     where = [(name, address.kind, address.model) for name, address in config.teachers.items()]
     text += ["## Teachers", _table(("name", "run by", "model"), where)]
-    chosen = ((f"`{name}`", f"`{value}`") for name, value in settings.items() if value is not None)
-    text += ["## Settings", _table(("setting", "value"), chosen)]
+    chosen = ((str(name), str(value)) for name, value in settings.items() if value is not None)
+    text += ["## Settings", _table(("setting", "value"), chosen, shown=as_code)]
     listed = list(islice(skips, LISTED + 1))
     if listed:
         lines = [(skip.stage, skip.where, skip.why) for skip in listed[:LISTED]]
@@ -106,10 +107,7 @@ def _line(stage: Stage) -> tuple[str, ...]:
     return (stage.name, stage.unit, str(stage.seen), str(stage.kept), str(stage.dropped.total()), why)
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]], shown: Callable[[object], str] = in_markdown) -> str:
+    """A table whose cells are text as it is written, or code."""
+    lines = [map(in_markdown, head), ("---",) * len(head), *(map(shown, row) for row in rows)]
+    return "\n".join("| " + " | ".join(map(in_markdown_table, line)) + " |" for line in lines)
