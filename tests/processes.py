@@ -62,15 +62,15 @@ def started(
 
     Ctrl-C reaches it also where whoever runs the tests ignores it (`nohup ... &`).
     """
+    mark = uuid.uuid4().hex  # not read from the process: until it has begun, its environment is empty
     process = subprocess.Popen(
         [*map(str, words)],
-        env={**(os.environ if env is None else env), MARK: uuid.uuid4().hex},
+        env={**(os.environ if env is None else env), MARK: mark},
         start_new_session=True,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **how,
     )
-    mark = _mark_of(process.pid)
     process.mark = mark  # type: ignore[attr-defined]
     try:
         yield process
@@ -94,6 +94,7 @@ def kill_all(process: subprocess.Popen[str]) -> list[int]:
 def running(process: subprocess.Popen[str]) -> list[int]:
     """Ids of the processes that belong to one of [`started`], itself included, and have not ended."""
     mark = process.mark  # type: ignore[attr-defined]
+    assert mark, "without a mark, every process of this machine would be taken for one of the test's"
     return [found.pid for found in psutil.process_iter() if _alive(found) and _mark_of(found.pid) == mark]
 
 
