@@ -44,7 +44,8 @@ class GenerateConfig(
 
     Args:
         dataset_name (`str`): prompts: a `.jsonl` file, a folder or a name on the hub, with a column "prompt" (text or
-            messages) or "messages" that ends with the user's. Other columns are kept.
+            messages) or "messages" that ends with the user's, and images in "image", "images" or messages. Other
+            columns are kept.
         output_dir (`str`): where the dataset comes to lie. `<output_dir>.work` beside it holds what is finished.
         dataset_config (`str`, *optional*): configuration on the hub.
         dataset_split (`str`, *optional*, defaults to `"train"`): split to read.
