@@ -178,19 +178,39 @@ def test_a_second_student_with_another_processor_is_refused(folder, monkeypatch)
         report("--compare_with", "teacher")
 
 
-def test_images_beside_a_jsonl_file(folder):
-    """As paths: in the messages of one row, in a column of the other."""
-    for number, row in enumerate(rows()):
-        for image in row["images"]:
-            image.save(f"{number}.png")
-    lines = [
-        {"prompt": [{"role": "user", "content": "What is it?"}], "images": [f"{folder}/0.png"]},
-        {"prompt": [{"role": "user", "content": "And this?"}], "images": [f"{folder}/3.png"]},
-    ]
+@pytest.mark.parametrize("form", ["column", "messages"])
+def test_images_that_a_jsonl_file_names_by_their_paths(folder, form):
+    lines = []
+    for number in (0, 3):
+        path = f"{folder}/{number}.png"
+        rows()[number]["images"][0].save(path)
+        parts = [{"type": "text", "text": "What is it?"}, {"type": "image", "image": path}]
+        content = parts if form == "messages" else "What is it?"
+        lines.append({"prompt": [{"role": "user", "content": content}]})
+        if form == "column":
+            lines[-1]["image"] = path
     (folder / "some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = report("--dataset_name", "some.jsonl")
     assert len(found["pictures"]) == 2
     assert [one[0].split(", ")[1] for row in found["rows"] for one in row["pictures"]] == ["0.png", "3.png"]
+    words = ["[image]", "What is it?"] if form == "column" else ["What is it?", "[image]"]
+    assert found["rows"][0]["prompt"] == f"user: {' '.join(words)}"
+
+
+def test_a_student_that_would_write_image_tokens_is_kept_from_it(folder):
+    """It could not be judged on them: there is no image for them."""
+    student = AutoModelForImageTextToText.from_pretrained("student")
+    token = student.config.image_token_id
+    with torch.no_grad():
+        student.lm_head.weight[token] = 0.0
+        weights = student.lm_head.weight
+        weights[token] = 3 * weights[torch.randint(len(weights), (8,), generator=torch.Generator().manual_seed(0))].sum(
+            0
+        )
+    student.save_pretrained("student")
+    found = report("--num_generations", "4")
+    assert any(token in top[0] for row in found["rows"] for top in row["views"][0]["top"])
+    assert all(token not in row["ids"] for row in found["rows"])
 
 
 def train(*words: str) -> None:
