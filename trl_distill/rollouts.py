@@ -11,6 +11,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from .images import EncodedPrompt, Images
+from .places import count, places
+
+
+READ, ROW_IDS = "rollouts", "row_ids"  # of a batch: what is read, by the columns of its prompts; its row ids, a list
 
 
 @dataclass
@@ -24,16 +28,24 @@ class Rollouts:
         mask (`torch.Tensor` of shape `(B, C)`, bool): completion tokens that count: without padding, tool output,
             and truncated completions if those are masked.
         images ([`~trl_distill.images.Images`], *optional*): what vision-language models read besides.
+        distinct_prompts (`int`, *optional*): how many different prompts there are, if known.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     mask: torch.Tensor
     images: Images | None = None
+    distinct_prompts: int | None = None
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any], prompt: str = "prompt") -> Rollouts:
-        """From a batch of `GRPOTrainer`, with its prompts ("prompt") or the teacher's own ("teacher_prompt")."""
+        """
+        From a batch of `GRPOTrainer`, with its prompts ("prompt") or the teacher's own ("teacher_prompt").
+
+        They are made once for a batch that [`counted`] has seen, with masks whose places are known.
+        """
+        if prompt in inputs.get(READ, ()):
+            return inputs[READ][prompt]
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
@@ -52,6 +64,11 @@ class Rollouts:
     def __len__(self) -> int:
         return self.mask.shape[0]
 
+    @property
+    def tokens(self) -> int:
+        """Number of judged tokens, N."""
+        return places(self.mask).total
+
     def rows(self, index: Any) -> Rollouts:
         """Some of the rows, by a slice, a mask `(B,)` or indices."""
         images = self.images and self.images.of_rows(index)
@@ -59,13 +76,14 @@ class Rollouts:
 
     def trimmed(self, prompts: bool = True) -> Rollouts:
         """Without the columns that are padding in every row, on the left only if `prompts` may be cut."""
-        attended, completion = self.attention_mask.any(0), self.mask.shape[1]
-        length = max(int(attended[-completion:].sum()), 1)
-        first = int(attended.int().argmax()) if prompts else 0
-        first, last = min(first, len(attended) - completion - 1), len(attended) - completion + length
+        attended, columns, completion = places(self.attention_mask), self.attention_mask.shape[1], self.mask.shape[1]
+        before = columns - completion
+        first, last = min(attended.first if prompts else 0, before - 1), max(attended.end, before + 1)
+        if (first, last) == (0, columns):
+            return self
         images = self.images and self.images.of_columns(first, last)
-        ids, attended = self.input_ids[:, first:last], self.attention_mask[:, first:last]
-        return Rollouts(ids, attended, self.mask[:, :length], images)
+        ids, attention_mask = self.input_ids[:, first:last], self.attention_mask[:, first:last]
+        return Rollouts(ids, attention_mask, self.mask[:, : last - before], images)
 
     @property
     def arguments(self) -> dict[str, torch.Tensor]:
@@ -83,7 +101,8 @@ class MicroBatch:
         inputs (`dict[str, Any]`): the batch as TRL's loss takes it.
         rollouts ([`Rollouts`]): the student's prompts and completions.
         for_teachers ([`Rollouts`]): the same completions, after the teachers' own prompts where there are any.
-        row_ids (`torch.Tensor` of shape `(B,)`, *optional*): the keys under which teachers' signals are stored.
+        row_ids (`torch.Tensor` of shape `(B,)` or `list[int]`, *optional*): the keys under which teachers' signals are
+            stored.
         teacher_weights (`torch.Tensor` of shape `(B, teachers)`, *optional*): for several teachers.
         advantages (`torch.Tensor` of shape `(B,)` or `(B, C)`, *optional*): as TRL computes them.
         rewards (`torch.Tensor` of shape `(B,)`, *optional*): NaN where no reward function gave a score.
@@ -98,7 +117,7 @@ class MicroBatch:
     inputs: dict[str, Any]
     rollouts: Rollouts
     for_teachers: Rollouts
-    row_ids: torch.Tensor | None = None
+    row_ids: torch.Tensor | list[int] | None = None
     teacher_weights: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
@@ -109,11 +128,13 @@ class MicroBatch:
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any]) -> MicroBatch:
         """From the batch that `GRPOTrainer` passes to its loss, with the columns that this package adds."""
+        rollouts = Rollouts.from_inputs(inputs)
+        own = "teacher_prompt_ids" in inputs
         return cls(
             inputs=inputs,
-            rollouts=Rollouts.from_inputs(inputs),
-            for_teachers=Rollouts.from_inputs(inputs, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt"),
-            row_ids=inputs.get("row_id"),
+            rollouts=rollouts,
+            for_teachers=Rollouts.from_inputs(inputs, "teacher_prompt") if own else rollouts,
+            row_ids=inputs.get(ROW_IDS, inputs.get("row_id")),
             teacher_weights=inputs.get("teacher_weights"),
             advantages=inputs.get("advantages"),
             rewards=inputs.get("rewards"),
@@ -124,6 +145,8 @@ class MicroBatch:
 
     def read_by(self, prompts: str) -> Rollouts:
         """What a teacher reads whose own prompts stand in these columns ([`~trl_distill.Teacher`]`.prompts`)."""
+        if prompts == "prompt":
+            return self.rollouts
         return self.for_teachers if prompts == "teacher_prompt" else Rollouts.from_inputs(self.inputs, prompts)
 
     @property
@@ -146,6 +169,35 @@ class MicroBatch:
         assert self.advantages is not None
         silent = torch.zeros_like(self.advantages)
         return replace(self, inputs={**self.inputs, "advantages": silent}, advantages=silent)
+
+
+def _distinct(rollouts: Rollouts) -> int:
+    prompt = slice(rollouts.input_ids.shape[1] - rollouts.mask.shape[1])
+    seen = rollouts.input_ids[:, prompt].masked_fill(rollouts.attention_mask[:, prompt] == 0, -1)
+    return len({tuple(row) for row in seen.tolist()})
+
+
+def counted(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Micro-batches with their rollouts, and with what Python has to know of them, so that it need not wait for a GPU.
+
+    All masks are copied to the CPU together. Call it once for each generation batch, when rows and columns are final.
+
+    Args:
+        batches (`list` of `dict`): as for [`Rollouts.from_inputs`].
+    """
+    found = []
+    for batch in batches:
+        prompts = [name.removesuffix("_ids") for name in batch if name.endswith("_ids") and name != "completion_ids"]
+        read = {name: Rollouts.from_inputs(batch, name) for name in prompts if f"{name}_mask" in batch}
+        for one in read.values():
+            one.mask = read["prompt"].mask  # the same tokens are judged, whatever was read before
+            one.distinct_prompts = _distinct(one)
+        listed = {ROW_IDS: batch["row_id"].tolist()} if "row_id" in batch else {}
+        found.append({**batch, **listed, READ: read})
+    every = [one for batch in found for one in batch[READ].values()]
+    count([one.mask for one in every] + [one.attention_mask for one in every])
+    return found
 
 
 def teacher_prompts(

@@ -152,3 +152,7 @@ class TeacherScore:
     weight: torch.Tensor
     signal: Any
     rows: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def scores_all(self, judged: torch.Tensor) -> bool:
+        """Whether it scored all tokens marked by `judged` `(B, C)`; the same tensor needs no look at its values."""
+        return self.mask is judged or bool((self.mask == judged).all())

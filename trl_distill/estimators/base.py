@@ -96,6 +96,7 @@ class Estimator(Protocol):
         sampled: torch.Tensor,  # (N,) ids
         log_q: torch.Tensor | None,  # (N,) the student's log-probability of `sampled`, at the sampling temperature
         slopes: ExpectedSlopes | None = None,  # the expected gradients, if known
+        start: int | None = None,  # decides at which tokens the models are compared for the log
     ) -> TokenMeasures:
         """Measures of shape `(N,)` or `(N, K)`."""
         ...

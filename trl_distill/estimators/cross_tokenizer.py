@@ -60,7 +60,7 @@ class CrossTokenizer:
     def shares_logits(self, device: torch.device) -> bool:
         return True
 
-    def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> SpanMeasures:
+    def measure(self, hidden, head, signal, sampled, log_q, slopes=None, start=None) -> SpanMeasures:
         own, entropy = log_probs_of(hidden, head, with_sampled(sampled, self.stops), head.vocab_size, self.temperature)
         stopped = is_in(sampled, self.stops)
         log_q = torch.where(stopped, own[:, 1:].logsumexp(-1), own[:, 0]).detach()
@@ -126,7 +126,7 @@ class ClosedIds:
     def shares_logits(self, device: torch.device) -> bool:
         return False
 
-    def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> SpanMeasures:
+    def measure(self, hidden, head, signal, sampled, log_q, slopes=None, start=None) -> SpanMeasures:
         at = signal.starts.nonzero()[:, 0]
         _, entropy = log_probs_of(hidden.detach(), head, sampled[:, None], head.vocab_size, self.temperature)
         found = closed_divergence(
@@ -170,9 +170,9 @@ class ByTokenizer:
     def shares_logits(self, device: torch.device) -> bool:
         return False
 
-    def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> TokenMeasures:
+    def measure(self, hidden, head, signal, sampled, log_q, slopes=None, start=None) -> TokenMeasures:
         estimator = self.texts if isinstance(signal, AlignedStates | AlignedLogProbs) else self.ids
-        return estimator.measure(hidden, head, signal, sampled, log_q, slopes)
+        return estimator.measure(hidden, head, signal, sampled, log_q, slopes, start)
 
     def term(self, measured: Any, log_q, ratio, weight) -> torch.Tensor:
         estimator = self.ids if measured.starts is None else self.texts

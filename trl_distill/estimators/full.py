@@ -48,11 +48,11 @@ class Full:
             uses_kernel(device, self.divergence, self.kernel) and not self.stops
         )  # it cannot count several ids as one
 
-    def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> TokenMeasures:
+    def measure(self, hidden, head, signal, sampled, log_q, slopes=None, start=None) -> TokenMeasures:
         if self._uses_kernel(hidden.device):
             return self._by_kernel(hidden, head, signal, sampled, log_q)
         form = DivergenceSpec(self.divergence, self.alpha, self.temperature, tuple(self.stops))
-        positions = compared_positions(sampled) if self.profiles else None
+        positions = compared_positions(sampled, start) if self.profiles else None
         found = fused_divergence(hidden, head, signal.hidden, signal.head, form, sampled, slopes, positions)
         log_p = found.log_p if self.log_p_temperature == self.temperature else self._log_p(head, signal, sampled, log_q)
         shared = slopes is not None and slopes.log_q is not None

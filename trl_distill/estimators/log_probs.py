@@ -36,7 +36,7 @@ class FromLogProbs:
     def shares_logits(self, device: torch.device) -> bool:
         return True  # the temperature is always that of sampling
 
-    def measure(self, hidden, head, signal, sampled, log_q, slopes=None) -> TokenMeasures:
+    def measure(self, hidden, head, signal, sampled, log_q, slopes=None, start=None) -> TokenMeasures:
         ids, top_k = self.chosen_ids(head, signal, sampled)
         local = isinstance(signal, HiddenStates)
         found = few_ids_of_both(
@@ -47,7 +47,7 @@ class FromLogProbs:
             self.temperature,
             top_k=top_k,
             foreseen=self._foreseen(head, signal, sampled, log_q is None, slopes),
-            positions=compared_positions(sampled) if self.profiles and local else None,
+            positions=compared_positions(sampled, start) if self.profiles and local else None,
             stops=tuple(self.stops),
         )
         measured = self.measures_of(found.log_q, self._log_p(signal, found.log_p), found.ids, signal, sampled, head)

@@ -19,15 +19,17 @@ COMPARE_LEAST, COMPARE_EVERY, COMPARE_MOST, TOP = 64, 61, 128, 16
 COMPARED = ("reverse_kl", "forward_kl", "teacher_entropy", "top1_agreement", "top_overlap")
 
 
-def compared_positions(sampled: torch.Tensor) -> slice:
+def compared_positions(sampled: torch.Tensor, start: int | None = None) -> slice:
     """
-    The judged tokens at which the models are compared: a regular sample whose start depends on the token ids.
+    The judged tokens at which the models are compared: a regular sample whose start varies.
 
     At least 64, where there are so many. The step is odd, since with an even one completions of equal length would be
     sampled at the same positions; with a fixed start, always those at the beginning.
 
     Args:
         sampled (`torch.Tensor` of shape `(N,)`): ids of the judged tokens.
+        start (`int`, *optional*): a number that decides the start. Defaults to the sum of the ids, for which Python
+            waits if they are on a GPU.
 
     Returns:
         `slice` of the N tokens.
@@ -36,8 +38,9 @@ def compared_positions(sampled: torch.Tensor) -> slice:
     step = max(1, (count // COMPARE_LEAST - 1) | 1)  # the largest odd one that leaves 64
     if step > COMPARE_EVERY:
         step = max(COMPARE_EVERY, -(-count // COMPARE_MOST)) | 1
-    start = int(sampled.sum()) % min(step, count) if count else 0
-    return slice(start, None, step)
+    if not count:
+        return slice(0, None, step)
+    return slice((int(sampled.sum()) if start is None else start) % min(step, count), None, step)
 
 
 @torch.no_grad()
@@ -82,6 +85,7 @@ def comparison_from_states(
     temperature: float,
     sampled: torch.Tensor,
     stops: Sequence[int] = (),
+    start: int | None = None,
 ) -> torch.Tensor:
     """
     [`comparison`] from hidden states, at the tokens that [`compared_positions`] chooses.
@@ -93,8 +97,9 @@ def comparison_from_states(
         temperature (`float`): softmax temperature of both.
         sampled (`torch.Tensor` of shape `(N,)`): ids of the tokens.
         stops (`Sequence[int]`): ids that count as one.
+        start (`int`, *optional*): see [`compared_positions`].
     """
-    chosen = compared_positions(sampled)
+    chosen = compared_positions(sampled, start)
     shared = min(head.vocab_size, signal.head.vocab_size)
     log_q, log_p = (
         fp32_logits(which, states[chosen])[:, :shared].div(temperature).log_softmax(-1)

@@ -185,21 +185,33 @@ def on_any_process(needed: bool, weight: torch.Tensor) -> bool:
 def as_expected(
     given: list[torch.Tensor | None], expected: list[torch.Tensor | None]
 ) -> tuple[float, list[torch.Tensor | None]]:
-    """The factor between the given and the expected gradients, and the remainder of each, `None` if negligible."""
+    """
+    The factor between the given and the expected gradients, and the remainder of each, `None` if negligible.
+
+    Python waits once for the device: for all numbers together.
+    """
+    known = [x for x in (*given, *expected) if x is not None and x.numel()]
+    if not known:
+        return 1.0, [None for _ in given]
+    zero = known[0].new_zeros(())
     pairs = [(g, s) for g, s in zip(given, expected, strict=True) if g is not None and s is not None]
-    overlap = sum((g * s).sum().item() for g, s in pairs)
-    size = sum((s * s).sum().item() for _, s in pairs)
-    factor = overlap / size if size else 1.0
-    largest = max((g.abs().max().item() for g in given if g is not None and g.numel()), default=0.0)
+    size = sum(((s * s).sum() for _, s in pairs), zero)
+    factor = torch.where(size > 0, sum(((g * s).sum() for g, s in pairs), zero) / size, 1.0)
     rest: list[torch.Tensor | None] = []
     for g, s in zip(given, expected, strict=True):
-        if g is None and s is None:
-            rest.append(None)
-            continue
-        left = (0 if g is None else g) - (0 if s is None else factor * s)
-        assert isinstance(left, torch.Tensor)
-        rest.append(left if left.numel() and left.abs().max().item() > GRADIENT_TOLERANCE * largest else None)
-    return factor, rest
+        if s is None:
+            rest.append(g)
+        else:
+            rest.append(-factor * s if g is None else g - factor * s)
+    largest = torch.stack([_largest(g, zero) for g in given]).amax()
+    left = torch.stack([_largest(one, zero) for one in rest])
+    number, *differ = torch.cat([factor[None], (left > GRADIENT_TOLERANCE * largest).float()]).tolist()
+    return number, [one if differs else None for one, differs in zip(rest, differ, strict=True)]
+
+
+def _largest(values: torch.Tensor | None, zero: torch.Tensor) -> torch.Tensor:
+    """The largest absolute value, a scalar; 0 if there is none."""
+    return zero if values is None or not values.numel() else values.abs().amax()
 
 
 def _run(

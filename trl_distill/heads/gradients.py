@@ -37,9 +37,8 @@ class Gradients:
 
     @property
     def are_finite(self) -> bool:
-        return all(
-            bool(tensor.isfinite().all()) for tensor in (self.hidden, self.weight, self.bias) if tensor is not None
-        )
+        sums = [tensor.isfinite().all() for tensor in (self.hidden, self.weight, self.bias) if tensor is not None]
+        return not sums or bool(torch.stack(sums).all())
 
     def scale(self, factor: float) -> None:
         for tensor in (self.hidden, self.weight, self.bias) if factor != 1.0 else ():

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..heads.lm_head import LMHead
+from ..places import places, take
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
 from . import shared_prompts
@@ -76,12 +77,16 @@ def _sharing_prompts(
     """States `(N, H)` of rows whose prompts are read once; `None` if the model, or these rows, had better not."""
     if model.training or torch.is_grad_enabled() or not shared_prompts.can_share(model):
         return None
+    columns = rollouts.input_ids.shape[1]
+    length, distinct = columns - rollouts.mask.shape[1], rollouts.distinct_prompts
+    if distinct is not None and not shared_prompts.pays(len(rollouts), distinct, length, columns):
+        return None
     prompts = Prompts.among(inputs["input_ids"], inputs["attention_mask"], rollouts.mask.shape[1])
-    if not prompts.pay(rollouts.input_ids.shape[1]):
+    if not prompts.pay(columns):
         return None
     if shared_prompts.is_exact(model, inputs, prompts):
         states = shared_prompts.completion_states(backbone_of(model), inputs, prompts, at_once)
-        return None if states is None else states[rollouts.mask.to(states.device)]
+        return None if states is None else take(states, rollouts.mask)
     pieces = [  # the rows came together for their prompt's sake; now they are too many for one pass
         judged_states(last_hidden(model, **{name: value[part] for name, value in inputs.items()}), rollouts.mask[part])
         for part in torch.arange(len(rollouts), device=rollouts.mask.device).split(at_once)
@@ -110,9 +115,11 @@ def last_hidden(model: PreTrainedModel, *args: Any, **kwargs: Any) -> torch.Tens
 
 def judged_states(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """From hidden states `(B, T, H)` those that predict the tokens marked by `mask` `(B, C)`: `(N, H)`."""
-    completion_length = mask.shape[1]
+    columns = mask.shape[1]
+    at = places(mask).at.to(hidden.device)
     # counted from the right, since the teacher's prompts may have another length, or the student's virtual tokens
-    return hidden[:, -completion_length - 1 : -1][mask.to(hidden.device)]
+    before = hidden.shape[1] - columns
+    return hidden.flatten(0, 1).index_select(0, at + (at // columns if columns else 0) * before + before - 1)
 
 
 def scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..places import places, take
 from .properties import backbone_of, has_relative_positions, reads_images
 
 
@@ -62,15 +63,13 @@ def packed_hidden(
         attended (`torch.Tensor` of shape `(B, T)`): 0 on padding.
         lengths (`dict`, *optional*): see [`row_lengths`]; by default, those on accelerators and none on a CPU.
     """
-    kept = attended.bool()
     if lengths is None:
-        lengths = {} if kept.device.type == "cpu" else row_lengths(backbone, kept)
-    positions = (attended.cumsum(1) - 1)[kept][None]
-    packed = backbone(input_ids=ids[kept][None], position_ids=positions, use_cache=False, **lengths).last_hidden_state[
-        0
-    ]
-    spread = packed.new_zeros(*ids.shape, packed.shape[-1])
-    return spread.masked_scatter(kept[..., None], packed)
+        lengths = {} if attended.device.type == "cpu" else row_lengths(backbone, attended)
+    positions = take(attended.cumsum(1) - 1, attended)[None]
+    read = backbone(input_ids=take(ids, attended)[None], position_ids=positions, use_cache=False, **lengths)
+    packed = read.last_hidden_state[0]
+    spread = packed.new_zeros(ids.numel(), packed.shape[-1])
+    return spread.index_copy(0, places(attended).at.to(packed.device), packed).view(*ids.shape, -1)
 
 
 def is_exact(model: PreTrainedModel, ids: torch.Tensor, attended: torch.Tensor) -> bool:
@@ -131,13 +130,15 @@ def leaks(packed: torch.Tensor, padded: torch.Tensor, kept: torch.Tensor) -> boo
     return bool(errors[first].mean() > 3 * usual + torch.finfo(torch.float32).eps)
 
 
-def row_lengths(backbone: nn.Module, kept: torch.Tensor) -> dict[str, Any]:
+def row_lengths(backbone: nn.Module, attended: torch.Tensor) -> dict[str, Any]:
     """Keyword arguments with the starts of rows, if the model passes them on, so that no layer has to find them."""
     takes = inspect.signature(type(backbone).forward).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
         return {}
-    lengths = kept.sum(1, dtype=torch.int32)
-    lengths = lengths[lengths > 0]
-    ends = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    longest = int(lengths.max())
+    counts = [length for length in places(attended).counts if length]
+    ends = torch.tensor([0, *counts], dtype=torch.int32)
+    if attended.is_cuda:  # from pinned memory a copy need not be waited for
+        ends = ends.pin_memory()
+    ends = ends.to(attended.device, non_blocking=True).cumsum(0, dtype=torch.int32)
+    longest = max(counts, default=0)
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

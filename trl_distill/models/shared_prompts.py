@@ -57,8 +57,12 @@ class Prompts:
 
     def pay(self, columns: int) -> bool:
         """Whether reading each prompt once saves more than it costs, for rows of `columns` tokens with padding."""
-        rows = len(self.of_row)
-        return (rows - len(self.first)) * self.length >= LEAST_SAVED * max(rows * columns, 1)
+        return pays(len(self.of_row), len(self.first), self.length, columns)
+
+
+def pays(rows: int, distinct: int, length: int, columns: int) -> bool:
+    """The same for `distinct` prompts of `length` tokens."""
+    return (rows - distinct) * length >= LEAST_SAVED * max(rows * columns, 1)
 
 
 def can_share(model: PreTrainedModel) -> bool:

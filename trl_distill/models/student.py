@@ -24,6 +24,7 @@ from ..heads.comparison import comparison_from_states
 from ..heads.few_ids import log_probs_of
 from ..heads.fused import ExpectedSlopes
 from ..heads.lm_head import LMHead
+from ..places import take
 from ..rollouts import Rollouts
 from ..signals import HiddenStates, TeacherScore
 from .hidden_states import judged_states, last_hidden, last_hidden_state, scatter, scored, unbound_forward
@@ -61,6 +62,7 @@ class ForwardPlan:
             policy loss by each token's log-probability.
         divergence_slopes (`list` of `torch.Tensor` of shape `(B, C)`): derivatives of the loss by the divergence from
             each teacher; empty if unknown.
+        start (`int`, *optional*): decides at which tokens the models are compared for the log.
     """
 
     estimator: Estimator
@@ -68,6 +70,7 @@ class ForwardPlan:
     temperature: float = 1.0
     policy_slope: torch.Tensor | None = None
     divergence_slopes: list[torch.Tensor] = field(default_factory=list)
+    start: int | None = None
 
     def slopes(self, number: int, mask: torch.Tensor) -> ExpectedSlopes | None:
         """The slopes `(N,)` for teacher `number`, at the tokens marked by `mask` `(B, C)`."""
@@ -75,8 +78,8 @@ class ForwardPlan:
         if not self.divergence_slopes and of_policy is None:
             return None
         return ExpectedSlopes(
-            self.divergence_slopes[number].to(mask.device)[mask] if self.divergence_slopes else None,
-            None if of_policy is None else of_policy.to(mask.device)[mask],
+            take(self.divergence_slopes[number].to(mask.device), mask) if self.divergence_slopes else None,
+            None if of_policy is None else take(of_policy.to(mask.device), mask),
         )
 
 
@@ -145,6 +148,9 @@ def add_student_forward(model: nn.Module, fp32_head: bool = False) -> None:
             hidden, fields = _trl_forward(fused_forward, self, *args, **kwargs)
         else:
             kwargs.pop("labels", None)
+            attended = kwargs.get("attention_mask")
+            if attended is not None and attended.shape == rollouts.attention_mask.shape:
+                kwargs["attention_mask"] = rollouts.attention_mask  # TRL's is equal, but its places are not known
             hidden, fields = last_hidden(self, *args, **kwargs), {}
         with LMHead(self).gathered() as head:
             # FSDP2 has rounded the head itself; the teacher's is then rounded alike, or the two would differ by that
@@ -175,7 +181,8 @@ def _log_probs(
 ) -> dict[str, torch.Tensor]:
     """Log-probabilities and entropy of the judged tokens alone, in TRL's form."""
     mask = rollouts.mask.to(hidden.device)
-    sampled = rollouts.input_ids[:, -mask.shape[1] :].to(hidden.device)[mask]
+    sampled = rollouts.input_ids[:, -mask.shape[1] :].to(hidden.device)
+    sampled = take(sampled, mask)
     states = judged_states(hidden, rollouts.mask)
     states = states.float() if in_fp32 else states
     log_probs, entropy = log_probs_of(states, head, sampled[:, None], head.vocab_size, temperature)
@@ -198,16 +205,18 @@ def _measure(
     log_q = fields["log_probs"][:, -length:].to(device) if fields else None
     measured: list[dict[str, torch.Tensor]] = []
     for number, score in enumerate(scores):
+        written = take(sampled, score.mask)
         mask, states, signal = score.mask.to(device), judged_states(hidden, score.mask), score.signal
         if in_fp32:
             states, signal = states.float(), signal.float()
         with signal_on(signal, device, in_fp32) as signal:
             found = plan.estimator.measure(
-                *(states, head, signal, sampled[mask], None if log_q is None else log_q[mask]),
+                *(states, head, signal, written, None if log_q is None else take(log_q, score.mask)),
                 slopes=plan.slopes(number, mask),
+                start=plan.start,
             )
             if found.comparison is None and plan.estimator.profiles and isinstance(signal, HiddenStates):
-                how = (plan.estimator.temperature, sampled[mask], plan.estimator.stops)
+                how = (plan.estimator.temperature, written, plan.estimator.stops, plan.start)
                 found = replace(found, comparison=comparison_from_states(states.detach(), head, signal, *how))
         if plan.log_probs == "shared" and found.policy_log_q is not None and found.entropy is not None:
             fields = _as_trls(hidden, score.mask, found.policy_log_q, found.entropy)

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from ..heads.comparison import COMPARED
 from ..models.student import DistilledOutput
+from ..places import take
 from ..rollouts import MicroBatch
 from ..signals import TeacherScore
 
@@ -107,7 +108,7 @@ def divergence_profile(
     per_token, place, length = per_token.detach(), mask.cumsum(1) - 1, mask.sum(1, keepdim=True)
     quarter = (4 * place).div(length.clamp(min=1), rounding_mode="floor")
     found = {f"{name}/quarter{i + 1}": (per_token, mask & (quarter == i)) for i in range(4)}
-    values = per_token[mask].clamp(min=0).sort(descending=True).values
+    values = take(per_token, mask).clamp(min=0).sort(descending=True).values
     carried = values.cumsum(0) < 0.8 * values.sum()
     share = (carried.sum() + 1) / max(len(values), 1)
     found["distill/concentration"] = share.view(1), (values.sum() > 0).view(1)
@@ -117,7 +118,7 @@ def divergence_profile(
     parts = [
         one.comparison.to(per_token.device)
         for score, one in zip(scores, output.measured or [], strict=True)
-        if one.comparison is not None and (score.weight > 0).any()
+        if one.comparison is not None and (not score.rows or (score.weight > 0).any())  # a single one's weight is 1
     ]
     few = torch.cat(parts, dim=1) if parts else per_token.new_zeros(len(COMPARED), 0)
     found |= {f"distill/{what}": (row, torch.ones_like(row)) for what, row in zip(COMPARED, few, strict=True)}

@@ -16,6 +16,7 @@ from .._trl import prepare_deepspeed
 from ..models.hidden_states import add_teacher_forward
 from ..models.properties import has_relative_positions, unwrap_adapter
 from ..models.shared_prompts import Prompts, can_share, obstacle
+from ..places import places
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
 from .base import Teacher
@@ -116,13 +117,19 @@ def in_parts(
         [`HiddenStates`]: in the order of `rollouts`.
     """
     size = batch_size or max(len(rollouts), 1)
+    if len(rollouts) <= size:
+        part = rollouts.trimmed(trims_prompts)
+        return _read(model, part, size, shares_prompts)
     pieces: dict[int, HiddenStates] = {}
     for rows in parts_of(rollouts, size, shares_prompts):
         part = rollouts.rows(rows).trimmed(trims_prompts)
-        counts = part.mask.sum(1).tolist()
-        signal = model(**part.arguments, rollouts=part, **({"share_prompts": size} if shares_prompts else {}))
-        pieces |= dict(zip(rows.tolist(), signal.split(counts), strict=True))
+        signal = _read(model, part, size, shares_prompts)
+        pieces |= dict(zip(rows.tolist(), signal.split(places(part.mask).counts), strict=True))
     return HiddenStates.cat([pieces[row] for row in range(len(rollouts))])
+
+
+def _read(model: Callable[..., HiddenStates], part: Rollouts, size: int, shares_prompts: bool) -> HiddenStates:
+    return model(**part.arguments, rollouts=part, **({"share_prompts": size} if shares_prompts else {}))
 
 
 def parts_of(rollouts: Rollouts, size: int, whole_groups: bool) -> list[torch.Tensor]:

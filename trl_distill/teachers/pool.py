@@ -143,20 +143,26 @@ class TeacherPool:
         for member, (teacher, columns) in enumerate(self.members):
             rollouts = batch.read_by(teacher.prompts)
             weight = weights[:, columns].sum(1)
-            chosen = weight != 0
+            chosen = weight != 0 if self.several else None
             if self._at_once(member, training):
                 signal = self._take(member, self._ids(batch, chosen))
             else:
                 signal = self._ask(teacher, rollouts, chosen)
-            if signal is not None:
-                rows = {self.names[i]: chosen & (weights[:, i] != 0) for i in columns} if self.several else {}
+            if signal is None:
+                continue
+            if chosen is None:  # the same tensor, whose places are known
+                scores.append(TeacherScore(rollouts.mask, weight, signal))
+            else:
+                rows = {self.names[i]: chosen & (weights[:, i] != 0) for i in columns}
                 scores.append(TeacherScore(rollouts.mask & chosen[:, None], weight, signal, rows))
         return scores
 
     @staticmethod
-    def _ids(batch: MicroBatch, chosen: torch.Tensor) -> list[int]:
+    def _ids(batch: MicroBatch, chosen: torch.Tensor | None) -> list[int]:
+        """Ids of the chosen rows, by default of all."""
         assert batch.row_ids is not None  # set by `assign`
-        return batch.row_ids[chosen].tolist()
+        ids = batch.row_ids if isinstance(batch.row_ids, list) else batch.row_ids.tolist()
+        return ids if chosen is None else [row for row, is_mine in zip(ids, chosen.tolist(), strict=True) if is_mine]
 
     def _weights(self, batch: MicroBatch) -> torch.Tensor:
         """Weight of each teacher in each row, `(B, teachers)`."""
@@ -165,7 +171,10 @@ class TeacherPool:
             return batch.teacher_weights
         return torch.ones(len(batch.rollouts), 1, device=batch.mask.device)
 
-    def _ask(self, teacher: Teacher, rollouts: Rollouts, chosen: torch.Tensor) -> Signal | None:
+    def _ask(self, teacher: Teacher, rollouts: Rollouts, chosen: torch.Tensor | None) -> Signal | None:
+        """The signal for the chosen rows, by default for all."""
+        if chosen is None:
+            return checked(teacher, teacher.score(rollouts), rollouts.tokens)
         if self.together:  # all rows, so that every process runs the same number of forward passes
             chosen_rollouts = replace(rollouts, mask=rollouts.mask & chosen[:, None])
         elif not chosen.any():

@@ -23,6 +23,7 @@ from ..data.sampling import answer_texts, without_own_settings
 from ..errors import CheckpointError, NonFiniteLossError
 from ..images import EncodedPrompt, Images, by_rows, keys_of, without_empty
 from ..objective.weights import leave_one_out
+from ..rollouts import READ, counted
 from .checkpoints import last_complete, mark_complete, unmark, what_is_missing
 from .micro_batches import by_length, trimmed
 from .reward_baseline import RewardBaseline, prompt_keys
@@ -229,8 +230,9 @@ class GRPOHooks(GRPOTrainer):
             return inputs
         if self._fresh and self.mode == "train":
             arranged = by_length(list(self._buffered_inputs or []), self.micro_batches_alike)
-            self._buffered_inputs, inputs = arranged, arranged[self._step % self.args.steps_per_generation]
-        return trimmed(inputs, self.trims_prompts)
+            self._buffered_inputs = counted([trimmed(batch, self.trims_prompts) for batch in arranged])
+            return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs if READ in inputs else counted([trimmed(inputs, self.trims_prompts)])[0]
 
     @property
     def micro_batches_alike(self) -> int:

@@ -94,7 +94,8 @@ class DistillationLoss:
         """Beta times the divergence on the dataset's completions, without rewards, entropy bonus or MoE loss."""
         estimator = self.setup.off_policy_estimator
         scores = self.setup.pool.score(batch, training=True)
-        plan = ForwardPlan(estimator, divergence_slopes=self._divergence_slopes(scores, batch, beta))
+        slopes = self._divergence_slopes(scores, batch, beta)
+        plan = ForwardPlan(estimator, divergence_slopes=slopes, start=self._start)
         student = RecordedStudent(model, batch.rollouts, scores, plan)
         self._call(student, batch.rollouts.arguments)
         return self._parts(estimator, student.output, scores, batch, beta)
@@ -145,16 +146,21 @@ class DistillationLoss:
             slope = slope * weights
         return [beta * score.weight[:, None] * slope for score in scores]
 
+    @property
+    def _start(self) -> int:
+        """Decides at which tokens the models are compared: another number in each step, and known without the GPU."""
+        return self.trainer.state.global_step * 40_507  # shares no factor with a distance between compared tokens
+
     def forward_plan(self, batch: MicroBatch, scores: list[TeacherScore], beta: float) -> ForwardPlan:
         """How to run the student's forward pass with as few projections as these rollouts allow."""
         estimator = self.setup.estimator
-        plan = ForwardPlan(estimator)
+        plan = ForwardPlan(estimator, start=self._start)
         if not (estimator.needs_log_probs and self.args.kl_discount > 0):  # later tokens are part of such a slope
             plan = replace(plan, divergence_slopes=self._divergence_slopes(scores, batch, beta))
         # ratios to TRL's log-probabilities need TRL's own values, rounded the same way; side terms need TRL's outputs
         if self.trainer.has_side_terms or batch.needs_trl_log_probs:
             return plan
-        whole = len(scores) == 1 and bool((scores[0].mask == batch.mask).all())
+        whole = len(scores) == 1 and scores[0].scores_all(batch.mask)
         if whole and self.setup.same_vocabulary and estimator.shares_logits(batch.mask.device):
             # on fresh rollouts the policy loss is -A log q; where it is not, the backward pass corrects the difference
             assert batch.advantages is not None

@@ -56,8 +56,8 @@ def repetition(ids: torch.Tensor, mask: torch.Tensor, gram: int = GRAM) -> torch
     """
     if ids.shape[1] < gram:
         return torch.zeros(len(ids), device=ids.device)
-    windows = ids.unfold(1, gram, 1)  # (B, C - n + 1, n)
-    whole = mask.bool().unfold(1, gram, 1).all(-1)
+    windows = ids.cpu().unfold(1, gram, 1)  # (B, C - n + 1, n); there, each row's count need not be waited for
+    whole = mask.cpu().bool().unfold(1, gram, 1).all(-1)
     shares = []
     for row, valid in zip(windows, whole, strict=True):
         known = row[valid]

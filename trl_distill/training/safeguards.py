@@ -184,11 +184,13 @@ class Safeguards:
     def watch(self, batch: dict[str, Any]) -> None:
         """Check a generation batch that the student wrote for cut and repetitive completions."""
         trainer = self.trainer
-        shares = repetition(batch["completion_ids"], written(batch, trainer.tokenizer.pad_token_id))
-        found = means(trainer.accelerator, {"distill/repetition": (shares, torch.ones_like(shares))})
-        trainer.record("distill/repetition", found["distill/repetition"])
+        if trainer.args.logging_strategy != "no" or trainer.args.stop_above_repetition is not None:
+            shares = repetition(batch["completion_ids"], written(batch, trainer.tokenizer.pad_token_id))
+            found = means(trainer.accelerator, {"distill/repetition": (shares, torch.ones_like(shares))})
+            trainer.record("distill/repetition", found["distill/repetition"])
         for name, guard in self._guards.items():
-            guard.check(trainer.last_recorded(name))
+            if guard.limit is not None:
+                guard.check(trainer.last_recorded(name))
 
     @functools.cached_property
     def _guards(self) -> dict[str, Guard]:
