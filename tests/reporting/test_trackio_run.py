@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +13,7 @@ import orjson
 import pytest
 from datasets import Dataset
 from helpers import config, make_tokenizer
+from processes import run
 from transformers import TrainerCallback
 from transformers.integrations import TrackioCallback
 
@@ -181,6 +181,6 @@ def test_without_trackio_training_works_and_its_name_is_refused_at_once():
         "train('trackio')\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = run([sys.executable, "-c", code], env=environment)
     assert "trained" in done.stdout, done.stderr[-2000:]
     assert "pip install trackio" in done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -61,8 +60,7 @@ def test_one_thread_unless_the_user_says_otherwise(script, given, threads):
     code = f"import runpy; runpy.run_path({str(SCRIPTS / script)!r}); import torch; print(torch.get_num_threads())"
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     env |= {} if given is None else {"OMP_NUM_THREADS": given}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-    assert out.split() == [threads]
+    assert succeeds([sys.executable, "-c", code], env=env).split() == [threads]
 
 
 @pytest.mark.slow

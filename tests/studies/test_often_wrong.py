@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from processes import started
 
 from scripts.studies.often_wrong import report
 from scripts.studies.often_wrong.arms import BATCH, SETTINGS, STEPS, Run, arms, runs
@@ -114,14 +114,12 @@ sys.exit(len(run_all(["a", "b", "c"], lambda name: run, Path(sys.argv[1]), worke
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_no_run_outlives_the_one_that_started_it(tmp_path, how):
-    starter = subprocess.Popen([sys.executable, "-c", STARTER, str(tmp_path)], cwd=ROOT)
     logs = [tmp_path / f"{name}.log" for name in "ab"]
-    try:
+    with started([sys.executable, "-c", STARTER, tmp_path], cwd=ROOT) as starter:
         wait_until(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs))
-    finally:
         starter.send_signal(how)
-    assert starter.wait(60) != 0
-    wait_until(lambda: not any(is_running(int(log.read_text())) for log in logs))
+        assert starter.wait(60) != 0
+        wait_until(lambda: not any(is_running(int(log.read_text())) for log in logs))
     assert not (tmp_path / "c.log").exists()
 
 
