@@ -271,6 +271,7 @@ def test_docs_are_written_between_the_markers_of_their_preset(measured, tmp_path
     [
         (["--cells", "oval"], "There are no cells"),
         (["--repeats", "0"], "no median"),
+        (["--processor_time", "--threads", "2"], "Add `--threads 1`"),
         pytest.param(
             ["--preset", "gpu"],
             "needs a GPU",
@@ -281,6 +282,74 @@ def test_docs_are_written_between_the_markers_of_their_preset(measured, tmp_path
 def test_bad_arguments(benchmark, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message):
         benchmark.main(benchmark.parse([*arguments, "--output_dir", str(tmp_path)]))
+
+
+def test_the_pages_tables_are_those_of_the_files():
+    from scripts.studies.benchmark import report as report
+    from scripts.studies.benchmark.results import Results
+
+    docs = SCRIPTS.parent / "docs"
+    page = (docs / "benchmarks.md").read_text()
+    for path in sorted((docs / "results" / "benchmark").glob("*.json")):
+        results = Results.load(path)
+        begin, end = (f"<!-- benchmark {results.preset}: {side} -->" for side in ("begin", "end"))
+        assert page.partition(begin)[2].partition(end)[0].strip() == report.markdown(results).strip(), path.name
+        assert report.disagreeing(results) == []
+        assert not results.dry_run
+
+
+@pytest.fixture(scope="module")
+def grown():
+    """Two points of an axis each, in miniature."""
+    from scripts.studies.benchmark import run as benchmark
+    from scripts.studies.benchmark.cells import preset
+    from scripts.studies.benchmark.results import Machine, Results
+
+    some = [cell for cell in preset("growth", dry_run=True) if cell.name in ("teachers 1", "teachers 4", "group 4")]
+    some += [replace(cell, tokens=n, at=n) for cell in preset("growth", True)[:1] for n in (16, 256)]
+    how = benchmark.Measuring(1, threads=1, device=CPU)
+    return Results("growth", True, Machine("p", "d", 1), {}, "c", [benchmark.measure(c, how, int) for c in some])
+
+
+def test_growth_has_the_loss_of_one_teacher_and_of_several(grown):
+    from scripts.studies.benchmark import report as report
+
+    assert report.disagreeing(grown) == []
+    assert [len(found.contenders) for found in grown.cells] == [1] * 5
+
+
+def test_slopes_are_those_of_the_last_two_points(grown, tmp_path):
+    from scripts.studies.benchmark import slopes
+
+    curves = slopes.curves_of(grown)
+    assert curves.keys() == {"length", "teachers"}  # one point has no slope
+    curve = slopes.Curve([1, 10, 100], [5, 1, 10], [], [1, 2, 20])
+    assert curve.slope(curve.seconds) == pytest.approx(1)
+    assert curve.within
+    assert not slopes.Curve([1, 10], [1, 100], [], [1, 10]).within
+    assert not slopes.Curve([1, 10], [1, 10], [1, 100], [1, 10]).within
+    _, columns, rows = slopes.sheet(grown)
+    assert [row[0] for row in rows] == [slopes.LABELS["length"], slopes.LABELS["teachers"]]
+    assert all(len(row) == len(columns) for row in rows)
+    slopes.draw(grown, tmp_path / "slopes.png")
+    assert (tmp_path / "slopes.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("axis", "expected"), [("length", 1.83), ("teachers", 0.76), ("group", 1.0), ("vocabulary", 0.8)]
+)
+def test_products_grow_as_they_must(cells, axis, expected):
+    """At full size: attention makes long rows grow faster than in proportion, the rest is at most that."""
+    from scripts.studies.benchmark.reference import multiplications
+
+    few, many = [cell for cell in cells.far_cells() if cell.axis == axis][-2:]
+    found = math.log(multiplications(many) / multiplications(few)) / math.log(many.at / few.at)
+    assert found == pytest.approx(expected, abs=0.05)
+
+
+def test_what_another_would_type(benchmark):
+    given = ["--preset", "real", "--beside", "A study.", "--output_dir", "/somewhere", "--no_memory"]
+    assert benchmark.typed(given) == ["--preset", "real", "--no_memory"]
 
 
 @pytest.mark.slow

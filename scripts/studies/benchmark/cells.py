@@ -209,22 +209,23 @@ def real_cells() -> list[Cell]:
     Students shaped like SmolLM2-135M and like eight layers of Qwen3-0.6B, teachers like SmolLM2-360M and like eight
     layers of Qwen3-1.7B: layers and heads have the proportions that they have in use.
 
-    A second trainer of the larger shape has no room beside ours unless it is LoRA's.
+    Ours alone, beside the floor: TRL's trainers are beside ours in the cells of `cpu_cells`.
     """
-    smol = Cell("", Size(576, 30, 1536, 9, 3), Size(960, 32, 2560, 15, 5), PURE, vocab=49_152, tokens=48, micro_batch=4)
+    smol = Cell("", Size(576, 30, 1536, 9, 3), Size(960, 32, 2560, 15, 5), ("ours",), vocab=49_152, tokens=48)
+    smol = replace(smol, micro_batch=4)
     qwen = replace(smol, student=Size(1024, 8, 3072, 16, 8, 128), teacher=Size(2048, 8, 6144, 16, 8, 128))
     qwen = replace(qwen, vocab=151_936, tokens=32)
-    alone, combined = ("ours",), {"contenders": COMBINED, "group": 4}
+    rewarded: dict[str, Any] = {"contenders": ("ours, combined",), "group": 4}
     return [
         replace(smol, name="135M", generates=True),
-        replace(smol, name="135M, combined", generates=True, **combined),
+        replace(qwen, name="0.6B, 8 layers", generates=True),
+        replace(smol, name="135M, combined", generates=True, **rewarded),
         replace(smol, name="135M, LoRA", lora=True),
-        replace(smol, name="135M, combined, LoRA", lora=True, **combined),
-        replace(smol, name="135M, ragged", ragged=True, tokens=20),
-        replace(qwen, name="0.6B, 8 layers", contenders=alone, generates=True),
-        replace(qwen, name="0.6B, 8 layers, combined", contenders=("ours, combined",), group=4, generates=True),
+        replace(smol, name="135M, LoRA, combined", lora=True, **rewarded),
         replace(qwen, name="0.6B, 8 layers, LoRA", lora=True),
-        replace(qwen, name="0.6B, 8 layers, combined, LoRA", lora=True, **combined),
+        replace(qwen, name="0.6B, 8 layers, combined", **rewarded),
+        replace(qwen, name="0.6B, 8 layers, LoRA, combined", lora=True, **rewarded),
+        replace(smol, name="135M, ragged", ragged=True, tokens=20),
     ]
 
 

@@ -27,6 +27,19 @@ AROUND = ("generation", "scoring", "optimizer", "logging", "data")  # parts of a
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+_clock: list[Callable[[], float]] = [time.perf_counter]
+
+
+def count_processor_time() -> None:
+    """From now on, seconds are those that the processor spent on this process: for one thread beside other programs."""
+    _clock[0] = time.process_time
+
+
+def now() -> float:
+    """Seconds, from some beginning."""
+    return _clock[0]()
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -53,10 +66,10 @@ class Shares:
 
     def _spend(self) -> None:
         synchronize(self.device)
-        now = time.perf_counter()
+        at = now()
         if self._stack:
-            self.seconds[self._stack[-1]] += now - self._since
-        self._since = now
+            self.seconds[self._stack[-1]] += at - self._since
+        self._since = at
 
     def _push(self, part: str) -> None:
         self._spend()

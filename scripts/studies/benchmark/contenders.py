@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import time
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from scripts.studies.benchmark.cells import Cell, Rollouts, make_model, make_rollouts, make_tokenizer
-from scripts.studies.benchmark.clocks import PARTS, Shares, peak_memory, synchronize
+from scripts.studies.benchmark.clocks import PARTS, Shares, now, peak_memory, synchronize
 from trl_distill import OPDConfig, OPDTrainer
 
 
@@ -231,11 +230,11 @@ class StepClock(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         synchronize(self.device)
-        self.begun = time.perf_counter()
+        self.begun = now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         synchronize(self.device)
-        self.seconds = time.perf_counter() - self.begun
+        self.seconds = now() - self.begun
 
 
 class Contender:
@@ -275,11 +274,11 @@ class Contender:
                 seen[row] += 1
             longest = max(map(len, written))
             synchronize(self.parts.device)
-            begun = time.perf_counter()
+            begun = now()
             if self._really:  # until the longest is written, as a batch is
                 original(input_ids=input_ids, attention_mask=attention_mask, min_new_tokens=longest, **options)
                 synchronize(self.parts.device)
-            self.generated += time.perf_counter() - begun
+            self.generated += now() - begun
             padded = torch.nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=0)
             ids = torch.cat([input_ids, padded], dim=1)
             return types.SimpleNamespace(sequences=ids) if options.get("return_dict_in_generate") else ids

@@ -30,9 +30,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from scripts.studies.benchmark.cells import make_tokenizer
 from scripts.studies.benchmark.clocks import CLEAR, _kib
 from trl_distill import OPDConfig, OPDTrainer
 from trl_distill.checks.memory import Memory, estimate, sizes_of
@@ -93,10 +93,6 @@ def model(family: str, size: tuple[int, int], vocabulary: int) -> Any:
 
 def trainer_of(cell: Cell, folder: str) -> OPDTrainer:
     """Ready to train for two steps."""
-    words = {f"w{i}": i for i in range(cell.vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w1", unk_token="w2")
     settings: dict[str, Any] = {"gradient_accumulation_steps": 1, "gradient_checkpointing": False, **cell.settings}
     prompts = [" ".join(f"w{3 + (i + j) % 900}" for j in range(cell.prompt)) for i in range(64)]
     return OPDTrainer(
@@ -116,7 +112,7 @@ def trainer_of(cell: Cell, folder: str) -> OPDTrainer:
             **settings,
         ),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=fast,
+        processing_class=make_tokenizer(cell.vocabulary),
         peft_config=LoraConfig(target_modules="all-linear") if cell.lora else None,
     )
 
@@ -134,6 +130,10 @@ def run(cell: Cell) -> dict[str, Any]:
     before = _kib("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(cell, folder)
+        rows: Any = trainer.train_dataset
+        lengths = {len(ids) for ids in trainer.token_ids_of(rows["prompt"])}
+        if lengths != {cell.prompt}:
+            raise ValueError(f"The prompts have {sorted(lengths)} tokens; the formula is given {cell.prompt}.")
         counted = [Prompts("the training dataset", "prompt", 64, 64, longest=cell.prompt)]
         teachers: list[Any] = [teacher.module for teacher, _ in trainer.pool.members] if trainer.pool else []
         memory: Memory = estimate(trainer.model, teachers, sizes_of(trainer, counted))

@@ -9,13 +9,12 @@ are left out of it on purpose.
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass
 
 import torch
 
 from scripts.studies.benchmark.cells import Cell, Rollouts, Size, make_model, make_rollouts, projections
-from scripts.studies.benchmark.clocks import synchronize
+from scripts.studies.benchmark.clocks import now, synchronize
 from scripts.studies.benchmark.contenders import BETA, reward
 from trl_distill import OPDConfig
 from trl_distill.objective.terms import topk_reverse_kl
@@ -159,8 +158,8 @@ def _seconds(batch: int, m: int, k: int, n: int, dtype: torch.dtype, device: tor
     taken = []
     for _ in range(3):
         synchronize(device)
-        begun = time.perf_counter()
+        begun = now()
         left @ right
         synchronize(device)
-        taken.append(time.perf_counter() - begun)
+        taken.append(now() - begun)
     return statistics.median(taken) * whole

@@ -260,7 +260,8 @@ def show(results: Results, console: Console) -> None:
 def markdown(results: Results) -> str:
     """All tables, and what they were measured on."""
     machine = results.machine
-    lines = [f"{machine.processor}, {machine.device}, {machine.threads} threads."]
+    threads = f"{machine.threads} thread" + "s" * (machine.threads > 1)
+    lines = [" ".join(filter(None, [f"{machine.processor}, {machine.device}, {threads}.", results.beside]))]
     lines += [", ".join(f"{name} {version}" for name, version in results.versions.items()) + ".", ""]
     lines += ["<!-- needs: time -->", "```console", f"$ {results.command}", "```", ""]
     if results.dry_run:

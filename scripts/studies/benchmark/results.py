@@ -112,6 +112,7 @@ class Results:
         versions (`dict[str, str]`): of Python and the libraries.
         command (`str`): that was typed.
         cells (`list[CellResult]`): in their order.
+        beside (`str`): what else ran on the machine.
     """
 
     preset: str
@@ -120,6 +121,7 @@ class Results:
     versions: dict[str, str]
     command: str
     cells: list[CellResult] = field(default_factory=list)
+    beside: str = ""
 
     def pairs(self) -> Iterator[tuple[CellResult, str, ContenderResult, ContenderResult]]:
         """Each cell with each contender that ours is compared with, outside of the growth: cell, name, ours, theirs."""
@@ -150,6 +152,7 @@ class Results:
             "machine": asdict(self.machine),
             "versions": self.versions,
             "command": self.command,
+            "beside": self.beside,
             "cells": [found.to_json() for found in self.cells],
         }
         (folder / "benchmark.json").write_text(json.dumps(whole, indent=2) + "\n")

@@ -40,6 +40,7 @@ from transformers.utils import logging as transformers_logging
 from scripts.studies.benchmark import growth, slopes
 from scripts.studies.benchmark import report as report
 from scripts.studies.benchmark.cells import Cell, make_rollouts, preset
+from scripts.studies.benchmark.clocks import count_processor_time
 from scripts.studies.benchmark.contenders import CONTENDERS, Contender, TrainerParts, memory_of
 from scripts.studies.benchmark.reference import floor_seconds, reference_losses
 from scripts.studies.benchmark.results import CellResult, ContenderResult, Machine, Results
@@ -147,11 +148,13 @@ def take_turns(
             floor.append(floor_seconds(cell, rollouts, device))
     for name, contender in contenders.items() if not cell.axis else ():
         if cell.generates and how.generation:
-            turn = contender.turn(repeats, generating=True)
-            found[name].step_s, found[name].generation_s = [turn.update + turn.generation], turn.generation
+            if len(contenders) > 1:  # to be compared
+                turn = contender.turn(repeats, generating=True)
+                found[name].step_s, found[name].generation_s = [turn.update + turn.generation], turn.generation
             if contender.kind.is_ours:
                 found[name].whole = contender.whole(repeats)
-        found[name].shares = contender.shares(repeats)
+        if len(contenders) > 1 or not found[name].whole:  # which says more
+            found[name].shares = contender.shares(repeats)
         if how.memory_of_gpu:
             found[name].peak_mib = contender.peak(repeats)
         advance()
@@ -204,8 +207,19 @@ def no_results_yet(options: argparse.Namespace, device: torch.device) -> Results
         dry_run=options.dry_run,
         machine=Machine(processor, shown, torch.get_num_threads()),
         versions={"Python": platform.python_version(), **{name: version(name) for name in libraries}},
-        command=shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        command=shlex.join(["python", "scripts/benchmark.py", *typed(sys.argv[1:])]),
+        beside=options.beside,
     )
+
+
+def typed(arguments: list[str]) -> list[str]:
+    """The arguments that another would type: not where the files went, and not what ran beside."""
+    kept = list(arguments)
+    for name in ("--output_dir", "--beside"):
+        if name in kept:
+            place = kept.index(name)
+            del kept[place : place + 2]
+    return kept
 
 
 def chosen(options: argparse.Namespace) -> list[Cell]:
@@ -231,6 +245,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--no_generation", action="store_true", help="do not time steps with generation")
     parser.add_argument("--no_growth", action="store_true", help="do not measure growth with size")
+    parser.add_argument("--processor_time", action="store_true", help="of one thread, beside other programs")
+    parser.add_argument("--beside", default="", help="what else runs on the machine: a sentence for the page")
     parser.add_argument("--tables_of", type=Path, help="measure nothing: show (and write) a benchmark.json")
     parser.add_argument("--write_docs", action="store_true", help="write the tables and the picture to docs/")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmark_output"))
@@ -251,6 +267,10 @@ def main(options: argparse.Namespace) -> int:
         cells = chosen(options)
     except ValueError as error:
         sys.exit(f"{error}")
+    if options.processor_time and (options.threads != 1 or options.preset == "gpu"):
+        sys.exit("The processor's time is that of all threads together, and of no GPU. Add `--threads 1`.")
+    if options.processor_time:
+        count_processor_time()
     be_quiet()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if options.preset == "gpu" and not options.dry_run else "cpu")
