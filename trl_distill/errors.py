@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; earlier checkpoints are unchanged."""
@@ -33,3 +35,30 @@ class TeacherUnavailable(RuntimeError):
 
 class TeacherAnswerError(RuntimeError):
     """The teacher's answer is malformed, or does not match the tokens that were sent."""
+
+
+class PreflightError(ValueError):
+    """
+    The errors that the preflight found.
+
+    Attributes:
+        report ([`~trl_distill.checks.findings.Report`]): all findings so far.
+    """
+
+    def __init__(self, report: Any):
+        errors = [str(finding) for finding in report.findings if finding.level == "error"]
+        super().__init__("\n\n".join(errors))
+        self.report = report
+
+
+class RowError(ValueError):
+    """
+    A row that cannot be used; the message says where, why, and what to write instead.
+
+    Attributes:
+        reason (`str`): the reason in a few words, by which errors are counted.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import PreflightError
 from ..foreign_text import as_written
 
 
@@ -33,20 +34,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.found} {self.advice}".strip()
-
-
-class PreflightError(ValueError):
-    """
-    The errors that the preflight found.
-
-    Attributes:
-        report ([`Report`]): all findings so far.
-    """
-
-    def __init__(self, report: Report):
-        errors = [str(finding) for finding in report.findings if finding.level == "error"]
-        super().__init__("\n\n".join(errors))
-        self.report = report
 
 
 @dataclass

@@ -15,6 +15,8 @@ from typing import Any
 
 from datasets import Features, IterableDataset, LargeList, List, Value
 
+from ..errors import RowError
+
 
 CONVERSATIONS = ("messages", "conversations")  # columns with whole conversations, by TRL's and by ShareGPT's name
 
@@ -32,19 +34,6 @@ SHAREGPT = {"human": "user", "gpt": "assistant"}  # its other roles have the sam
 
 
 EXAMPLE = "[{'role': 'user', 'content': '...'}]"
-
-
-class RowError(ValueError):
-    """
-    A row that cannot be used; the message says where, why, and what to write instead.
-
-    Attributes:
-        reason (`str`): the reason in a few words, by which errors are counted.
-    """
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
 
 
 def check_row(row: dict[str, Any], where: str, parts: bool = False) -> dict[str, Any]:

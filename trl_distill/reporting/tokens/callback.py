@@ -112,7 +112,7 @@ class TokenReport(TrainerCallback):
             raise ValueError(f"`TokenReport(teacher={name!r})`: there is no such teacher, only {', '.join(names)}.")
         judge = trainer.pool.teachers[name]
         texts = trainer.setup is not None and judge.prompts in trainer.setup.readers
-        if not texts and getattr(judge, "gives", HiddenStates) is not HiddenStates:
+        if not texts and judge.gives is not HiddenStates:
             raise ValueError(
                 "`TokenReport` needs the teacher's whole distribution over the student's ids. A served teacher gives "
                 "only a few log-probabilities: run `trl-distill report` where it can be loaded."
