@@ -3,9 +3,10 @@
     trl-distill generate --dataset_name prompts.jsonl --teacher_model_name_or_path Qwen/Qwen3-8B \\
         --num_generations 4 --reward_funcs my_module.correct --keep correct --output_dir data
 
-`--dataset_name` is a name on the hub, a local folder or a `.jsonl` file, with a column "prompt" (text or messages). The
-result is read by `trl sft --dataset_name data` and by `trl-distill train`. A run killed at any point is resumed by the
-same command; nothing is asked twice. All settings may stand in a YAML file given as `--config`.
+`--dataset_name` is a name on the hub, a local folder or a `.jsonl` file, with a column "prompt" (text or messages), and
+images in "image", "images" or messages. The result is read by `trl sft --dataset_name data` and by `trl-distill train`.
+A run killed at any point is resumed by the same command; nothing is asked twice. All settings may stand in a YAML file
+given as `--config`.
 
 Teachers: a folder or hub name, `vllm:name`, `http://host:port/v1#model`; several as
 `--teacher_models '{"a": "...", "b": "..."}'`. Verifiers: `--reward_funcs`, `--reward_model` or `--judge`. Preference

@@ -53,6 +53,16 @@ def test_prompts_with_other_numbers_are_other_problems(index):
     assert index.fault(f"please, {TEXT}: 12 and 34", "so it is") == "near duplicate"
 
 
+def test_prompts_with_other_images_are_other_questions(index):
+    assert index.fault(TEXT, "so it is", ["red"]) is None
+    assert index.fault(TEXT, "so it is", ["blue"]) is None
+    assert index.fault(TEXT, "so it is") is None
+    assert index.fault(TEXT, "so it is", ["red", "blue"]) is None
+    assert index.fault(TEXT, "so it is", ["red"]) == "exact duplicate"
+    assert index.fault(f"please, {TEXT}", "so it is", ["blue"]) == "near duplicate"
+    assert index.fault(f"please, {TEXT}", "so it is", ["green"]) is None
+
+
 def test_zero_looks_for_exact_ones_only(tmp_path):
     index = Duplicates(tmp_path / "exact.db", 0)
     assert [index.fault("Tell me.", t) for t in (TEXT, TEXT + " today", TEXT)] == [None, None, "exact duplicate"]
