@@ -166,7 +166,8 @@ def keys_of(images: Images | None, rows: int) -> torch.Tensor:
     for row in images.rows:
         digest = hashlib.blake2b(digest_size=8)
         for name in sorted(row):
-            digest.update(row[name].float().cpu().numpy().tobytes())
+            value = row[name].float().cpu()
+            digest.update(value[value != 0].numpy().tobytes())  # without padding to the size of other rows
         found.append(int.from_bytes(digest.digest(), "big", signed=True) if row else 0)
     return torch.tensor(found, dtype=torch.int64)
 
@@ -188,9 +189,9 @@ def without_empty(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shows_something(pixels: dict[str, Any]) -> bool:
-    """Whether there is an image; where rows are padded to the same number, images that are 0 are none."""
+    """Whether there is an image; where rows are padded to the same number, one of which nothing is attended is none."""
     values = pixels["pixel_values"]
-    return bool(len(values)) and (not _is_by_rows(pixels) or bool(values.any()))
+    return bool(len(values)) and (not _is_by_rows(pixels) or bool(pixels["pixel_attention_mask"].any()))
 
 
 def _is_by_rows(pixels: dict[str, Any]) -> bool:

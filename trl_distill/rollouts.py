@@ -226,6 +226,11 @@ def teacher_prompts(
         return {}
     device, images = batch["prompt_ids"].device, Images.from_inputs(batch)
     images = images or Images(tuple({} for _ in prompts), {})
+    if any(kind[:, batch["prompt_ids"].shape[1] :].any() for kind in images.kinds.values()):
+        raise ValueError(
+            "Tools have returned images, and a teacher has prompts of its own (a `teacher_prompt`, or another "
+            "processor), after which these cannot be placed. Leave one of the two out."
+        )
     kept = images.prompts(batch["prompt_ids"], batch["prompt_mask"])
     found = [
         own if prompt else student

@@ -207,11 +207,13 @@ def test_two_processes_equal_one_with_images(vision_models, engine, more):
     """With "mixed" one process has all the pictures."""
     options = ["full", "images", *more.split()]
     single = alone(vision_models, *options)
-    expected = vector(weights(vision_models))
+    expected = weights(vision_models)
     assert_same_run(on_two(engine, vision_models, *options), single)
-    tight = engine == "ddp"
+    found, tight = weights(vision_models), engine == "ddp"
+    assert found.keys() - expected.keys() <= {"lm_head.weight"}  # which is tied; ZeRO-3 saves it all the same
+    found = {name: found[name] for name in expected}
     torch.testing.assert_close(
-        vector(weights(vision_models)), expected, rtol=1e-4 if tight else 1e-3, atol=1e-6 if tight else 1e-5
+        vector(found), vector(expected), rtol=1e-4 if tight else 1e-3, atol=1e-6 if tight else 1e-5
     )
 
 

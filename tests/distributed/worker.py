@@ -194,6 +194,8 @@ def main(folder: Path, per_device_batch: int, estimator: str, options: set[str])
         prompts = Dataset.from_dict({"prompt": [texts[i % 8] + "ab" * (i // 8) for i in range(32)]})
     if "images" in options:  # for vision-language models
         prompts = with_images("mixed" in options)
+        # for FSDP2: by itself accelerate looks for a pooling head as well, which Gemma 3 has not
+        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "Gemma3DecoderLayer,SiglipEncoderLayer"
     sequences = count_sequences()
     teacher = str(folder / ("student" if "same" in options else "teacher"))
     if "scaled" in options:  # a model whose logits are not those of its head

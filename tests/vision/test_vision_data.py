@@ -13,7 +13,8 @@ from trl_distill import OPDTrainer
 from trl_distill.data.completions import completion_batch
 from trl_distill.data.images import encode, prompt_of, shows_images, tidy_row
 from trl_distill.data.rows import RowError, check_row
-from trl_distill.images import EncodedPrompt, Images, columns_of
+from trl_distill.data.sampling import Sampling, dataset_completion
+from trl_distill.images import EncodedPrompt, Images, columns_of, keys_of
 from trl_distill.training.reward_baseline import prompt_keys
 
 
@@ -191,7 +192,10 @@ def test_the_baseline_of_a_prompt_knows_its_image(tmp_path):
 REFUSED = {
     "text student": ({"student": "text"}, r"The training dataset has images in the column 'images', but the student"),
     "text teacher": ({"teacher": "text"}, r"The dataset has images, but the teacher .* is a text model"),
-    "cross tokenizer": ({"cross_tokenizer": True}, "is not made for prompts with images"),
+    "cross tokenizer": (
+        {"cross_tokenizer": True, "teacher": "llava"},
+        "another tokenizer, and .* is not made for images",
+    ),
 }
 
 
@@ -202,7 +206,13 @@ def test_who_cannot_see_is_refused(tmp_path, case):
     model, processor = vision_pair("gemma3", seed=0)
     tokenizer = make_tokenizer()
     student, reading = (make_model(), tokenizer) if changes.pop("student", None) else (model, processor)
-    teacher = make_model(seed=2) if changes.pop("teacher", None) else vision_model("gemma3", seed=1)
+    teacher = {"text": make_model(seed=2), None: vision_model("gemma3", seed=1)}.get(
+        kind := changes.pop("teacher", None)
+    )
+    if kind == "llava":
+        for part in vision_pair("llava", seed=1):
+            part.save_pretrained(tmp_path / "teacher")
+        teacher = str(tmp_path / "teacher")
     with pytest.raises(ValueError, match=message):
         OPDTrainer(
             model=student,
@@ -256,3 +266,117 @@ def test_datasets_with_images():
     assert not shows_images(rows((0, 0, 0, 0)))
     assert not shows_images(Dataset.from_dict({"prompt": ["a"]}))
     assert EncodedPrompt([1]).pixels == {}
+
+
+ASKS_FOR_IMAGES = """{%- for message in messages %}{%- for part in message['content'] %}
+{%- if 'image' in part %}<start_of_image>{%- else %}{{- part['text'] }}{%- endif %}
+{%- endfor %}{%- endfor %}"""  # as Qwen's templates do
+
+
+def test_empty_fields_that_arrow_adds_are_no_images():
+    """In prompts without images and in completions, too."""
+    _, processor = vision_pair("gemma3")
+    processor.chat_template = ASKS_FOR_IMAGES
+    image, text = {"type": "image", "image": picture(0)}, {"type": "text", "text": "a cat"}
+    dataset = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": [image, text]}],
+                "completion": [{"role": "assistant", "content": [text]}],
+            },
+            {
+                "prompt": [{"role": "user", "content": [text]}],
+                "completion": [{"role": "assistant", "content": [text, image]}],
+            },
+        ]
+    )
+    assert "image" in dataset[1]["prompt"][0]["content"][0]
+    first, second = (tidy_row(row) for row in dataset)
+    assert first["completion"][0]["content"] == [text]
+    assert second["prompt"][0]["content"] == [text]
+    with_image, without = encode(processor, [prompt_of(first), prompt_of(second)])
+    marks = [processor.tokenizer.decode(ids.ids).count("<image_soft_token>") for ids in (with_image, without)]
+    assert marks[0] > 0 == marks[1]
+    eos = processor.tokenizer.eos_token_id
+    batch = completion_batch([first], 0, 1, processor.tokenizer, [eos], 9, processor=processor)
+    assert processor.tokenizer.decode(batch["completion_ids"][0]).startswith("a cat")
+
+
+@pytest.mark.parametrize("column", ["image", "images", "prompt"])
+def test_images_are_found_in_any_row(column):
+    prompt = [{"role": "user", "content": "a"}]
+    empty = {"image": {"image": None}, "images": {"images": []}, "prompt": {}}[column]
+    shown = {"image": {"image": picture(0)}, "images": {"images": [picture(0)]}, "prompt": {}}[column]
+    if column == "prompt":
+        rows_of = [[{"role": "user", "content": [{"type": "text", "text": "a"}]}] for _ in range(1500)]
+        rows_of.append([{"role": "user", "content": [{"type": "image", "image": picture(0)}]}])
+        late = Dataset.from_list([{"prompt": one} for one in rows_of])
+    else:
+        late = Dataset.from_list([{"prompt": prompt, **empty}] * 1500 + [{"prompt": prompt, **shown}])
+    assert shows_images(late)
+    assert shows_images(late.select([1500, 3]))
+    assert not shows_images(late.select(range(1500)))
+
+
+def test_a_teacher_that_sees_nothing_is_refused_when_an_image_comes_after_all(tmp_path):
+    """Of a stream it is not known beforehand."""
+    model, processor = vision_pair("gemma3", seed=0)
+
+    def stream():
+        yield from ({"prompt": row["prompt"], "images": row["images"]} for row in rows() for _ in range(2))
+
+    given = IterableDataset.from_generator(stream)  # its columns are not known
+    trainer = OPDTrainer(
+        model=model,
+        teacher_model=make_model(seed=2, vocab_size=len(processor.tokenizer)),
+        args=config(tmp_path),
+        train_dataset=given,
+        processing_class=processor,
+    )
+    with pytest.raises(ValueError, match="is a text model"):
+        trainer.train()
+
+
+def test_where_the_teachers_prompt_has_its_images():
+    image = picture(0)
+    row = {"prompt": [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "q"}]}]}
+    plain = prompt_of({**row, "teacher_prompt": [{"role": "user", "content": "hint"}]}, "teacher_prompt")
+    assert plain[0]["content"] == [{"type": "image", "image": image}, {"type": "text", "text": "hint"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hint"}]}]
+    assert prompt_of({"prompt": "x", "image": image, "teacher_prompt": parts}, "teacher_prompt") == plain
+    with pytest.raises(ValueError, match="the teacher prompt 'hint', which is text"):
+        prompt_of({"prompt": parts, "image": image, "teacher_prompt": "hint"}, "teacher_prompt")
+    two = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
+    with pytest.raises(ValueError, match="In the prompt"):
+        prompt_of({"prompt": two, "image": image})
+
+
+def test_keys_of_images_do_not_depend_on_other_rows():
+    _, processor = vision_pair("idefics3")
+    one, three = encode(processor, [prompt_of(tidy_row(row)) for row in rows((1, 0, 3, 0))])[::2]
+    alone = Images.of_prompts([one], len(one.ids), 0, "cpu")
+    batch = {"prompt_ids": torch.zeros(2, 99), **columns_of([one, three], 99, 1)}
+    assert keys_of(alone, 1)[0] == keys_of(Images.from_inputs(batch), 2)[0]
+    assert keys_of(None, 2).tolist() == [0, 0]
+
+
+def test_prompts_without_images_are_encoded_together(monkeypatch):
+    _, processor = vision_pair("qwen2_5_vl")
+    calls, original = [], type(processor).apply_chat_template
+    monkeypatch.setattr(
+        type(processor), "apply_chat_template", lambda self, *a, **kw: (calls.append(1), original(self, *a, **kw))[1]
+    )
+    prompts = [prompt_of(tidy_row(row)) for row in rows((0, 1, 0, 0))]
+    found = encode(processor, prompts)
+    assert len(calls) == 2
+    assert [bool(prompt.pixels) for prompt in found] == [False, True, False, False]
+    assert [prompt.ids for prompt in found] == [encode(processor, [prompt])[0].ids for prompt in prompts]
+
+
+def test_a_dataset_completion_with_tools():
+    _, processor = vision_pair("gemma3")
+    tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]
+    row = {**rows()[0], "tools": tools}
+    how = Sampling(8, (processor.tokenizer.eos_token_id,))
+    found = dataset_completion(row, processor.tokenizer, how, processor=processor)
+    assert found.read.images == 1

@@ -33,8 +33,8 @@ def check_sight(datasets: dict[str, Any], config: PretrainedConfig) -> None:
         )
 
 
-def teacher_sees(config: PretrainedConfig | None, name: str, served: bool, cross_tokenizer: bool) -> Finding:
-    """Whether a teacher can judge answers to prompts with images."""
+def teacher_sees(config: PretrainedConfig | None, name: str, served: bool, reads_text: bool) -> Finding:
+    """Whether a teacher can judge answers to prompts with images; `reads_text`: whether it has another tokenizer."""
     problem, advice = "", ""
     if served:
         problem = (
@@ -44,12 +44,23 @@ def teacher_sees(config: PretrainedConfig | None, name: str, served: bool, cross
     elif config is not None and not reads_images(config):
         problem = f"The dataset has images, but the teacher {name!r} ({config.model_type}) is a text model."
         advice = "Use a vision-language teacher, or drop the images."
-    elif cross_tokenizer:
-        problem = "`cross_tokenizer=True` reads completions as text, and is not made for prompts with images."
+    elif reads_text:
+        problem = f"The teacher {name!r} has another tokenizer, and `cross_tokenizer` is not made for images."
         advice = "Use a teacher with the student's tokenizer, or drop the images."
     if problem:
         return Finding("images", "error", problem, advice)
     return Finding("images", "ok", "Student and teacher see the images of the dataset.")
+
+
+def no_processor(name: str) -> Finding:
+    """What to say of a vision-language teacher whose processor could not be loaded."""
+    return Finding(
+        "processors",
+        "warning",
+        f"The processor of the teacher {name!r} could not be loaded, so it is given the student's pixels: of the same "
+        "resolution and number of tokens.",
+        "Load the teacher from a folder or hub name that holds its processor, with what that needs (torchvision).",
+    )
 
 
 def differences(student: Any, teacher: Any) -> list[str]:

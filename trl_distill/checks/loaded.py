@@ -7,6 +7,7 @@ the first rollouts.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -223,12 +224,19 @@ def check_head(model: nn.Module, whose: str, accelerator: Accelerator, rollouts:
 
 
 def _check_with_images(model: nn.Module, whose: str, accelerator: Accelerator, rollouts: Rollouts) -> None:
-    """Compare logits at the judged tokens of rollouts with images."""
+    """Compare logits at the judged tokens of the first of the rollouts that has an image."""
+    assert rollouts.images is not None
+    first = next((row for row, pixels in enumerate(rollouts.images.rows) if pixels), None)
+    if first is None:
+        return
+    rollouts = rollouts.rows([first]).trimmed(prompts=False)
     training, mask = model.training, rollouts.mask
+    takes = inspect.signature(unwrap_adapter(accelerator.unwrap_model(model)).forward).parameters
+    few = {"logits_to_keep": mask.shape[1] + 1} if "logits_to_keep" in takes else {}  # of long prompts, 5 GB and more
     with torch.no_grad(), accelerator.autocast():
         model.eval()
         states = model(**rollouts.arguments, rollouts=rollouts)
-        logits = model(**rollouts.arguments, use_cache=False).logits
+        logits = model(**rollouts.arguments, use_cache=False, **few).logits
         model.train(training)
         expected = judged_states(logits, mask)  # logits are where hidden states would be
         with states.head.gathered() as head:
@@ -276,7 +284,7 @@ def teacher_differs(run: ModelChecks, teacher: Teacher, names: list[str], probe:
     reason = next((reason for reason, holds in explained.items() if holds), "")
     rough = not in_fp32(run.student, args, run.accelerator)
     name, own = ", ".join(names) if several else "", teacher.follows_student
-    known = bool(readable_prompts(facts.dataset)) and not unknown
+    known = bool(readable_prompts(facts.dataset, 1)) and not unknown
     return model_checks.teacher_differs(distance, reason, args.assume_different_teacher, name, own, rough, known)
 
 

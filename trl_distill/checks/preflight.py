@@ -177,6 +177,8 @@ class Examined:
         merged (`list[int]`): stop tokens that count as one, if student and teachers have different ones.
         texts (`dict` of [`OtherTokenizer`]): with `cross_tokenizer`, teachers that have another tokenizer, by identity.
         processors (`dict` of [`OtherProcessor`]): teachers that read images in another way than the student.
+        blind (`dict` of [`~trl_distill.checks.findings.Finding`]): what to say of teachers that see no images, by name,
+            where it is not known whether there are any.
     """
 
     report: Report
@@ -184,6 +186,7 @@ class Examined:
     merged: list[int] = field(default_factory=list)
     texts: dict[Any, OtherTokenizer] = field(default_factory=dict)
     processors: dict[Any, OtherProcessor] = field(default_factory=dict)
+    blind: dict[str, Finding] = field(default_factory=dict)
 
 
 def examine(facts: RunFacts, specs: dict[str, TeacherSpec], report: Report) -> Examined:
@@ -204,11 +207,11 @@ def examine(facts: RunFacts, specs: dict[str, TeacherSpec], report: Report) -> E
     if prompts:
         report.add(prompt_checks.special_tokens(prompts, facts.tokenizer))
     stops, merged = real_stops(set(facts.stops), facts.tokenizer), set()
-    shown = facts.processor is not None and shows_images(facts.dataset)
+    shown = facts.processor is not None and any(map(shows_images, (facts.dataset, *facts.eval_datasets.values())))
     for spec in specs.values():
-        if shown:
-            _examine_sight(facts, spec, found)
         teacher_stops = _examine_teacher(facts, spec, found, prompts)
+        if facts.processor is not None:
+            _examine_sight(facts, spec, found, shown)
         if teacher_stops:
             report.add(tokenizer_checks.stop_tokens(facts.tokenizer, stops, teacher_stops, args.merge_stop_tokens))
         if teacher_stops and teacher_stops != stops:
@@ -269,18 +272,26 @@ def _examine_teacher(facts: RunFacts, spec: TeacherSpec, found: Examined, prompt
     return stop_ids(config, spec.generation_config(), tokenizer)
 
 
-def _examine_sight(facts: RunFacts, spec: TeacherSpec, found: Examined) -> None:
-    """Whether a teacher sees the images of the dataset, and in the same way as the student."""
+def _examine_sight(facts: RunFacts, spec: TeacherSpec, found: Examined, shown: bool) -> None:
+    """Whether a teacher sees images as the student does; `shown` says whether a dataset is known to have some."""
     if not spec.can_be_examined:
         return
-    found.report.add(image_checks.teacher_sees(spec.config(), spec.name, spec.served, facts.args.cross_tokenizer))
-    processor = spec.processor()
-    if processor is None or spec.served:
+    config, processor = spec.config(), spec.processor()
+    sight = image_checks.teacher_sees(config, spec.name, spec.served, spec.identity in found.texts)
+    if sight.level == "error" and not shown:
+        found.blind[spec.name] = sight
+        return
+    if shown:
+        found.report.add(sight)
+    if processor is None:
+        if shown and config is not None:
+            found.report.add(image_checks.no_processor(spec.name))
         return
     different = image_checks.differences(facts.processor, processor)
     if different and spec.identity not in found.processors:
         found.processors[spec.identity] = OtherProcessor(processor, f"image_prompt_{len(found.processors)}")
-    found.report.add(image_checks.processors(different))
+    if shown:
+        found.report.add(image_checks.processors(different))
 
 
 def _examine_other_tokenizer(facts: RunFacts, spec: TeacherSpec, found: Examined, prompts: list[Prompts]) -> None:

@@ -44,7 +44,7 @@ def readable_rows(
         if name in students and config is not None:
             check_sight({"the dataset": dataset}, config)
         elif config is not None:
-            finding = teacher_sees(config, name, served=False, cross_tokenizer=cross_tokenizer)
+            finding = teacher_sees(config, name, served=False, reads_text=cross_tokenizer)
             if finding.level == "error":
                 raise ValueError(f"{finding.found} {finding.advice}")
         if processor_of(name) is None:

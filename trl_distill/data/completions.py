@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from .._trl import prepare_multimodal_messages
 from ..images import EncodedPrompt, columns_of
 from .images import encode, prompt_of
-from .rows import tools_of
+from .rows import flat_parts, tools_of
 
 
 def is_on_policy(generation: int, lmbda: float) -> bool:
@@ -151,6 +151,7 @@ def _rendered(
     if whole.startswith(prefix):
         return prefix, whole[len(prefix) :]
     content = completion[0].get("content")
+    content = flat_parts(content) if isinstance(content, list) else content
     if not isinstance(content, str):
         raise ValueError(
             "The chat template renders a prompt with an answer differently than for generation, and the answer "
@@ -189,11 +190,14 @@ def completion_batch(
     counts = [(first + i) % group == 0 for i in range(len(rows))]
     encoded: list[EncodedPrompt] = []
     completions, masks = [], []
+    completion: list[int] = []
     for row, counted in zip(rows, counts, strict=True):
-        prompt, completion = encoded_ids(row, tokenizer, stops, limit, template_kwargs, processor)
+        if counted or not encoded:  # others are equal to the row before them
+            prompt, completion = encoded_ids(row, tokenizer, stops, limit, template_kwargs, processor)
         cut = completion[-1] not in stops
         most = None if counted else 1  # one token is enough for a row that does not count
-        encoded.append(prompt if counted else EncodedPrompt([tokenizer.pad_token_id]))
+        # sharded engines run the same layers for all rows, so those with images keep them
+        encoded.append(prompt if counted or prompt.images else EncodedPrompt([tokenizer.pad_token_id]))
         completions.append(torch.tensor(completion[:most], dtype=torch.long))
         masks.append(torch.full_like(completions[-1], counted and not (cut and mask_truncated)))
     pad, prompts = functools.partial(pad_sequence, batch_first=True), [torch.tensor(prompt.ids) for prompt in encoded]

@@ -5,11 +5,15 @@ Images are where TRL takes them from: a column `image` or `images`, or parts of 
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image as PILImage
@@ -21,9 +25,6 @@ from .rows import CONVERSATIONS, tools_of
 
 
 COLUMNS = ("image", "images")  # of a dataset
-
-
-FIRST_ROWS = 100  # of a dataset that are searched for images in messages
 
 
 def is_processor(tokenizer: Any) -> bool:
@@ -63,14 +64,31 @@ def has_images(row: dict[str, Any]) -> bool:
 
 
 def shows_images(dataset: Any) -> bool:
-    """Whether a dataset may have images, by its columns and, if it can be read without consuming it, its first rows."""
+    """Whether a dataset has images, in any row; of a stream, whether it has columns for them."""
     columns = getattr(dataset, "column_names", None) or ()
     if not isinstance(dataset, Dataset):
         return isinstance(dataset, IterableDataset) and any(name in columns for name in COLUMNS)
-    names = [name for name in (*COLUMNS, "prompt", *CONVERSATIONS) if name in columns]
-    few = dataset.select_columns(names).with_format(None) if names else []
-    rows = (few[number] for number in range(min(len(few), FIRST_ROWS)))
-    return any(images_of(row) or any(in_messages(row.get(name)) for name in names) for row in rows)
+    return any(
+        _any_image(part[name])
+        for name in (*COLUMNS, "prompt", *CONVERSATIONS)
+        if name in columns
+        for part in dataset.select_columns([name]).with_format("arrow").iter(batch_size=1000)
+    )
+
+
+def _any_image(values: pa.ChunkedArray) -> bool:
+    """Whether a column has an image: a picture, a list of pictures, or messages with a part of the type "image"."""
+    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        values = values.flatten()
+    if not pa.types.is_struct(values.type):
+        return False  # prompts that are text
+    fields = {field.name for field in values.type}
+    if "content" in fields:
+        return _any_image(values.field("content").filter(values.is_valid()))
+    if "type" in fields:
+        return pc.any(pc.equal(values.field("type"), "image")).as_py() or False
+    return len(values) > values.null_count
 
 
 def tidy_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -80,14 +98,18 @@ def tidy_row(row: dict[str, Any]) -> dict[str, Any]:
     The same object if nothing changes.
     """
     changed = {}
-    for column in ("prompt", "teacher_prompt"):
-        if in_messages(row.get(column)):
+    for column in ("prompt", "teacher_prompt", "completion"):
+        if isinstance(row.get(column), list) and _in_parts(row[column]):
             changed[column] = [_tidy_message(message) for message in row[column]]
     if row.get("images"):
         changed["images"] = [picture(image) for image in row["images"]]
     if isinstance(row.get("image"), dict):
         changed["image"] = picture(row["image"])
     return {**row, **changed} if changed else row
+
+
+def _in_parts(messages: list[Any]) -> bool:
+    return any(isinstance(message, dict) and isinstance(message.get("content"), list) for message in messages)
 
 
 def _tidy_message(message: dict[str, Any]) -> dict[str, Any]:
@@ -119,11 +141,32 @@ def prompt_of(row: dict[str, Any], column: str = "prompt") -> Any:
         Text, messages, or `None` if the row has no such prompt.
     """
     prompt, images = row.get(column), images_of(row)
+    if column != "prompt" and prompt and not images:
+        images = pictures_of(row)
+    if isinstance(prompt, str) and images:
+        raise ValueError(
+            f"A row has images, and the {column.replace('_', ' ')} {prompt[:100]!r}, which is text. Write it as "
+            "messages, [{'role': 'user', 'content': ...}], so that the chat template says where the images stand."
+        )
     if not isinstance(prompt, list) or not (images or in_messages(prompt)):
         return prompt
     parts = [part for message in prompt if isinstance(message.get("content"), list) for part in message["content"]]
-    own = any(part.get("image") is not None for part in parts)
-    return prepare_multimodal_messages(prompt, images=[] if own else images)
+    shown = [part for part in parts if part.get("type") == "image"]
+    if any(part.get("image") is not None for part in shown):
+        return prepare_multimodal_messages(prompt)
+    try:
+        return prepare_multimodal_messages(prompt if shown else _with_places(prompt, len(images)), images=images)
+    except ValueError as error:
+        raise ValueError(f"{error} In the {column.replace('_', ' ')} {prompt!r:.300}.") from None
+
+
+def _with_places(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Messages with places for so many images, before the text of the first user message, if that is given as parts."""
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None or not isinstance(messages[first]["content"], list):
+        return messages  # TRL makes the places
+    content = [*({"type": "image"} for _ in range(count)), *messages[first]["content"]]
+    return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
 
 
 def encode(
@@ -136,8 +179,8 @@ def encode(
     """
     Prompts as a vision-language model reads them, rendered and tokenised as TRL does for generation.
 
-    One at a time, since how a processor concatenates the pixels of several prompts depends on the family. Equal prompts
-    that follow each other, as in a group, are encoded once.
+    Those with images one at a time, since how a processor concatenates the pixels of several prompts depends on the
+    family. Equal ones that follow each other, as in a group, are encoded once. All others at once.
 
     Args:
         processor (`ProcessorMixin`): turns messages with pictures into token ids and pixels.
@@ -146,23 +189,38 @@ def encode(
         tools (`list`, *optional*): those of each row.
         chat_template (`str`, *optional*): in place of the processor's.
     """
-    found: list[EncodedPrompt] = []
-    before: Any = None
-    for prompt, own in zip(prompts, tools or [None] * len(prompts), strict=True):
-        if before is None or before != (prompt, own):
-            found.append(_encoded(processor, prompt, template_kwargs or {}, own, chat_template))
+    read = functools.partial(_encoded, processor, template_kwargs or {}, chat_template)
+    given = list(zip(prompts, tools or [None] * len(prompts), strict=True))
+    found: dict[int, EncodedPrompt] = {}
+    plain: dict[str, list[int]] = {}  # places of prompts without images, by what may be read together
+    for place, (prompt, own) in enumerate(given):
+        if not in_messages(prompt):
+            plain.setdefault(json.dumps([isinstance(prompt, str), own]), []).append(place)
+        elif place and given[place - 1][1] == own and _equal(given[place - 1][0], prompt):
+            found[place] = found[place - 1]
         else:
-            found.append(found[-1])
-        before = (prompt, own)
-    return found
+            (found[place],) = read([prompt], own)
+    for places in plain.values():
+        found |= dict(zip(places, read([given[place][0] for place in places], given[places[0]][1]), strict=True))
+    return [found[place] for place in range(len(given))]
 
 
-def _encoded(processor: Any, prompt: Any, template_kwargs: dict[str, Any], tools: Any, template: Any) -> EncodedPrompt:
-    if isinstance(prompt, str):
-        return EncodedPrompt(list(processor(text=[prompt])["input_ids"][0]))
-    messages = prepare_multimodal_messages(prompt)
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except ValueError:  # numpy's arrays do not say
+        return False
+
+
+def _encoded(
+    processor: Any, template_kwargs: dict[str, Any], template: Any, prompts: Sequence[Any], tools: Any
+) -> list[EncodedPrompt]:
+    """Several prompts without images, or one with some."""
+    if isinstance(prompts[0], str):
+        return [EncodedPrompt(list(ids)) for ids in processor(text=list(prompts))["input_ids"]]
+    messages = [prepare_multimodal_messages(prompt) for prompt in prompts]
     given = processor.apply_chat_template(
-        conversation=[messages],
+        conversation=messages,
         tools=tools_of(tools),
         chat_template=template,
         add_generation_prompt=True,
@@ -170,15 +228,14 @@ def _encoded(processor: Any, prompt: Any, template_kwargs: dict[str, Any], tools
         return_dict=True,
         **template_kwargs,
     )
-    return as_encoded(given, sum(part["type"] == "image" for message in messages for part in message["content"] or ()))
-
-
-def as_encoded(given: Any, images: int) -> EncodedPrompt:
-    """What a processor returns for one prompt with so many images."""
+    images = sum(part["type"] == "image" for message in messages[0] for part in message["content"] or ())
     fields = {name: value for name, value in given.items() if name not in ("input_ids", "attention_mask")}
-    kinds = {name: _tensor(fields.pop(name))[0].long() for name in KINDS if name in fields}
+    kinds = {name: fields.pop(name) for name in KINDS if name in fields}
     pixels = {name: _tensor(value) for name, value in fields.items()} if images else {}
-    return EncodedPrompt(list(given["input_ids"][0]), pixels, kinds, images)
+    return [
+        EncodedPrompt(list(ids), pixels, {name: _tensor(of_all[row]).long() for name, of_all in kinds.items()}, images)
+        for row, ids in enumerate(given["input_ids"])
+    ]
 
 
 def _tensor(value: Any) -> torch.Tensor:

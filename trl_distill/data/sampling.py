@@ -277,9 +277,7 @@ def dataset_completion(
             f"A row has the completion {row.get('completion')!r} (its columns: {', '.join(row)}), but the dataset's "
             "completions were requested. Drop such rows, or sample from the student (`--completions sample`)."
         )
-    tools = tools_of(row.get("tools"))
-    kwargs = {**(template_kwargs or {}), **({"tools": tools} if tools else {})}
-    prompt, completion = encoded_ids(row, tokenizer, how.stops, how.limit, kwargs, processor)
+    prompt, completion = encoded_ids(row, tokenizer, how.stops, how.limit, template_kwargs, processor)
     cut = completion[-1] not in how.stops
     return SampledCompletion(row, prompt.ids, completion, cut, prompt if prompt.images else None)
 

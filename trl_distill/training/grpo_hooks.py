@@ -136,9 +136,10 @@ class GRPOHooks(GRPOTrainer):
         pairs = zip(completions, texts, strict=True)
         return [text if isinstance(found, str) else [{**found[0], "content": text}] for found, text in pairs]
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+        images = images and [of_row or None for of_row in images]  # as vLLM takes rows without images
         with without_own_settings(self.model) if self.is_distilling else nullcontext():
-            return super()._generate_single_turn(*args, **kwargs)
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
 
     def _tokenize_prompts(self, prompts: list) -> Any:
         """TRL's, except that rows with tools of their own (a column `tools`) are rendered with them."""
@@ -194,6 +195,7 @@ class GRPOHooks(GRPOTrainer):
         self._fresh = True
         if self.processor is not None:
             inputs = [tidy_row(row) for row in inputs]
+        self.before_rollouts(inputs)
         output = self.dataset_batch(inputs)
         if output is None:
             self._rewards_per_func = None
@@ -242,6 +244,9 @@ class GRPOHooks(GRPOTrainer):
         if by_micro_batch or (accumulation % steps and steps % accumulation):
             return 1
         return min(accumulation, steps)
+
+    def before_rollouts(self, rows: list[dict[str, Any]]) -> None:
+        """Called on every process before a generation batch is made; `rows` are as in [`~GRPOHooks.on_rollouts`]."""
 
     def dataset_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         """

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from torch import nn
 
-from ..checks.findings import Report
+from ..checks.findings import Finding, Report
 from ..checks.loaded import ModelChecks, check_head
 from ..checks.models import check_router_loss
 from ..checks.preflight import Examined, OtherTokenizer, RunFacts, examine
@@ -57,6 +57,7 @@ class Setup:
         readers (`dict`): tokenizers of teachers that have another than the student, by the columns of their prompts.
         encoders (`dict` of `Callable`): by these columns, and by those of teachers with another processor, what turns
             prompts and their rows' `tools=` into what such a teacher reads.
+        blind (`dict`): what to say of teachers that see no images, by name, should there be one after all.
     """
 
     pool: TeacherPool
@@ -66,6 +67,7 @@ class Setup:
     checks: ModelChecks
     readers: dict[str, Any] = field(default_factory=dict)
     encoders: dict[str, Callable[..., list[EncodedPrompt]]] = field(default_factory=dict)
+    blind: dict[str, Finding] = field(default_factory=dict)
 
 
 def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setup:
@@ -113,7 +115,9 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
     report.stop_on_errors()
     report.warn()
     readers = {text.prompts: text.tokenizer for text in found.texts.values()}
-    return Setup(pool, estimator, off_policy_estimator, same_vocabulary, checks, readers, encoders_of(facts, found))
+    return Setup(
+        pool, estimator, off_policy_estimator, same_vocabulary, checks, readers, encoders_of(facts, found), found.blind
+    )
 
 
 def encoders_of(facts: RunFacts, found: Examined) -> dict[str, Callable[..., list[EncodedPrompt]]]:

@@ -24,12 +24,11 @@ from ..checks.preflight import check_before_loading
 from ..config import OPDConfig
 from ..data.completions import Turns, completion_batch
 from ..data.datasets import with_prompts
-from ..data.images import prompt_of, shows_images
+from ..data.images import has_images, prompt_of, shows_images
 from ..data.rewards import check_rewards
 from ..errors import RunawayError, StoppedBySignal, TeacherAnswerError, TeacherUnavailable
 from ..estimators.base import Estimator
 from ..heads.tiles import release_memory
-from ..images import Images
 from ..models.properties import unwrap_adapter
 from ..objective.weights import scheduled_beta
 from ..reporting.metrics import means
@@ -306,7 +305,6 @@ class OPDTrainer(GRPOHooks):
         if self.pool is None or self.beta_at(self.state.global_step) == 0:  # a weight that has reached 0 stays 0
             return
         self._check_models(batch)
-        self._check_images(batch)
         assert self.setup is not None
         own = [prompt_of(row, "teacher_prompt") for row in rows]
         tools = [row.get("tools") for row in rows]
@@ -319,17 +317,18 @@ class OPDTrainer(GRPOHooks):
         batch |= self.pool.assign(rows, batch["prompt_ids"].device)
         self.pool.score_ahead(MicroBatch.from_inputs(batch), self.mode == "train")
 
-    def _check_images(self, batch: dict[str, Any]) -> None:
-        """Raise on all processes if sharded weights would have to be gathered for the images of some rows alone."""
-        if self.processor is None or not is_sharded(self.accelerator):
+    def before_rollouts(self, rows: list[dict[str, Any]]) -> None:
+        """Raise on all processes if a teacher sees no images, or sharded weights were needed for some rows' alone."""
+        sharded, blind = is_sharded(self.accelerator), self.setup.blind if self.setup is not None else {}
+        if self.processor is None or not (sharded or blind):
             return
-        images, rows = Images.from_inputs(batch), len(batch["prompt_ids"])
-        shown = sum(map(bool, images.rows)) if images else 0
-        counts = torch.tensor([shown, rows], device=self.accelerator.device)
-        shown, rows = self.accelerator.reduce(counts, reduction="sum").tolist()
-        if 0 < shown < rows:
+        counts = torch.tensor([sum(map(has_images, rows)), len(rows)], device=self.accelerator.device)
+        shown, total = self.accelerator.reduce(counts, reduction="sum").tolist()
+        if shown and blind:
+            raise ValueError(str(next(iter(blind.values()))))
+        if sharded and 0 < shown < total:
             raise ValueError(
-                f"{shown} of {rows} rows of a generation batch have images. Under ZeRO-3 and FSDP all processes must "
+                f"{shown} of {total} rows of a generation batch have images. Under ZeRO-3 and FSDP all processes must "
                 "run the same layers, or they wait for each other for ever. Train on rows with images and without in "
                 "separate runs, or use ZeRO-2 or plain data parallelism."
             )
