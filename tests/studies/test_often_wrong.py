@@ -153,11 +153,12 @@ def test_the_page_has_what_was_measured(tmp_path):
     (docs / "images").mkdir(parents=True)
     results.mkdir()
     marks = "".join(
-        f"<!-- often_wrong {n}: begin -->\n<!-- often_wrong {n}: end -->\n" for n in ("table", "reward", "settings")
+        f"<!-- often_wrong {n}: begin -->\n<!-- often_wrong {n}: end -->\n"
+        for n in ("table", "reward", "settings", "staleness")
     )
     (docs / "results.md").write_text(f"before\n{marks}after\n")
     teacher = {"accuracy": [0.7, 0.72, 0.71], "p": 0.71, "greedy": 0.96}
-    (results / "teachers.json").write_text(json.dumps({"70": teacher}))
+    (results / "teachers.json").write_text(json.dumps({"70": teacher, "50": {**teacher, "p": 0.5}}))
     begun = {"teacher": 0.01}
     (results / "before.json").write_text(json.dumps(begun))
     for name, one in {
@@ -165,6 +166,10 @@ def test_the_page_has_what_was_measured(tmp_path):
         "70-both-0.3-1": record(accuracy=0.94),
         "70-lenient-0.3-0": record(accuracy=0.125),
         "70-8x8-group-0": record(arm="8 prompts", accuracy=0.0625),
+        "70-stale-forward-8-0": record(
+            arm="forward, 8", steps=150, answers_per_step=64, settings={"num_iterations": 8}, accuracy=0.375
+        ),
+        "50-then-0.3-0": record(arm="then", accuracy=0.75),
     }.items():
         (results / f"{name}.json").write_text(json.dumps(one))
     report.write(results, docs)
@@ -175,6 +180,18 @@ def test_the_page_has_what_was_measured(tmp_path):
     assert "| the teacher, most likely tokens | 96.0% |" in text
     assert "| the teacher before |  | 1.0% |" in text
     assert "| 8 prompts (1 seed) | 6.2% |" in text
+    assert "| forward, 8 (1 seed) | 1,200 | 37.5% | 0.50 |" in text
+    assert "With a teacher that is right 50% of the time:" in text
+    assert "| then (1 seed) | 75.0% | 98.5% |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert (docs / "images" / "often_wrong.png").stat().st_size > 10_000
+
+
+def test_the_page_shows_the_files(tmp_path):
+    """What `--report` would write is what the page has."""
+    docs = ROOT / "docs"
+    (tmp_path / "images").mkdir()
+    (tmp_path / "results.md").write_text((docs / "results.md").read_text())
+    report.write(docs / "results" / "often_wrong", tmp_path)
+    assert (tmp_path / "results.md").read_text() == (docs / "results.md").read_text()

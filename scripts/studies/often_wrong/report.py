@@ -80,6 +80,18 @@ def cheat_table(by_arm: dict[str, Records], before: dict[str, float]) -> str:
     return markdown(head, rows)
 
 
+def stale_table(by_arm: dict[str, Records]) -> str:
+    """Answers that are used several times, as Markdown."""
+    head = ["", "answers written", "right", "KL to the teacher, nats per answer"]
+    rows = []
+    for label, records in by_arm.items():
+        one = records[0]
+        written = one["steps"] * one["answers_per_step"] // one["settings"]["num_iterations"]
+        cells = [_values(records, "accuracy", ".1%"), _values(records, "kl_per_answer", ".2f")]
+        rows.append([_named(label, records), f"{written:,}", *cells])
+    return markdown(head, rows)
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
@@ -138,7 +150,11 @@ def write(folder: Path, docs: Path) -> None:
     cheated = load(folder, "reward").get(SHOWN, {})
     alike = {label: records for label, records in found.get(SHOWN, {}).items() if label == then(0.3).label}
     known = _read(folder / "teachers.json")
-    parts = [table(by_arm, known[str(level)]) for level, by_arm in found.items()]
+    parts = []
+    for level, by_arm in found.items():
+        if level != SHOWN:
+            parts.append(f"With a teacher that is right {known[str(level)]['p']:.0%} of the time:")
+        parts.append(table(by_arm, known[str(level)]))
     if SHOWN in found:
         draw(found[SHOWN], docs / "images" / "often_wrong.png")
         parts.insert(1, f"![{in_words(found[SHOWN])}](images/often_wrong.png)")
@@ -150,6 +166,9 @@ def write(folder: Path, docs: Path) -> None:
     pages = {"table": "\n\n".join(parts)}
     if others:
         pages["settings"] = table({**alike, **others})
+    stale = load(folder, "staleness").get(SHOWN, {})
+    if stale:
+        pages["staleness"] = stale_table(stale)
     if cheated:
         begun = folder / "before.json"
         pages["reward"] = cheat_table(cheated, _read(begun) if begun.exists() else {})
