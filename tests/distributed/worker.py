@@ -107,10 +107,10 @@ def watch_precision(trainer: OPDTrainer) -> dict[str, float]:
 
     measure, term = trainer.estimator.measure, trainer.estimator.term
 
-    def watched_measure(*args, slopes=None):
+    def watched_measure(*args, slopes=None, **more):
         if slopes is not None and slopes.divergence is not None:  # that of texts is not expected
             watch("slopes", slopes.divergence)
-        return measure(*args, slopes=slopes)
+        return measure(*args, slopes=slopes, **more)
 
     def watched_term(measured, *args):
         for name, tensor in measured.tensors().items():
