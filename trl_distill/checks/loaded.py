@@ -11,17 +11,16 @@ import inspect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from ..config import OPDConfig
-from ..data.sampling import Sampling, prompts_ids, rollouts_of, sample_ids
+from ..data.sampling import Sampling, prompts_ids, sample_ids
 from ..heads.fused import DivergenceSpec, fused_divergence
-from ..images import EncodedPrompt
 from ..models.hidden_states import judged_states
 from ..models.properties import special_ids, unwrap_adapter
 from ..rollouts import MicroBatch, Rollouts
@@ -33,10 +32,9 @@ from . import models as model_checks
 from .findings import Finding, Report
 from .models import Distance
 from .preflight import RunFacts, readable_prompts
+from .probes import PROBE_PROMPTS, Probe, first_tokens, own_completions
 
 
-PROBE_PROMPTS = 4  # prompts that the student completes to be compared with a teacher
-PROBE_LENGTH = 32  # tokens of each of these completions
 PROBE_TEXT = 64  # tokens of each completion of a teacher with another tokenizer
 LEAST_TOKENS = 8  # tokens of all processes, below which rollouts show nothing
 
@@ -111,7 +109,8 @@ class ModelChecks:
         """
         report = Report()
         probe = Probe(
-            _first(batch.rollouts), {n: _first(batch.read_by(n)) for n in self.encoders.keys() - self.readers}
+            first_tokens(batch.rollouts),
+            {n: first_tokens(batch.read_by(n)) for n in self.encoders.keys() - self.readers},
         )
         if self.accelerator.reduce(probe.rollouts.mask.sum(), reduction="sum") < LEAST_TOKENS:
             return None
@@ -156,30 +155,6 @@ class ModelChecks:
             written = [one for (one,) in sample_ids(plain, prompts, teacher.shared.teacher_stops[0], how)]
         texts = [(cross_checks.respelled(teacher.pair, ids[: len(ids) - (not cut)]), not cut) for ids, cut in written]
         return cross_checks.spans(teacher.pair, texts, "the teacher's first completions", name)
-
-
-class Probe(NamedTuple):
-    """
-    A few completions.
-
-    Attributes:
-        rollouts ([`~trl_distill.Rollouts`]): as the student reads them.
-        read (`dict` of [`~trl_distill.Rollouts`]): as teachers with another processor read them, by the columns of
-            their prompts.
-    """
-
-    rollouts: Rollouts
-    read: Mapping[str, Rollouts]
-
-    def read_by(self, teacher: Teacher) -> Rollouts:
-        """As this teacher reads them."""
-        return self.read.get(teacher.prompts, self.rollouts)
-
-
-def _first(rollouts: Rollouts) -> Rollouts:
-    """The first tokens of a few rows."""
-    few = rollouts.rows(slice(PROBE_PROMPTS))
-    return replace(few, mask=few.mask & (few.mask.cumsum(1) <= PROBE_LENGTH))
 
 
 def _judged(rollouts: Rollouts) -> list[list[int]]:
@@ -286,46 +261,6 @@ def teacher_differs(run: ModelChecks, teacher: Teacher, names: list[str], probe:
     name, own = ", ".join(names) if several else "", teacher.follows_student
     known = bool(readable_prompts(facts.dataset, 1)) and not unknown
     return model_checks.teacher_differs(distance, reason, args.assume_different_teacher, name, own, rough, known)
-
-
-def own_completions(
-    facts: RunFacts,
-    student: nn.Module,
-    accelerator: Accelerator,
-    suppressed: Sequence[int] = (),
-    encoders: Mapping[str, Any] | None = None,
-) -> Probe:
-    """
-    A few completions of the student, at the run's temperature and `top_p`. Random generators are left as they were.
-
-    Args:
-        facts ([`RunFacts`]): the run. If prompts are unknown, ids of the vocabulary take the place of one.
-        student (`torch.nn.Module`): the model that is trained; its weights are whole.
-        accelerator ([`~accelerate.Accelerator`]): the trainer's.
-        suppressed (`Sequence[int]`): ids that are never sampled.
-        encoders (`dict`, *optional*): of teachers with another processor, by the columns of their prompts.
-
-    Returns:
-        [`Probe`]: at most 4 rows, with up to 32 judged tokens each.
-    """
-    args, pad, device = facts.args, facts.tokenizer.pad_token_id, accelerator.device
-    rows = facts.first_prompts(limit=PROBE_PROMPTS)
-    written, tools = [prompt for prompt, _ in rows], [own for _, own in rows]
-    prompts = facts.encode(written, tools) if rows else []
-    if not all(prompt.ids for prompt in prompts) or not prompts:
-        prompts = [prompt for prompt in prompts if prompt.ids]
-        prompts, encoders = prompts or [EncodedPrompt(list(range(min(PROBE_LENGTH, len(facts.tokenizer)))))], {}
-    limit = min(PROBE_LENGTH, args.max_completion_length or PROBE_LENGTH)
-    how = Sampling(
-        limit, tuple(facts.stops), args.temperature, seed=args.seed, suppressed=tuple(suppressed), top_p=args.top_p
-    )
-    with accelerator.autocast():
-        completions = [ids for ((ids, _),) in sample_ids(student, prompts, pad, how)]
-    read = {
-        name: rollouts_of(encode(written, tools=tools), completions, pad, device)
-        for name, encode in (encoders or {}).items()
-    }
-    return Probe(rollouts_of(prompts, completions, pad, device), read)
 
 
 @torch.no_grad()
