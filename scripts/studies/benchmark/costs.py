@@ -12,6 +12,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from scripts.studies.benchmark import bars
+
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "results" / "costs"
@@ -94,7 +96,14 @@ def start_up() -> str:
     return table(["until it is done", "clock, s", "processor, s", "asked"], rows)
 
 
+def asked() -> str:
+    names = ("shared_prompts", "served_answers", "estimators", "memory", "start_up")
+    rows = bars.rows(RESULTS.parent / "benchmark", {name: read(name) for name in names})
+    return table(["", "asked", "measured", ""], rows)
+
+
 TABLES = {
+    "asked": asked,
     "shared prompts": shared_prompts,
     "served answers": served_answers,
     "estimators": estimators,

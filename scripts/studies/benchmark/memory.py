@@ -2,6 +2,7 @@
 
     python -m scripts.studies.benchmark.memory                    # five minutes
     python -m scripts.studies.benchmark.memory --write_results    # and docs/results/costs/memory.json
+    python -m scripts.studies.benchmark.memory --formulas         # the formula again, beside what was measured
 
 Each run is a process of its own, with random weights: two optimizer steps, all completions at their full length, since
 that is what the formula counts. Its peak is the largest resident size, less that before models were made and after a
@@ -23,6 +24,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,7 +49,11 @@ BAR = 0.15
 
 @dataclass(frozen=True)
 class Cell:
-    """A run: sizes of both models, prompt and completion, and settings besides the ordinary ones."""
+    """
+    A run: sizes of both models, words of a prompt, tokens of a completion, and settings besides the ordinary ones.
+
+    Many words are two tokens: "w17" is split, since "w1" is the stop token. So tokens are counted.
+    """
 
     name: str
     student: tuple[int, int] = (384, 6)  # hidden size, layers
@@ -91,28 +97,49 @@ def model(family: str, size: tuple[int, int], vocabulary: int) -> Any:
     return classes[1](config)
 
 
+def tokenizer_of(cell: Cell) -> PreTrainedTokenizerFast:
+    words = {f"w{i}": i for i in range(cell.vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w1", unk_token="w2")
+
+
+def prompts_of(cell: Cell) -> list[str]:
+    return [" ".join(f"w{3 + (i + j) % 900}" for j in range(cell.prompt)) for i in range(64)]
+
+
+def counted(cell: Cell) -> list[Prompts]:
+    """What the formula is told of the prompts."""
+    lengths = [len(ids) for ids in tokenizer_of(cell)(prompts_of(cell))["input_ids"]]
+    return [Prompts("the training dataset", "prompt", len(lengths), len(lengths), longest=max(lengths))]
+
+
+def arguments_of(cell: Cell, folder: str) -> OPDConfig:
+    """Two steps."""
+    settings: dict[str, Any] = {"gradient_accumulation_steps": 1, "gradient_checkpointing": False, **cell.settings}
+    return OPDConfig(
+        output_dir=folder,
+        max_steps=2,
+        per_device_train_batch_size=cell.rows,
+        max_completion_length=cell.completion,
+        generation_kwargs={"min_new_tokens": cell.completion},
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        **settings,
+    )
+
+
 def trainer_of(cell: Cell, folder: str) -> OPDTrainer:
     """Ready to train for two steps."""
-    settings: dict[str, Any] = {"gradient_accumulation_steps": 1, "gradient_checkpointing": False, **cell.settings}
-    prompts = [" ".join(f"w{3 + (i + j) % 900}" for j in range(cell.prompt)) for i in range(64)]
     return OPDTrainer(
         model=model(cell.family, cell.student, cell.vocabulary),
         teacher_model=model(cell.family, cell.teacher, cell.vocabulary),
-        args=OPDConfig(
-            output_dir=folder,
-            max_steps=2,
-            per_device_train_batch_size=cell.rows,
-            max_completion_length=cell.completion,
-            generation_kwargs={"min_new_tokens": cell.completion},
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            **settings,
-        ),
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=make_tokenizer(cell.vocabulary),
+        args=arguments_of(cell, folder),
+        train_dataset=Dataset.from_dict({"prompt": prompts_of(cell)}),
+        processing_class=tokenizer_of(cell),
         peft_config=LoraConfig(target_modules="all-linear") if cell.lora else None,
     )
 
@@ -130,23 +157,51 @@ def run(cell: Cell) -> dict[str, Any]:
     before = _kib("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(cell, folder)
-        rows: Any = trainer.train_dataset
-        lengths = {len(ids) for ids in trainer.token_ids_of(rows["prompt"])}
-        if lengths != {cell.prompt}:
-            raise ValueError(f"The prompts have {sorted(lengths)} tokens; the formula is given {cell.prompt}.")
-        counted = [Prompts("the training dataset", "prompt", 64, 64, longest=cell.prompt)]
         teachers: list[Any] = [teacher.module for teacher, _ in trainer.pool.members] if trainer.pool else []
-        memory: Memory = estimate(trainer.model, teachers, sizes_of(trainer, counted))
+        memory: Memory = estimate(trainer.model, teachers, sizes_of(trainer, counted(cell)))
         trainer.train()
-    parts = {name: {part: size / 2**20 for part, size in added.items()} for name, added in memory.phases.items()}
+    return {"name": cell.name, "measured": (_kib("VmHWM") - before) / 2**10, **in_mib(memory, cell)}
+
+
+def in_mib(memory: Memory, cell: Cell) -> dict[str, Any]:
+    """What the formula says, and the tokens of the longest prompt."""
     return {
-        "name": cell.name,
-        "measured": (_kib("VmHWM") - before) / 2**10,
+        "prompt": counted(cell)[0].longest,
         "formula": memory.peak / 2**20,
         "phase": memory.largest,
         "common": {part: size / 2**20 for part, size in memory.common.items()},
-        "phases": parts,
+        "phases": {name: {part: size / 2**20 for part, size in added.items()} for name, added in memory.phases.items()},
     }
+
+
+def formula(cell: Cell, folder: str) -> Memory:
+    """What the formula says, without a trainer: of a run with one resident teacher and no adapter."""
+    student, teacher = (model(cell.family, size, cell.vocabulary) for size in (cell.student, cell.teacher))
+    member = SimpleNamespace(per_generation=False, prompts_once=True)
+    run = SimpleNamespace(
+        args=arguments_of(cell, folder),
+        pool=SimpleNamespace(members=[(member, [0])]),
+        use_vllm=False,
+        model=student,
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+    )
+    return estimate(student, [teacher], sizes_of(run, counted(cell)))
+
+
+def formulas() -> None:
+    """The formula again for every run that was measured without an adapter."""
+    known = {one["name"]: one for one in json.loads(RESULTS.read_text())["runs"]}
+    with tempfile.TemporaryDirectory() as folder:
+        again = [
+            known[cell.name] | in_mib(formula(cell, folder), cell)
+            for cell in CELLS
+            if cell.name in known and not cell.lora
+        ]
+    write(again)
+    for one in again:
+        print(
+            f"{one['name']}: {one['formula']:.0f} of {one['measured']:.0f} MiB, {one['formula'] / one['measured']:.2f}"
+        )
 
 
 def write(found: list[dict[str, Any]]) -> None:
@@ -163,7 +218,11 @@ def main() -> None:
     parser.add_argument("--one", type=int, help="run this cell here, and print what was found")
     parser.add_argument("--cells", type=int, nargs="+", default=list(range(len(CELLS))), help="only these")
     parser.add_argument("--write_results", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--formulas", action="store_true", help="measure nothing: the formula beside what is known")
     options = parser.parse_args()
+    if options.formulas:
+        formulas()
+        return
     if options.one is not None:
         torch.set_num_threads(1)
         print(json.dumps(run(CELLS[options.one])))
