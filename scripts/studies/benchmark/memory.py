@@ -32,9 +32,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from scripts.studies.benchmark.cells import make_tokenizer
 from scripts.studies.benchmark.clocks import CLEAR, _kib
 from trl_distill import OPDConfig, OPDTrainer
 from trl_distill.checks.memory import Memory, estimate, sizes_of
