@@ -1,0 +1,1 @@
+"""Distillation with images in miniature: a task, two small models, and a run."""
