@@ -161,7 +161,7 @@ def text_prompts() -> None:
         (
             lambda: None,
             "--model_name_or_path student --teacher_model_name_or_path teacher --cross_tokenizer",
-            r"`cross_tokenizer=True` reads completions as text",
+            r"has another tokenizer, and `cross_tokenizer` is not made for images",
         ),
     ],
 )

@@ -175,6 +175,7 @@ STOPPING = {
 }
 
 
+@pytest.mark.slow
 def test_a_poor_run_is_ended_early_and_is_a_result(sweep, capsys):
     """The second of three is worse from the start: it ends at its third value, long before its 2000 steps are done."""
     sweep(**STOPPING)

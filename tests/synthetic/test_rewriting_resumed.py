@@ -19,7 +19,10 @@ def teacher(prompt, seed, model):
     return f"draft of {model} numbered {seed % 997} to {prompt}"
 
 
-@pytest.mark.parametrize("changes", [{}, {"pairs": True}, {"evolve_keep": "last"}], ids=["all", "pairs", "last"])
+OTHERS = [pytest.param(changes, marks=pytest.mark.slow) for changes in ({"pairs": True}, {"evolve_keep": "last"})]
+
+
+@pytest.mark.parametrize("changes", [{}, *OTHERS], ids=["all", "pairs", "last"])
 def test_wherever_it_is_interrupted_the_dataset_is_the_same(bench, monkeypatch, changes):
     """Dies before and after each renaming, which is every moment at which the disk changes for a restart."""
     bench.prompts([{"prompt": f"river {i}", "answer": "x"} for i in range(5)])

@@ -259,6 +259,7 @@ def as_words(value):
     return [str(one) for one in value] if isinstance(value, list) else [str(value)]
 
 
+@pytest.mark.slow
 def test_the_whole_run_survives_being_killed(bench):
     check_kills(bench, times=2, seed=4)
 

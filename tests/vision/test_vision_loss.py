@@ -87,7 +87,9 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3", "gemma3"])
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("idefics3", "gemma3"))]
+)
 def test_every_way_of_training_takes_images(tmp_path, family, way):
     changes = dict(WAYS[way])
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
