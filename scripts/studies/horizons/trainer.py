@@ -64,6 +64,7 @@ class HorizonTrainer(OPDTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        assert self.setup is not None  # there is a teacher
         self.loss = HorizonLoss(self, self.setup)
 
 
