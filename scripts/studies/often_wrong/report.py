@@ -55,7 +55,8 @@ def table(by_arm: dict[str, Records], teacher: dict[str, Any] | None = None) -> 
     rows = []
     if teacher is not None:
         rows.append(["the teacher, sampled", spread(teacher["accuracy"], ".1%"), "", "0", ""])
-        rows.append(["the teacher, most likely tokens", f"{teacher['greedy']:.1%}", "", "", ""])
+        if "greedy" in teacher:
+            rows.append(["the teacher, most likely tokens", f"{teacher['greedy']:.1%}", "", "", ""])
     for label, records in by_arm.items():
         promised = records[0]["promised"]
         rows.append(
