@@ -120,7 +120,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "models")
     parser.add_argument("--teacher_steps", type=int, default=1500)
-    parser.add_argument("--student_steps", type=int, default=600)
+    parser.add_argument("--student_steps", type=int, default=400)
     parser.add_argument("--held_out", type=int, default=500)
     parser.add_argument(
         "--only", choices=("student", "teacher"), help="make this one; they do not depend on each other"
