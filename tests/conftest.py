@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -39,6 +40,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
             "NOT RUN: the report's tests in a browser; playwright and a Chromium are needed (Debian: apt-get install "
             "chromium)."
         )
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_heard():
+    """Studies silence the library in their process; what runs after them in the same one must not be silent."""
+    yield
+    for name in ("trl_distill", "trl", "transformers.trainer", "accelerate"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True, scope="session")

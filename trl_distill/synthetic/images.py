@@ -112,11 +112,13 @@ class ImageFiles:
         if known is not None:
             return known
         self.folder.mkdir(exist_ok=True)
-        with open(self.folder / f"{key}{SUFFIXES[kind]}", "wb") as file:
+        name, unfinished = f"{key}{SUFFIXES[kind]}", self.folder / f"{key}.unfinished"
+        with open(unfinished, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        return f"{key}{SUFFIXES[kind]}"
+        os.replace(unfinished, self.folder / name)  # a broken file under its name would be taken for the image
+        return name
 
 
 def _without_empty(message: dict[str, Any]) -> dict[str, Any]:
