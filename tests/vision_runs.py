@@ -51,9 +51,7 @@ def config(tmp_path, **changes):
 
 def make(tmp_path, family, dataset=None, teacher=None, student=None, **changes):
     model, processor = vision_pair(family, seed=0)
-    kwargs = {
-        name: changes.pop(name) for name in ("reward_funcs", "peft_config", "teacher_processor") if name in changes
-    }
+    kwargs = {name: changes.pop(name) for name in ("reward_funcs", "peft_config") if name in changes}
     return OPDTrainer(
         model=student or model,
         teacher_model=teacher or vision_model(family, seed=1),

@@ -116,7 +116,7 @@ def prepare(trainer: Any, specs: dict[str, TeacherSpec], report: Report) -> Setu
     report.warn()
     readers = {text.prompts: text.tokenizer for text in found.texts.values()}
     return Setup(
-        pool, estimator, off_policy_estimator, same_vocabulary, checks, readers, encoders_of(facts, found), found.blind
+        pool, estimator, off_policy_estimator, same_vocabulary, checks, readers, dict(checks.encoders), found.blind
     )
 
 
