@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import re
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from processes import run, succeeds
 from safetensors.torch import load_file
 
@@ -59,6 +64,58 @@ def test_wheel_and_sdist_hold_every_file_of_the_package(built):
         assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         assert ours <= {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
+
+
+def brought(requirements: list[str]) -> set[str]:
+    """The names of all distributions that these requirements bring along, in the form that pip compares."""
+    found, open_ = set(), [Requirement(words) for words in requirements]
+    while open_:
+        required = open_.pop()
+        name = canonicalize_name(required.name)
+        if name in found or not wanted(required):
+            continue
+        found.add(name)
+        open_ += map(Requirement, importlib.metadata.requires(name) or ())
+    return found
+
+
+def wanted(required: Requirement) -> bool:
+    return required.marker is None or required.marker.evaluate({"extra": ""})
+
+
+def linked(names: set[str], folder: Path) -> Path:
+    """A folder of packages that has nothing but these distributions of the running environment."""
+    for name in names:
+        distribution = importlib.metadata.distribution(name)
+        for part in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            (folder / part).symlink_to(distribution.locate_file(part))
+    return folder
+
+
+IMPORTS = """
+import importlib, json, pkgutil
+import trl_distill
+
+lacking = {}
+for module in pkgutil.walk_packages(trl_distill.__path__, "trl_distill."):
+    try:
+        importlib.import_module(module.name)
+    except ImportError as error:
+        lacking[module.name] = str(error)
+print(json.dumps(lacking))
+"""
+
+# What modules say where the extra that they are for is missing; nothing imports them before it is needed.
+OPTUNA = "Sweeps need Optuna: pip install 'trl_distill[sweeps]'."
+FOR_AN_EXTRA = {"trl_distill.sweeps.runner": OPTUNA, "trl_distill.sweeps.space": OPTUNA}
+
+
+def test_modules_import_only_what_the_package_requires(tmp_path):
+    """What an extra brings is imported where it is used: an environment without it runs everything else."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    path = os.pathsep.join([str(linked(brought(project["dependencies"]), tmp_path)), str(ROOT)])
+    found = json.loads(succeeds([sys.executable, "-S", "-c", IMPORTS], cwd=tmp_path, env={**ENV, "PYTHONPATH": path}))
+    assert found == FOR_AN_EXTRA
 
 
 @pytest.fixture(scope="module")

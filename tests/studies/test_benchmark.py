@@ -335,6 +335,15 @@ def test_slopes_are_those_of_the_last_two_points(grown, tmp_path):
     assert (tmp_path / "slopes.png").stat().st_size > 0
 
 
+def test_slopes_leave_curves_of_several_contenders_to_the_other_table(grown):
+    from scripts.studies.benchmark import slopes
+
+    beside = {"theirs": next(iter(grown.cells[0].contenders.values()))}
+    two = [replace(found, contenders={**found.contenders, **beside}) for found in grown.cells]
+    assert slopes.curves_of(replace(grown, cells=two)) == {}
+    assert slopes.sheet(replace(grown, cells=two))[2] == []
+
+
 @pytest.mark.parametrize(
     ("axis", "expected"), [("length", 1.83), ("teachers", 0.76), ("group", 1.0), ("vocabulary", 0.8)]
 )

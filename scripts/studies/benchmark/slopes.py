@@ -54,13 +54,15 @@ class Curve:
 
 
 def curves_of(results: Results) -> dict[str, Curve]:
-    """By axis; points whose loss is not the objective's are left out."""
+    """By axis, of cells with one contender; points whose loss is not the objective's are left out."""
     curves = {}
     for axis in LABELS:
         points = []
         for found in results.cells:
-            (contender,) = found.contenders.values() if found.cell.axis == axis else (None,)
-            if contender is not None and contender.update_s and contender.agrees(found.cell.dtype):
+            if found.cell.axis != axis or len(found.contenders) != 1:
+                continue
+            (contender,) = found.contenders.values()
+            if contender.update_s and contender.agrees(found.cell.dtype):
                 points.append((found.cell, contender))
         if len(points) > 1:
             mib = [contender.peak_mib for _, contender in points if contender.peak_mib is not None]
