@@ -80,6 +80,13 @@ def test_rows_that_see_each_other_fail(monkeypatch):
     assert "packed rows are off" in found.reason
 
 
+def test_masked_rows_that_see_each_other_fail(monkeypatch):
+    monkeypatch.setattr("trl_distill.models.packing.is_exact", lambda *args: True)
+    found = probe("falcon")
+    assert found.outcome == FAILS
+    assert "masked, off by" in found.reason
+
+
 def test_a_page_with_a_family_that_fails_is_not_written():
     with pytest.raises(AssertionError, match="mend it, or refuse it"):
         page(Results(COMMITTED.versions, [FamilyResult("llama", FAILS)]))

@@ -23,6 +23,25 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
 def flash(monkeypatch):
     """Every model is taken for one with FlashAttention; transformers makes a mask of the positions instead."""
     monkeypatch.setattr(hidden_states, "packs", lambda model: True)
+    monkeypatch.setattr(packing, "takes_any_length", lambda model: True)
+
+
+def batch(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of these lengths, padded on both sides as prompts and completions are."""
+    longest = max(lengths) + 2
+    places = torch.arange(longest).expand(len(lengths), -1)
+    left = torch.tensor([(longest - length) // 2 for length in lengths])[:, None]
+    attended = ((places >= left) & (places < left + torch.tensor(lengths)[:, None])).long()
+    return torch.randint(2, VOCAB, attended.shape, generator=torch.Generator().manual_seed(0)), attended
+
+
+def rows_read(model, monkeypatch) -> list[int]:
+    """How many rows each later call of the backbone gets."""
+    seen, forward = [], model.base_model.forward
+    monkeypatch.setattr(
+        model.base_model, "forward", lambda **given: (seen.append(len(given["input_ids"])), forward(**given))[1]
+    )
+    return seen
 
 
 @pytest.mark.parametrize("family", ["tied", "untied", "softcap", "scale"])
@@ -66,8 +85,7 @@ def test_arguments_that_are_none_do_not_matter(flash, monkeypatch):
     """As PEFT passes them on for a causal LM."""
     model, (ids, attended) = make_model("tied", seed=1).eval(), rows()
     expected = last_hidden(model, input_ids=ids, attention_mask=attended)
-    seen, backbone = [], model.base_model.forward
-    monkeypatch.setattr(model.base_model, "forward", lambda **k: (seen.append(len(k["input_ids"])), backbone(**k))[1])
+    seen = rows_read(model, monkeypatch)
     found = last_hidden(model, input_ids=ids, attention_mask=attended, inputs_embeds=None, labels=None)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert seen == [1]
@@ -80,7 +98,7 @@ def test_arguments_that_are_none_do_not_matter(flash, monkeypatch):
         ("flash_attention_3", True),
         ("kernels-community/flash-attn2", True),
         ("kernels-community/vllm-flash-attn3", True),
-        ("sdpa", False),
+        ("sdpa", True),
         ("eager", False),
         ("paged|flash_attention_2", False),
     ],
@@ -99,6 +117,64 @@ def test_what_the_configuration_already_says():
     for model in (hybrid("lfm2"), hybrid("qwen3_next"), gpt2):
         model.config._attn_implementation_internal = "flash_attention_2"
         assert not packing.packs(model)
+
+
+def test_masked_rows_are_packed_where_padding_is_much(monkeypatch):
+    """States and gradients are those of padded rows; the first batch is tried on its beginnings both ways."""
+    model, (ids, attended) = make_model("tied", seed=1).double(), batch(20, 3, 2, 5)
+    assert model.config._attn_implementation == "sdpa"
+    kept, found = attended.bool(), {}
+    for way in ("padded", "packed"):
+        monkeypatch.setattr(hidden_states, "pays", packing.pays if way == "packed" else lambda *_: False)
+        seen = rows_read(model, monkeypatch)
+        states = last_hidden(model, input_ids=ids, attention_mask=attended)
+        gradient = torch.autograd.grad(states[kept].cos().sum(), [*model.base_model.parameters()])
+        found[way] = (states[kept], *gradient)
+        assert seen == {"padded": [1, 4, 4], "packed": [1]}[way]
+    for padded, packed in zip(*found.values(), strict=True):
+        torch.testing.assert_close(packed, padded, rtol=1e-4, atol=5e-6)  # norms and rotations round to fp32
+
+
+@pytest.mark.parametrize(
+    ("lengths", "hidden_size", "expected"),
+    [
+        ((20, 20, 20, 20), 64, False),  # nothing to save
+        ((20, 3, 2, 5), 64, True),
+        ((20, 19, 18, 19), 64, False),
+        ((1000, 900, 800, 850), 64, False),  # all tokens by all tokens cost more than padding
+        ((1000, 300, 200, 100), 4096, True),
+        ((9000, 8000, 4000, 4000), 4096, False),  # a mask of 25,000 by 25,000
+        ((9000, 300, 200, 100), 4096, True),
+    ],
+)
+def test_a_masked_batch_is_packed_where_it_pays(lengths, hidden_size, expected):
+    model, (_, attended) = make_model("tied"), batch(*lengths)
+    model.config.hidden_size = hidden_size
+    assert packing.pays(model, attended) is expected
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert packing.pays(model, attended) is True
+
+
+def test_the_trial_of_masked_rows_is_short(monkeypatch):
+    model, (ids, attended) = make_model("tied"), batch(200, 190, 100, 30, 20, 10)
+    shapes, forward = [], model.base_model.forward
+    monkeypatch.setattr(
+        model.base_model, "forward", lambda **given: (shapes.append(given["input_ids"].shape), forward(**given))[1]
+    )
+    assert packing.is_exact(model, ids, attended)
+    assert [tuple(shape) for shape in shapes] == [(1, 64 * 3 + 30), (4, 64)]
+
+
+def test_masked_rows_that_would_see_each_other_are_padded_without_a_warning(monkeypatch, caplog):
+    """Nobody who left the attention as it is has asked for packed rows."""
+    monkeypatch.setattr(packing, "KNOWN_LAYERS", packing.KNOWN_LAYERS | {"conv"})
+    monkeypatch.setattr(hidden_states, "packs", lambda model: True)
+    model, (ids, attended) = hybrid("lfm2"), batch(20, 3, 2, 5)
+    expected = model.base_model(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
+    found = last_hidden(model, input_ids=ids, attention_mask=attended)
+    torch.testing.assert_close(found[attended.bool()], expected[attended.bool()], rtol=1e-5, atol=1e-6)
+    assert getattr(model, packing._VERDICT) is False
+    assert "Batches are padded instead" not in caplog.text
 
 
 @pytest.mark.parametrize("length", [64, 2048])

@@ -8,7 +8,7 @@ from helpers import EOS, PAD, SIZES, VOCAB, make_model
 from hybrid_models import hybrid
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, set_seed
 
-from trl_distill.models import shared_prompts
+from trl_distill.models import hidden_states, shared_prompts
 from trl_distill.models.hidden_states import add_teacher_forward
 from trl_distill.models.properties import backbone_of
 from trl_distill.models.shared_prompts import Prompts
@@ -187,6 +187,7 @@ def test_longer_rows_are_compared_again(monkeypatch):
 
 @pytest.mark.parametrize("why", ["gradient", "training", "nothing shared", "little shared"])
 def test_whole_rows_are_read_where_it_is_needed_or_saves_little(why, monkeypatch):
+    monkeypatch.setattr(hidden_states, "packs", lambda model: False)
     model, given = make_model("tied", seed=1).eval(), rollouts()
     add_teacher_forward(model)
     if why == "nothing shared":

@@ -17,7 +17,7 @@ from ..places import places, take
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
 from . import shared_prompts
-from .packing import is_exact, packed_hidden, packs
+from .packing import is_exact, packed_hidden, packs, pays
 from .properties import backbone_of, unwrap_adapter
 from .shared_prompts import Prompts
 
@@ -108,7 +108,8 @@ def last_hidden(model: PreTrainedModel, *args: Any, **kwargs: Any) -> torch.Tens
     given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes `None`s
     ids: Any = given.get("input_ids")
     attended: Any = given.get("attention_mask")
-    if not args and set(given) == {"input_ids", "attention_mask"} and packs(model) and is_exact(model, ids, attended):
+    plain = not args and set(given) == {"input_ids", "attention_mask"}
+    if plain and packs(model) and is_exact(model, ids, attended) and pays(model, attended):
         return packed_hidden(backbone_of(model), ids, attended)
     return backbone_of(model)(*args, use_cache=False, **kwargs).last_hidden_state
 

@@ -28,6 +28,7 @@ from trl_distill.training.micro_batches import trimmed
 
 
 CLOSE = 1e-4  # relative error in fp32 up to which two results are the same
+DIFFERS = "no: rows would see each other (found on the first batch)"
 HOLDS, REFUSED, NOT_RUN, FAILS = "holds", "refused", "not run", "fails"
 
 
@@ -43,7 +44,7 @@ class FamilyResult:
         model (`str`): class of the model.
         value_error, gradient_error (`float`): of loss and gradient, relative to those of full logits.
         padding (`str`): what padding on the left does.
-        packing (`str`): whether rows are packed with FlashAttention, or why not.
+        packing, masked (`str`): whether rows are packed with FlashAttention and with PyTorch's, or why not.
         router (`str`): whether the load-balancing loss can be computed; empty if there is none.
         seconds (`float`): that it took.
     """
@@ -56,6 +57,7 @@ class FamilyResult:
     gradient_error: float = 0.0
     padding: str = ""
     packing: str = ""
+    masked: str = ""
     router: str = ""
     seconds: float = 0.0
 
@@ -89,7 +91,8 @@ def _probe(family: str, result: FamilyResult) -> None:
         compare(trainer, make, inputs, result)
     left_padding(make(1), trainer.trims_prompts, result)
     result.packing = packed_rows(family, make, inputs)
-    for found in (result.packing, result.router):
+    result.masked = masked_rows(make, inputs)
+    for found in (result.packing, result.masked, result.router):
         if found.startswith("WRONG"):
             result.outcome, result.reason = FAILS, found
 
@@ -258,11 +261,27 @@ def packed_rows(family: str, make: Any, inputs: dict[str, torch.Tensor]) -> str:
         if relative(found, expected) > CLOSE:
             return f"WRONG: hidden states of packed rows are off by {relative(found, expected):.1g}"
         if not packing.is_exact(model, ids, attended):
-            return "no: rows would see each other (found on the first batch)"
+            return DIFFERS
         backbone = backbone_of(model)
         by_length = packing.packed_hidden(backbone, ids, attended, packing.row_lengths(backbone, kept))[kept]
     wrong = relative(by_length, expected) > CLOSE
     return f"WRONG: by lengths, off by {relative(by_length, expected):.1g}" if wrong else "yes"
+
+
+@torch.no_grad()
+def masked_rows(make: Any, inputs: dict[str, torch.Tensor]) -> str:
+    """Whether rows are packed with PyTorch's attention, where that is worth it; where they are, they are right."""
+    model = make(1)
+    if packing.obstacle(model):
+        return f"no: {packing.obstacle(model)}"
+    ids, attended = whole(inputs)
+    kept = attended.bool()
+    expected = backbone_of(model)(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state[kept]
+    if not packing.is_exact(model, ids, attended):
+        return DIFFERS
+    found = packing.packed_hidden(backbone_of(model), ids, attended)[kept]
+    error = relative(found, expected)
+    return f"WRONG: masked, off by {error:.1g}" if error > CLOSE else "yes"
 
 
 def gradient(model: torch.nn.Module) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from scripts.studies.models.families import FAILS, HOLDS, NOT_RUN, REFUSED, FamilyResult
+from scripts.studies.models.families import DIFFERS, FAILS, HOLDS, NOT_RUN, REFUSED, FamilyResult
 
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -83,12 +83,15 @@ Vision-language families among them (`gemma3`, `qwen3_5`, ...) read text alone h
   stand-in on PyTorch takes the place of the kernels, behind transformers' own code for them, and hidden states are
   those of padded rows, whether the model finds rows by position ids or by their lengths. Where it says *no*, batches
   are padded: slower, and as right.
+- **Packed, masked**: with PyTorch's own attention (`"sdpa"`, transformers' default), whether rows may go through the
+  model without padding. All tokens are multiplied by all tokens then and most of that is masked, so it is done for
+  batches that are mostly padding, where it saves more than it costs.
 - **Router**: whether the load-balancing loss of a mixture of experts is added as the model computes it. TRL adds it
   where the configuration has a `router_aux_loss_coef`; where TRL cannot compute it, the run is refused until
   `router_aux_loss_coef=0` is set.
 
-| family | model | padding | packed | router |
-|---|---|---|---|---|
+| family | model | padding | packed | packed, masked | router |
+|---|---|---|---|---|---|
 {rows}
 
 ## Refused
@@ -130,7 +133,8 @@ PACKED = {
     "no: results depend on padding, or positions are not rotary": "no: positions",
     "no: layers with a state": "no: state",
     "no: it reads images, whose tokens may have positions of several dimensions": "no: images",
-    "no: rows would see each other (found on the first batch)": "no: first batch differs",
+    DIFFERS: "no: first batch differs",
+    "no: its attention is neither FlashAttention nor PyTorch's": "no: no SDPA",
 }
 
 
@@ -140,6 +144,6 @@ def row(result: FamilyResult) -> str:
         reason = re.sub(r": (its )?log-probabilities .*", "", result.reason.split(". ")[0])
         reason = reason.replace(f" ({result.family})", "").replace("The student's", "its").replace("The student", "it")
         return f"| {result.family} | {reason} |"
-    packed = PACKED.get(result.packing, result.packing)
-    cells = (result.family, result.model, PADDING[result.padding], packed, result.router.split(":")[0] or "–")
+    packed, masked = (PACKED.get(found, found) for found in (result.packing, result.masked))
+    cells = (result.family, result.model, PADDING[result.padding], packed, masked, result.router.split(":")[0] or "–")
     return f"| {' | '.join(cells)} |"
