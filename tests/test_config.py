@@ -23,9 +23,10 @@ def test_defaults_are_those_of_the_documentation():
 def test_what_depends_on_rewards_is_resolved_in_a_copy(tmp_path):
     asked = config(tmp_path, per_device_train_batch_size=8)
     with_rewards, without = asked.resolved(has_rewards=True), asked.resolved(has_rewards=False)
-    assert (with_rewards.num_generations, without.num_generations) == (8, 1)
+    assert (with_rewards.num_generations, without.num_generations) == (1, 1)
+    assert (with_rewards.reward_baseline, without.reward_baseline) == ("batch", None)
     assert with_rewards.scale_rewards == without.scale_rewards == "none"
-    assert asked.num_generations is None
+    assert asked.num_generations is asked.reward_baseline is None
     assert asked.scale_rewards is None
 
 
@@ -36,7 +37,24 @@ def test_other_baselines_than_the_groups_need_no_group(tmp_path, baseline):
     alone = config(tmp_path, num_generations=1, reward_baseline=baseline, beta=0.0).resolved(has_rewards=True)
     assert alone.scale_rewards == "none"  # GRPO's own divides by the group's standard deviation
     default = config(tmp_path, reward_baseline=baseline, per_device_train_batch_size=8).resolved(has_rewards=True)
-    assert default.num_generations == 8
+    assert default.num_generations == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"beta": 0.0},
+        {"num_generations": 4},
+        {"scale_rewards": "group"},
+        {"multi_objective_aggregation": "normalize_then_sum"},
+        {"reward_baseline": "group"},
+    ],
+)
+def test_rewards_are_compared_in_groups_where_a_setting_speaks_of_them(tmp_path, changes):
+    """GRPO's own 8 completions where the reward stands alone, or where nothing else is said."""
+    found = config(tmp_path, per_device_train_batch_size=8, **changes).resolved(has_rewards=True)
+    assert found.reward_baseline == "group"
+    assert found.num_generations == changes.get("num_generations", 8)
 
 
 def test_scale_rewards_is_grpos_without_a_teacher(tmp_path):
@@ -67,10 +85,21 @@ def test_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_generations": 1}, "compared among the completions of one prompt. Set `reward_baseline='batch'`"),
-        ({"per_device_train_batch_size": 6}, r"holds 6 completions, which `num_generations` \(8\)"),
         (
-            {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4, "eval_strategy": "steps"},
+            {"num_generations": 1, "reward_baseline": "group"},
+            "compared among the completions of one prompt. Set `reward_baseline='batch'`",
+        ),
+        (
+            {"per_device_train_batch_size": 6, "reward_baseline": "group"},
+            r"holds 6 completions, which `num_generations` \(8\)",
+        ),
+        (
+            {
+                "per_device_train_batch_size": 8,
+                "per_device_eval_batch_size": 4,
+                "eval_strategy": "steps",
+                "num_generations": 8,
+            },
             r"evaluation batch holds 4 completions",
         ),
     ],

@@ -32,10 +32,10 @@ from .redaction import from_environment, redacted
 from .resolved_checks import check_group, check_resolved, shaping
 
 
-GENERATIONS_WITH_REWARDS = 8  # GRPO's own default
+GENERATIONS_IN_GROUPS = 8  # GRPO's own default, for rewards that are compared among the completions of a prompt
 
 
-GENERATIONS_WITHOUT = 1  # no rewards to compare: more prompts help more than more completions of each
+GENERATIONS = 1  # more prompts teach more than more completions of each: docs/results.md
 
 
 class _NamesOrPaths(list[str]):
@@ -152,11 +152,13 @@ class OPDConfig(GRPOConfig):
 
     > Parameters that control the reward
 
-        reward_baseline (`str`, *optional*, defaults to `"group"`):
+        reward_baseline (`str`, *optional*):
             What a completion's reward is compared with; its own reward stays out. `"group"`: the mean of the other
             completions of its prompt. `"batch"`: the mean of all other completions of the generation batch, over all
             processes. `"prompt"`: the mean of all rewards that its prompt has had so far; for a prompt that is new, as
-            `"batch"`. The last two also work with `num_generations=1`.
+            `"batch"`. The last two also work with `num_generations=1`. `None` is resolved by the trainer: `"group"` if
+            `beta` is 0, as in GRPO, or where settings speak of groups (`num_generations` above 1, `scale_rewards`,
+            `multi_objective_aggregation`); else `"batch"`.
 
     > Parameters that end a run early
 
@@ -170,7 +172,7 @@ class OPDConfig(GRPOConfig):
     > Parameters with another default than GRPO's
 
         num_generations (`int`, *optional*):
-            Completions per prompt. `None` is resolved by the trainer: 8 with rewards, 1 without.
+            Completions per prompt. `None` is resolved by the trainer: 8 if rewards are compared in groups, else 1.
         scale_rewards (`str` or `bool`, *optional*):
             `None` is resolved by the trainer: `"none"` if `beta > 0` or with another `reward_baseline` than `"group"`,
             since dividing by the standard deviation changes the optimum; else GRPO's default.
@@ -218,7 +220,7 @@ class OPDConfig(GRPOConfig):
     off_policy_divergence: str = field(default="forward_kl", metadata={"choices": _NamesOrPaths(DIVERGENCES)})
     token_weighting: str | None = field(default=None, metadata={"choices": _NamesOrPaths(WEIGHTINGS)})
     token_weighting_kwargs: dict[str, Any] | str | None = None
-    reward_baseline: str = field(default="group", metadata={"choices": list(REWARD_BASELINES)})
+    reward_baseline: str | None = field(default=None, metadata={"choices": list(REWARD_BASELINES)})
     stop_above_truncation: float | None = None
     stop_above_repetition: float | None = None
     num_generations: int | None = None
@@ -293,6 +295,12 @@ class OPDConfig(GRPOConfig):
         return default if self.divergence_alpha is None else self.divergence_alpha
 
     @property
+    def asks_for_groups(self) -> bool:
+        """Whether a setting means nothing but for rewards that are compared among the completions of a prompt."""
+        scaled = self.scale_rewards not in (None, "none") or self.multi_objective_aggregation != "sum_then_normalize"
+        return scaled or (self.num_generations or 1) > 1
+
+    @property
     def prompts_per_generation(self) -> int:
         """Prompts in one generation batch, over all processes. Known once `num_generations` is resolved."""
         assert self.generation_batch_size is not None
@@ -323,8 +331,8 @@ class OPDConfig(GRPOConfig):
 
     def resolved(self, has_rewards: bool) -> OPDConfig:
         """
-        A copy in which `num_generations` and `scale_rewards` are resolved, which depend on whether there are rewards,
-        and environment variables are read.
+        A copy in which `reward_baseline`, `num_generations` and `scale_rewards` are resolved, which depend on whether
+        there are rewards, and environment variables are read.
 
         Raises:
             ValueError: rewards have nothing to be compared with, or the group size does not divide the generation
@@ -334,10 +342,12 @@ class OPDConfig(GRPOConfig):
         for name in ("model_init_kwargs", "teacher_model_init_kwargs", "teacher_server_urls", "vllm_server_base_url"):
             setattr(config, name, from_environment(getattr(self, name), name))
         config.accelerator_config = copy.copy(self.accelerator_config)  # TRL writes into it
+        if has_rewards and config.reward_baseline is None:
+            config.reward_baseline = "group" if config.beta == 0 or config.asks_for_groups else "batch"
+        groups = config.reward_baseline == "group"
         if config.scale_rewards is None:
-            plain = config.beta == 0 and config.reward_baseline == "group"
-            config.scale_rewards = GRPOConfig.scale_rewards if plain else "none"
+            config.scale_rewards = GRPOConfig.scale_rewards if groups and config.beta == 0 else "none"
         if config.num_generations is None:
-            config.num_generations = GENERATIONS_WITH_REWARDS if has_rewards else GENERATIONS_WITHOUT
+            config.num_generations = GENERATIONS_IN_GROUPS if has_rewards and groups else GENERATIONS
         check_resolved(config, has_rewards)
         return config

@@ -56,9 +56,11 @@ def _check_choices(config: Any) -> None:
         ("reward_baseline", REWARD_BASELINES),
     )
     for name, allowed in choices:
-        if getattr(config, name) not in allowed and not isinstance(getattr(config, name), CustomDivergence):
+        value = getattr(config, name)
+        resolved_later = name == "reward_baseline" and value is None
+        if value not in allowed and not resolved_later and not isinstance(value, CustomDivergence):
             own = ", or a function of your own by its import path `module.function`" if allowed is DIVERGENCES else ""
-            raise ValueError(f"`{name}` is {getattr(config, name)!r}; this version has {', '.join(allowed)}{own}.")
+            raise ValueError(f"`{name}` is {value!r}; this version has {', '.join(allowed)}{own}.")
 
 
 def _check_ranges(config: Any) -> None:

@@ -168,7 +168,7 @@ def _check_ignored(config: Any) -> None:
     if config.reward_weights is not None:
         raise ValueError("`reward_weights` are given, but no `reward_funcs`. Give both or neither.")
     ignored = {
-        "reward_baseline": "group",
+        "reward_baseline": None,
         "delta": None,
         "off_policy_mask_threshold": None,
         "top_entropy_quantile": 1.0,

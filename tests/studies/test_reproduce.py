@@ -197,3 +197,9 @@ def test_refused(module, capsys, words, message):
     with pytest.raises(SystemExit):
         module.parse(words)
     assert message in capsys.readouterr().err
+
+
+def test_a_claim_with_other_models_has_a_runner_of_its_own(module, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["reproduce.py", "often-wrong", "--list"])
+    assert module.script() == 0
+    assert capsys.readouterr().out.splitlines()[0] == "70-teacher-0"

@@ -7,8 +7,9 @@
     python -m scripts.studies.often_wrong.run --report        # table and pictures in docs/, from finished runs
 
 Every finished run leaves a file in docs/results/often_wrong/ and is not made again; if interrupted, rerun the command
-to resume. The task is the demo's; arms and settings are in `arms.py`, teachers in `teachers.py`. It is no claim of
-`scripts/reproduce.py`, since its teachers and its starting points are others.
+to resume. The task is the demo's; arms and settings are in `arms.py`, teachers in `teachers.py`. It is also
+`python scripts/reproduce.py often-wrong`, with the same arguments: teachers and starting points are others than those
+of the other claims.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
     python scripts/reproduce.py gap mismatch      # these
     python scripts/reproduce.py --write_docs      # put what has been run into docs/results.md
     python scripts/reproduce.py --preset gpu      # larger models on GSM8K, from the hub
+    python scripts/reproduce.py often-wrong --help    # the student above its teacher: models and options of its own
 
 Every finished run leaves a file of its own; if interrupted, rerun the command to resume. Each run takes one core, so
 `--jobs` should not exceed their number; on a GPU runs go one at a time. Claims and their arms are in `claims.py`,
@@ -16,6 +17,7 @@ import argparse
 import multiprocessing
 import os
 import platform
+import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from importlib.metadata import version
@@ -36,6 +38,9 @@ ROOT = Path(__file__).parents[3]
 
 
 SEEDS = (0, 1, 2)
+
+
+OFTEN_WRONG = "often-wrong"  # a claim whose teachers and starting points are others, so it has a runner of its own
 
 
 console = foreign_text.console()
@@ -135,7 +140,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(words)
     unknown = sorted(set(options.claims) - set(CLAIMS))
     if unknown:
-        parser.error(f"there are no claims {', '.join(unknown)}; choose from {', '.join(map(repr, CLAIMS))}")
+        known = ", ".join(map(repr, (*CLAIMS, OFTEN_WRONG)))
+        parser.error(f"there are no claims {', '.join(unknown)}; choose from {known}, the last one alone")
     preset = PRESETS[options.preset]
     can_try = preset.claims or tuple(CLAIMS)
     beyond = sorted(set(options.claims) - set(can_try))
@@ -180,4 +186,8 @@ def main(options: argparse.Namespace) -> int:
 
 def script() -> int:
     """The command, with the arguments of the process."""
+    if sys.argv[1:2] == [OFTEN_WRONG]:
+        from scripts.studies.often_wrong.run import main as often_wrong
+
+        return often_wrong(sys.argv[2:])
     return main(parse())
