@@ -10,6 +10,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,11 @@ def brought(requirements: list[str]) -> set[str]:
         name = canonicalize_name(required.name)
         if name in found or not wanted(required):
             continue
+        try:
+            open_ += map(Requirement, importlib.metadata.requires(name) or ())
+        except importlib.metadata.PackageNotFoundError:  # of another platform than its marker says
+            continue
         found.add(name)
-        open_ += map(Requirement, importlib.metadata.requires(name) or ())
     return found
 
 
@@ -84,11 +88,20 @@ def wanted(required: Requirement) -> bool:
 
 
 def linked(names: set[str], folder: Path) -> Path:
-    """A folder of packages that has nothing but these distributions of the running environment."""
-    for name in names:
-        distribution = importlib.metadata.distribution(name)
-        for part in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
-            (folder / part).symlink_to(distribution.locate_file(part))
+    """
+    A folder of packages that has nothing but these distributions of the running environment.
+
+    Distributions that share a folder, as those of `nvidia` do, are linked one level below it.
+    """
+    found = [importlib.metadata.distribution(name) for name in names]
+    files = [{file.parts for file in one.files or () if file.parts[0] not in ("..", "__pycache__")} for one in found]
+    owners = Counter(top for parts in files for top in {part[0] for part in parts})
+    for distribution, parts in zip(found, files, strict=True):
+        for part in {part[: min(owners[part[0]], 2)] for part in parts}:
+            link = folder.joinpath(*part)
+            link.parent.mkdir(exist_ok=True)
+            if not link.exists():
+                link.symlink_to(distribution.locate_file(Path(*part)))
     return folder
 
 

@@ -89,8 +89,8 @@ def _check_baseline(config: Any) -> None:
             raise ValueError(
                 "`num_generations` is 1, but with reward_baseline='group' rewards are compared among the completions "
                 "of one prompt. Set `reward_baseline='batch'` to compare them over the whole generation batch, or "
-                "'prompt' to compare them with earlier ones of the same prompt, or set `num_generations` to 2 or more, "
-                "or leave it out (8)."
+                "'prompt' to compare them with earlier ones of the same prompt, and leave out `scale_rewards` and "
+                "`multi_objective_aggregation`; or set `num_generations` to 2 or more."
             )
         return
     if config.scale_rewards != "none":
@@ -107,9 +107,9 @@ def _check_baseline(config: Any) -> None:
         )
     if config.generation_batch_size < 2:
         raise ValueError(
-            f"`reward_baseline` is {baseline!r}, but a generation batch holds a single completion, which has nothing "
-            "to be compared with. Raise `per_device_train_batch_size`, `gradient_accumulation_steps` or "
-            "`generation_batch_size`."
+            f"Rewards are compared over the generation batch (`reward_baseline` is {baseline!r}), but it holds one "
+            "completion, which has nothing to be compared with. Raise `per_device_train_batch_size`, "
+            "`gradient_accumulation_steps` or `generation_batch_size`."
         )
 
 

@@ -83,7 +83,9 @@ class Rollouts:
             return self
         images = self.images and self.images.of_columns(first, last)
         ids, attention_mask = self.input_ids[:, first:last], self.attention_mask[:, first:last]
-        return Rollouts(ids, attention_mask, self.mask[:, : last - before], images)
+        mask = self.mask[:, : last - before]
+        count([attention_mask, mask])
+        return Rollouts(ids, attention_mask, mask, images)
 
     @property
     def arguments(self) -> dict[str, torch.Tensor]:

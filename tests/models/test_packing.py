@@ -52,7 +52,7 @@ def test_packed_rows_give_the_states_of_rows_alone(flash, family):
         alone = model.base_model(input_ids=row[mask][None]).last_hidden_state[0]
         torch.testing.assert_close(states[mask], alone, rtol=1e-4, atol=1e-5)
         assert states[~mask].abs().sum() == 0
-    assert getattr(model, packing._VERDICT) is True
+    assert packing.verdict(model) is True
 
 
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
@@ -72,13 +72,13 @@ def test_dropout_does_not_decide(flash):
     model, (ids, attended) = make_model("tied", seed=1, attention_dropout=0.5).train(), rows()
     last_hidden(model, input_ids=ids, attention_mask=attended)
     assert model.training
-    assert getattr(model, packing._VERDICT) is True
+    assert packing.verdict(model) is True
 
 
 def test_one_row_decides_nothing(flash):
     model, (ids, attended) = hybrid("lfm2"), rows()
     last_hidden(model, input_ids=ids[:1], attention_mask=attended[:1])
-    assert not hasattr(model, packing._VERDICT)
+    assert packing.verdict(model) is None
 
 
 def test_arguments_that_are_none_do_not_matter(flash, monkeypatch):
@@ -130,7 +130,7 @@ def test_masked_rows_are_packed_where_padding_is_much(monkeypatch):
         states = last_hidden(model, input_ids=ids, attention_mask=attended)
         gradient = torch.autograd.grad(states[kept].cos().sum(), [*model.base_model.parameters()])
         found[way] = (states[kept], *gradient)
-        assert seen == {"padded": [1, 4, 4], "packed": [1]}[way]
+        assert seen == {"padded": [4, 1, 4], "packed": [1]}[way]
     for padded, packed in zip(*found.values(), strict=True):
         torch.testing.assert_close(packed, padded, rtol=1e-4, atol=5e-6)  # norms and rotations round to fp32
 
@@ -162,7 +162,66 @@ def test_the_trial_of_masked_rows_is_short(monkeypatch):
         model.base_model, "forward", lambda **given: (shapes.append(given["input_ids"].shape), forward(**given))[1]
     )
     assert packing.is_exact(model, ids, attended)
-    assert [tuple(shape) for shape in shapes] == [(1, 64 * 3 + 30), (4, 64)]
+    assert [tuple(shape) for shape in shapes] == [(4, 64), (1, 64 * 3 + 30)]
+
+
+def test_the_trial_leaves_nothing_behind(monkeypatch):
+    """Frozen parts stay so, and autocast's cache has no weights: older PyTorch gives these to the next pass."""
+    cached, autocast = [], torch.autocast
+    monkeypatch.setattr(
+        torch, "autocast", lambda *a, **k: (cached.append(k.get("cache_enabled")), autocast(*a, **k))[1]
+    )
+    model, (ids, attended) = make_model("tied", seed=1).train(), batch(20, 3, 2, 5)
+    model.base_model.layers[0].eval()
+    with autocast("cpu", dtype=torch.bfloat16):
+        states = last_hidden(model, input_ids=ids, attention_mask=attended)
+    states[attended.bool()].float().cos().sum().backward()
+    assert cached == [False]
+    assert packing.verdict(model) is True
+    assert [layer.training for layer in model.base_model.layers] == [
+        False,
+        *[True] * (len(model.base_model.layers) - 1),
+    ]
+    assert all(weight.grad is not None and weight.grad.any() for weight in model.base_model.parameters())
+
+
+def test_a_model_that_fails_on_one_sequence_is_padded(monkeypatch, caplog):
+    model, (ids, attended) = make_model("tied", seed=1).eval(), batch(20, 3, 2, 5)
+    expected, forward = last_hidden(model, input_ids=ids[:1], attention_mask=attended[:1]), model.base_model.forward
+
+    def counts_rows(**given):
+        if len(given["input_ids"]) == 1:
+            raise IndexError("4 offsets for 1 row")
+        return forward(**given)
+
+    monkeypatch.setattr(model.base_model, "forward", counts_rows)
+    with caplog.at_level("INFO"):
+        found = last_hidden(model, input_ids=ids, attention_mask=attended)
+    kept = attended[0].bool()
+    torch.testing.assert_close(found[0][kept], expected[0][kept], rtol=1e-4, atol=1e-5)
+    assert "it fails on one sequence (IndexError: 4 offsets for 1 row). Batches are padded" in caplog.text
+
+
+def test_what_counts_rows_is_not_packed(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    assert packing.packs(make_model("tied"))
+    activated = LoraConfig(alora_invocation_tokens=[5], target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(make_model("tied"), activated).get_base_model()
+    assert "activated LoRA" in packing.obstacle(model)
+    model = make_model("tied")
+    model.get_input_embeddings().neftune_noise_alpha = 5
+    assert "NEFTune" in packing.obstacle(model)
+    model = make_model("tied")
+    model.config.rope_parameters = {"rope_type": "longrope"}
+    assert "length of the whole sequence" in packing.obstacle(model)
+
+
+def test_a_verdict_is_that_of_an_attention():
+    model, (ids, attended) = make_model("tied"), batch(20, 3)
+    assert packing.is_exact(model, ids, attended)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert packing.verdict(model) is None
 
 
 def test_masked_rows_that_would_see_each_other_are_padded_without_a_warning(monkeypatch, caplog):
@@ -173,7 +232,7 @@ def test_masked_rows_that_would_see_each_other_are_padded_without_a_warning(monk
     expected = model.base_model(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
     found = last_hidden(model, input_ids=ids, attention_mask=attended)
     torch.testing.assert_close(found[attended.bool()], expected[attended.bool()], rtol=1e-5, atol=1e-6)
-    assert getattr(model, packing._VERDICT) is False
+    assert packing.verdict(model) is False
     assert "Batches are padded instead" not in caplog.text
 
 

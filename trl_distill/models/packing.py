@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..places import places, take
-from .properties import backbone_of, has_relative_positions, reads_images
+from .properties import backbone_of, has_relative_positions, positions_depend_on_length, reads_images
 
 
 logger = logging.getLogger(__name__)
@@ -33,13 +35,13 @@ TRIED_ROWS, TRIED_TOKENS = 4, 64  # of the first batch, where attention is maske
 MASK_SIZE = 2**22  # tokens by tokens, up to which a mask may be larger than that of the padded rows
 WORTH = 0.9  # of the padded batch's work, above which it stays padded
 ROUNDED = 5e-2  # the same in 16 bits; if rows see each other, the difference is far larger
-_VERDICT = "_trl_distill_packs"  # attribute of a model: whether packing is exact for it
+_VERDICT = "_trl_distill_packs"  # attribute of a model: its attention, and whether packing is exact with it
 
 
 def packs(model: PreTrainedModel) -> bool:
     """
-    Whether a model supports packed rows, by its configuration: any kind of FlashAttention or PyTorch's own, rotary
-    positions, and no layers with a state.
+    Whether a model supports packed rows, as far as that is known beforehand: any kind of FlashAttention or PyTorch's
+    own, rotary positions that do not depend on the length of the sequence, and no layers with a state.
     """
     return not obstacle(model)
 
@@ -51,7 +53,7 @@ def takes_any_length(model: PreTrainedModel) -> bool:
 
 
 def obstacle(model: PreTrainedModel) -> str:
-    """Why a model does not support packed rows, by its configuration; empty if it does."""
+    """Why a model does not support packed rows, as far as that is known beforehand; empty if it does."""
     if not takes_any_length(model) and model.config._attn_implementation != "sdpa":
         return "its attention is neither FlashAttention nor PyTorch's"
     if reads_images(model.config):
@@ -61,7 +63,24 @@ def obstacle(model: PreTrainedModel) -> str:
     stateful = bool(getattr(model, "_is_stateful", False)) or bool(layers - KNOWN_LAYERS)
     if stateful:
         return "layers with a state"
-    return "" if has_relative_positions(config) else "results depend on padding, or positions are not rotary"
+    if not has_relative_positions(config):
+        return "results depend on padding, or positions are not rotary"
+    if positions_depend_on_length(config):
+        return "positions that depend on the length of the whole sequence"
+    return _what_counts_rows(model)
+
+
+def _what_counts_rows(model: PreTrainedModel) -> str:
+    """What else is done to a model that is another thing for rows in one sequence; empty if nothing is."""
+    takes = inspect.signature(type(backbone_of(model)).forward).parameters.values()
+    if not any(one.name == "position_ids" or one.kind is one.VAR_KEYWORD for one in takes):
+        return "its forward pass takes no `position_ids`"
+    adapters = getattr(model, "peft_config", None) or {}
+    if any(getattr(config, "alora_invocation_tokens", None) for config in adapters.values()):
+        return "an activated LoRA, which begins at another place of every row"
+    if getattr(model.get_input_embeddings(), "neftune_noise_alpha", None) is not None:
+        return "NEFTune, whose noise depends on the length of rows"
+    return ""
 
 
 def pays(model: PreTrainedModel, attended: torch.Tensor) -> bool:
@@ -106,33 +125,60 @@ def packed_hidden(
 
 def is_exact(model: PreTrainedModel, ids: torch.Tensor, attended: torch.Tensor) -> bool:
     """
-    Whether packed rows give the same hidden states as padded ones, tested on the first batch of two or more rows;
-    where attention is masked, on the beginning of some of its rows, which costs little.
+    Whether packed rows give the same hidden states as padded ones, tested on the first batch of two or more rows, and
+    again with another attention; where attention is masked, on the beginning of some rows, which costs little.
 
     Every process runs the same forward passes, as sharded weights require.
     """
-    known = getattr(model, _VERDICT, None)
+    known = verdict(model)
     if known is not None or len(ids) < 2:
         return True if known is None else known
     if not takes_any_length(model):
         ids, attended = beginnings(ids, attended)
-    training = model.training
-    model.eval()  # dropout would make any two passes differ
-    try:
-        with torch.no_grad():
+    with _undisturbed(model, ids.device.type):
+        padded = backbone_of(model)(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
+        try:
             packed = packed_hidden(backbone_of(model), ids, attended)
-            padded = backbone_of(model)(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
-    finally:
-        model.train(training)
-    exact, error = agrees(packed, padded, attended.to(padded.device).bool())
-    if not exact:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failure:  # of the model's own code, which may count on rows
+            reason = f"it fails on one sequence ({type(failure).__name__}: {failure})"
+        else:
+            exact, error = agrees(packed, padded, attended.to(padded.device).bool())
+            different = f"hidden states would differ from those of padded rows by {error:.1%}"
+            reason = "" if exact else f"{different}, since rows would see each other"
+    if reason:
         logger.log(
             logging.WARNING if takes_any_length(model) else logging.INFO,
-            f"{type(model).__name__} is not computed on packed rows: hidden states would differ from those of padded "
-            f"rows by {error:.1%}, since rows would see each other. Batches are padded instead: correct, but slower.",
+            f"{type(model).__name__} is not computed on packed rows: {reason}. Batches are padded instead: correct, "
+            "but slower.",
         )
-    setattr(model, _VERDICT, exact)
-    return exact
+    setattr(model, _VERDICT, (model.config._attn_implementation, not reason))
+    return not reason
+
+
+def verdict(model: PreTrainedModel) -> bool | None:
+    """What was found of a model with its attention; `None` if it was not tested yet."""
+    attention, exact = getattr(model, _VERDICT, (None, None))
+    return exact if attention == model.config._attn_implementation else None
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, device: str) -> Iterator[None]:
+    """
+    Without gradients and dropout, which would make any two passes differ, and so that nothing of it is left: autocast
+    keeps no weights, since older PyTorch takes those of a pass without gradients for the next one, which then has none.
+    """
+    modes = {module: module.training for module in model.modules()}
+    cast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if cast else None
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=cast, cache_enabled=False):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def beginnings(ids: torch.Tensor, attended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

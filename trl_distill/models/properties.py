@@ -29,6 +29,13 @@ def has_relative_positions(config: Any) -> bool:
     return getattr(text, "rope_parameters", None) is not None and text.model_type not in PADDING_COUNTS
 
 
+def positions_depend_on_length(config: Any) -> bool:
+    """Whether rotary frequencies depend on the length of the whole sequence, padding included."""
+    rope: Any = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)}
+    return bool(kinds & {"dynamic", "longrope"})
+
+
 def reads_images(config: Any) -> bool:
     """Whether a model, by its configuration, is a vision-language model."""
     return getattr(config, "vision_config", None) is not None

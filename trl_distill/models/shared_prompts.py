@@ -18,13 +18,12 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .packing import agrees
-from .properties import PADDING_COUNTS, backbone_of, reads_images
+from .properties import PADDING_COUNTS, backbone_of, positions_depend_on_length, reads_images
 
 
 logger = logging.getLogger(__name__)
 
 LAYERS = {"full_attention", "sliding_attention", "attention"}  # of these, keys and values are all that is kept
-WHOLE_LENGTH = {"dynamic", "longrope"}  # RoPE whose frequencies depend on the length of the whole sequence
 LEAST_SAVED = 0.2  # share of the tokens, with padding; if fewer are saved, a second forward pass costs more
 _VERDICT = "_trl_distill_shares_prompts"  # attribute of a model: the longest rows for which sharing is exact; 0: never
 
@@ -82,9 +81,7 @@ def obstacle(model: PreTrainedModel) -> str:
     layers = set(getattr(config, "layer_types", None) or ())
     if getattr(model, "_is_stateful", False) or layers - LAYERS:
         return "layers that keep more than keys and values"
-    rope: Any = getattr(config, "rope_parameters", None) or {}
-    kinds = {one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)}
-    if kinds & WHOLE_LENGTH:
+    if positions_depend_on_length(config):
         return "positions that depend on the length of the whole sequence"
     return "results depend on padding" if config.model_type in PADDING_COUNTS else ""
 

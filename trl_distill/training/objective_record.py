@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 SETTINGS = (
     *("beta", "beta_schedule", "beta_end", "beta_schedule_steps", "divergence", "divergence_alpha"),
     *("kl_estimator", "kl_top_k", "kl_discount", "kl_temperature", "lmbda", "off_policy_divergence"),
-    *("token_weighting", "token_weighting_kwargs", "teacher_weights", "reward_baseline", "reward_start_step"),
+    *("token_weighting", "token_weighting_kwargs", "teacher_weights", "reward_baseline", "num_generations"),
+    "reward_start_step",
 )
 
 
@@ -37,7 +38,8 @@ def objective_of(args: OPDConfig, teachers: dict[str, str], rewards: list[str]) 
             folders may lie elsewhere on another machine.
         rewards (`list[str]`): names of the reward functions.
     """
-    found = {name: _text(getattr(args, name)) for name in SETTINGS}
+    of_rewards = ("reward_baseline", "num_generations", "reward_start_step")
+    found = {name: _text(getattr(args, name)) for name in SETTINGS if rewards or name not in of_rewards}
     models = {name: PurePath(model).name for name, model in redacted(teachers).items()}
     return {**found, "teachers": _text(models), "reward_funcs": _text(rewards)}
 

@@ -89,7 +89,7 @@ def _growth(results: Results) -> list[str]:
     within = [axis for axis, curve in curves.items() if curve.within]
     shown = f"{len(within)} of {len(curves)} axes"
     return [
-        "time no faster than the products, memory no faster than the size",
+        "time no faster than the products or in proportion, memory no faster than the size",
         "all axes",
         shown,
         verdict(len(within) == len(curves)),

@@ -28,6 +28,7 @@ from trl_distill.training.micro_batches import trimmed
 
 
 CLOSE = 1e-4  # relative error in fp32 up to which two results are the same
+LONGER = 12  # times the rows of the comparison, to try rows packed under a mask
 DIFFERS = "no: rows would see each other (found on the first batch)"
 HOLDS, REFUSED, NOT_RUN, FAILS = "holds", "refused", "not run", "fails"
 
@@ -274,14 +275,19 @@ def masked_rows(make: Any, inputs: dict[str, torch.Tensor]) -> str:
     model = make(1)
     if packing.obstacle(model):
         return f"no: {packing.obstacle(model)}"
-    ids, attended = whole(inputs)
-    kept = attended.bool()
-    expected = backbone_of(model)(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state[kept]
+    backbone, (ids, attended) = backbone_of(model), whole(inputs)
     if not packing.is_exact(model, ids, attended):
         return DIFFERS
-    found = packing.packed_hidden(backbone_of(model), ids, attended)[kept]
-    error = relative(found, expected)
-    return f"WRONG: masked, off by {error:.1g}" if error > CLOSE else "yes"
+    ids = ids.repeat(1, LONGER)  # beyond the tokens of the trial
+    starts = torch.arange(len(ids))[:, None] * ids.shape[1] // len(ids)
+    attended = (torch.arange(ids.shape[1]) >= starts).long()
+    kept = attended.bool()
+    expected = backbone(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state[kept]
+    for lengths in ({}, packing.row_lengths(backbone, kept)):  # as on a CPU, and on accelerators
+        found = packing.packed_hidden(backbone, ids, attended, lengths)[kept]
+        if relative(found, expected) > CLOSE:
+            return f"WRONG: masked, off by {relative(found, expected):.1g}"
+    return "yes"
 
 
 def gradient(model: torch.nn.Module) -> torch.Tensor:

@@ -87,7 +87,7 @@ def written(model: Any, tokenizer: Any, rows: Dataset, at_once: int = 12) -> lis
     For every problem its rewards `(G,)`, and the hidden states `(G, C, H)` from which each token was drawn, NaN after
     an answer's end.
     """
-    found = []
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for start in range(0, len(rows), at_once):
         part = rows[start : start + at_once]
         prompts = [prompt for prompt in part["prompt"] for _ in range(ANSWERS)]

@@ -141,7 +141,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     unknown = sorted(set(options.claims) - set(CLAIMS))
     if unknown:
         known = ", ".join(map(repr, (*CLAIMS, OFTEN_WRONG)))
-        parser.error(f"there are no claims {', '.join(unknown)}; choose from {known}, the last one alone")
+        parser.error(
+            f"there are no claims {', '.join(unknown)}; choose from {known}, the last one as the first word and alone"
+        )
     preset = PRESETS[options.preset]
     can_try = preset.claims or tuple(CLAIMS)
     beyond = sorted(set(options.claims) - set(can_try))
