@@ -7,13 +7,14 @@ import torch
 from helpers import VOCAB, batch, config, gradients, in_training, make_model, relative_error
 
 from trl_distill import OPDTrainer
+from trl_distill.models.hidden_states import last_hidden
 
 
 def fp32_log_probs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """From the model's own hidden states, projected in fp32: `(B, C, V)`."""
+    """From the model's own hidden states, packed or padded as in training, projected in fp32: `(B, C, V)`."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-    hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+    hidden = last_hidden(model, input_ids=ids, attention_mask=mask).float()
     logits = hidden @ model.get_output_embeddings().weight.float().T
     return logits[:, -inputs["completion_ids"].shape[1] - 1 : -1].log_softmax(-1)
 

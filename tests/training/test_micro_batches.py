@@ -187,10 +187,12 @@ def test_a_trimmed_batch_gives_the_loss_of_the_whole(make):
 @pytest.mark.parametrize("changes", [{}, {"kl_estimator": "sampled"}, {"reward_funcs": [length], "num_generations": 2}])
 def test_packed_rows_give_the_same_update(make, monkeypatch, changes):
     """As with a kernel for rows of any length; here through a mask that transformers makes of the positions."""
+    monkeypatch.setattr("trl_distill.models.hidden_states.packs", lambda model: False)
     padded = make(max_steps=2, gradient_accumulation_steps=2, **changes)
     watched(padded)
     packed, seen = make(max_steps=2, gradient_accumulation_steps=2, **changes), []
     monkeypatch.setattr("trl_distill.models.hidden_states.packs", lambda model: True)
+    monkeypatch.setattr("trl_distill.models.packing.takes_any_length", lambda model: True)
     for model in (packed.model, packed.teacher.model):
         backbone = model.base_model.forward
         model.base_model.forward = lambda *a, f=backbone, **k: (seen.append(k["input_ids"].shape[0]), f(*a, **k))[1]
