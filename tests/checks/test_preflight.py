@@ -147,8 +147,9 @@ def other_special():
         ),
         (lambda: setting_checks.sampling([]), "ok", "samples of the student"),
         (lambda: setting_checks.sampling(["`top_p=0.9`"]), "warning", "biases"),
-        (lambda: setting_checks.groups(8, 4, True), "ok", "4 prompts with 8 completions"),
-        (lambda: setting_checks.groups(8, 4, False), "warning", "more prompts teach more"),
+        (lambda: setting_checks.groups(8, 4, "group"), "ok", "8 completions each in a generation batch, rewards"),
+        (lambda: setting_checks.groups(1, 4, "batch"), "ok", "1 completion each in a generation batch, rewards"),
+        (lambda: setting_checks.groups(8, 4, None), "warning", "more prompts teach more"),
     ],
 )
 def test_checks(finding, level, words):

@@ -226,7 +226,9 @@ def examine(facts: RunFacts, specs: dict[str, TeacherSpec], report: Report) -> E
     report.add(
         model_checks.saveable(facts.student, facts.adapter),
         setting_checks.sampling(args.biased_sampling, setting_checks.left_aside(facts.student.generation_config)),
-        setting_checks.groups(args.num_generations, args.prompts_per_generation, facts.has_rewards),
+        setting_checks.groups(
+            args.num_generations, args.prompts_per_generation, args.reward_baseline if facts.has_rewards else None
+        ),
     )
     if args.save_strategy == "steps":
         report.add(

@@ -86,14 +86,26 @@ def _short(value: Any, limit: int = 40) -> str:
     return text if len(text) <= limit else f"{text[:limit]} ..."
 
 
-def groups(generations: int | None, prompts: int, rewarded: bool) -> Finding:
+COMPARED = {
+    "group": "rewards are compared among the completions of a prompt",
+    "batch": "rewards are compared over the whole batch",
+    "prompt": "rewards are compared with earlier ones of their prompt",
+}
+
+
+def groups(generations: int | None, prompts: int, baseline: str | None) -> Finding:
     """
     Without rewards, groups have no use. (With rewards that are compared in groups, `OPDConfig.resolved` has rejected
     groups of one.)
+
+    Args:
+        generations (`int`): completions of a prompt.
+        prompts (`int`): in a generation batch.
+        baseline (`str`, *optional*): with what rewards are compared; `None` without rewards.
     """
-    batch = f"{prompts} prompts with {generations} completions each in a generation batch"
-    if rewarded or generations == 1:
-        return Finding("groups", "ok", f"{batch}, {'with' if rewarded else 'without'} rewards.")
+    batch = f"{prompts} prompts with {generations} completion{'s' * (generations != 1)} each in a generation batch"
+    if baseline is not None or generations == 1:
+        return Finding("groups", "ok", f"{batch}, {'no rewards' if baseline is None else COMPARED[baseline]}.")
     return Finding(
         "groups",
         "warning",

@@ -127,7 +127,7 @@ def table(found: dict[str, Explained]) -> str:
     head = ("answers of", "right", "the problem", "a head on the prompt", "a head on every token")
     lines = [f"| {' | '.join(head)} |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, one in found.items():
-        shares = (f"{value:.0%}" for value in (one.right, one.problem, one.prompt, one.tokens))
+        shares = (f"{round(100 * value)}%" for value in (one.right, one.problem, one.prompt, one.tokens))
         lines.append(f"| {name} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
@@ -150,7 +150,8 @@ def main(words: list[str] | None = None) -> int:
         make_teachers(options.output_dir / "teachers")
         shipped, rows = load(SHIPPED), problems(PROBLEMS, seed=HELD_OUT)
         models = {"the student": shipped.student}
-        models |= {f"the teacher of {level}": load_teacher(options.output_dir / "teachers", level) for level in LEVELS}
+        for name, level in zip(("the weakest teacher", "the middle one", "the strongest"), sorted(LEVELS), strict=True):
+            models[name] = load_teacher(options.output_dir / "teachers", level)
         measured = {}
         for name, model in models.items():
             measured[name] = explained(written(model.eval(), shipped.tokenizer, rows))
