@@ -98,7 +98,7 @@ def test_refused(tmp_path, changes, message):
                 "per_device_train_batch_size": 8,
                 "per_device_eval_batch_size": 4,
                 "eval_strategy": "steps",
-                "num_generations": 8,
+                "reward_baseline": "group",
             },
             r"evaluation batch holds 4 completions",
         ),

@@ -97,7 +97,7 @@ def train_and_compare(
         loss_type="dr_grpo",
         logging_steps=100,
         teacher_weights=weights,
-        **changes,
+        **{"num_generations": 8, **changes},
     )
     copies = 64 if len(prompts) == 1 else answers // len(prompts)
     trainer = OPDTrainer(

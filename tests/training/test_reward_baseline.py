@@ -263,7 +263,7 @@ def test_trls_metrics_without_groups(make):
         ({"scale_rewards": True, "reward_baseline": "prompt"}, "`scale_rewards` is 'group'"),
         ({"scale_rewards": "batch"}, "dividing them by a standard deviation changes the optimum"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "compares their weighted sum as it is"),
-        ({"per_device_train_batch_size": 1}, "holds a single completion"),
+        ({"per_device_train_batch_size": 1}, "it holds one completion"),
     ],
 )
 def test_what_a_baseline_cannot_be_combined_with(make, changes, message):
