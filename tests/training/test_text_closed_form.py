@@ -95,6 +95,7 @@ def test_training_ends_at_the_teacher_over_texts_and_not_without_the_charge(tmp_
             beta=BETA,
             kl_discount=1.0,
             max_steps=400,
+            num_generations=8,
             per_device_train_batch_size=256,
             max_completion_length=LENGTH,
             learning_rate=1e-2,
