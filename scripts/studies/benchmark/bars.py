@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from scripts.studies.benchmark.report import ASKED_OF_FLOOR
+from scripts.studies.benchmark.report import ASKED_OF_FLOOR, floors, speed
 from scripts.studies.benchmark.results import Results
 from scripts.studies.benchmark.slopes import curves_of
 
@@ -21,7 +21,8 @@ def rows(folder: Path, costs: dict[str, Any]) -> list[list[str]]:
     """
     found = {path.stem: Results.load(path) for path in folder.glob("*.json")}
     floor = _floor(found["real"]) if "real" in found else []
-    return [*floor, *_costs(costs), *([_growth(found["growth"])] if "growth" in found else [])]
+    tiny = _tiny(found["cpu"]) if "cpu" in found else []
+    return [*floor, *tiny, *_costs(costs), *([_growth(found["growth"])] if "growth" in found else [])]
 
 
 def _floor(results: Results) -> list[list[str]]:
@@ -38,6 +39,23 @@ def _floor(results: Results) -> list[list[str]]:
                 shown = ", ".join(f"{value:.2f} ({name})" for name, value in ratios.items())
                 what = f"update / floor, {'LoRA' if lora else 'full'}, {'with rewards' if group > 1 else 'pure'}"
                 lines.append([what, f"≤ {asked}", shown, verdict(max(ratios.values()) <= asked)])
+    return lines
+
+
+def _tiny(results: Results) -> list[list[str]]:
+    """Tiny models: comparisons with TRL's trainers, and cells beside the floor, that are within their bars."""
+    lines = []
+    for what, (_, columns, rows) in (
+        ("update, of TRL's trainers' time", speed(results)),
+        ("update / floor", floors(results)),
+    ):
+        asked = [row[columns.index("asked")] for row in rows]
+        bars = sorted({float(one.split()[1]) for one in asked if one})
+        reached = sum(one.endswith("✓") for one in asked)
+        of_all = sum(bool(one) for one in asked)
+        span = " to ".join(f"{one:g}" for one in dict.fromkeys((bars[0], bars[-1])))
+        shown = f"{reached} of {of_all} comparisons" if "TRL" in what else f"{reached} of {of_all} cells"
+        lines.append([f"{what}, tiny models", f"≤ {span}", shown, verdict(reached == of_all)])
     return lines
 
 
