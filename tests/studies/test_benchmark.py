@@ -122,14 +122,21 @@ def test_a_whole_step_is_taken_apart(cells, tmp_path, name):
     found = contender.whole(1)
     assert set(found) == {*PARTS, *AROUND}
     assert all(seconds > 0 for seconds in found.values())
-    assert found["generation"] > 0.2 * sum(found.values())  # twelve forward passes for each prompt, against one
+    found = min(
+        (found, *(contender.whole(1) for _ in range(2))), key=sum_of
+    )  # the turn that other programs disturbed least
+    assert found["generation"] > 0.2 * sum_of(found)  # twelve forward passes for each prompt, against one
     assert set(vars(trainer)) <= attributes
     assert student.generate == generate
     assert trainer.args.logging_strategy == "no"
-    longer = replace(cell, tokens=48)
+    longer = replace(cell, tokens=96)
     contender = Contender(name, TrainerParts(longer, cells.make_rollouts(longer), tmp_path / "longer", CPU))
     contender.turn(0)
     assert contender.whole(1)["generation"] > 1.5 * found["generation"]
+
+
+def sum_of(parts: dict[str, float]) -> float:
+    return sum(parts.values())
 
 
 def test_the_largest_part_of_a_step_is_marked(measured):
