@@ -296,7 +296,7 @@ class OPDConfig(GRPOConfig):
 
     @property
     def asks_for_groups(self) -> bool:
-        """Whether a setting means nothing but for rewards that are compared among the completions of a prompt."""
+        """Whether a setting works only with rewards that are compared among the completions of a prompt."""
         scaled = self.scale_rewards not in (None, "none") or self.multi_objective_aggregation != "sum_then_normalize"
         return scaled or (self.num_generations or 1) > 1
 

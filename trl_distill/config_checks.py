@@ -53,12 +53,12 @@ def _check_choices(config: Any) -> None:
         ("kl_estimator", KL_ESTIMATORS),
         ("divergence_kernel", DIVERGENCE_KERNELS),
         ("beta_schedule", SCHEDULES),
-        ("reward_baseline", REWARD_BASELINES),
     )
+    if config.reward_baseline is not None:  # else it is resolved once rewards are known
+        choices += (("reward_baseline", REWARD_BASELINES),)
     for name, allowed in choices:
         value = getattr(config, name)
-        resolved_later = name == "reward_baseline" and value is None
-        if value not in allowed and not resolved_later and not isinstance(value, CustomDivergence):
+        if value not in allowed and not isinstance(value, CustomDivergence):
             own = ", or a function of your own by its import path `module.function`" if allowed is DIVERGENCES else ""
             raise ValueError(f"`{name}` is {value!r}; this version has {', '.join(allowed)}{own}.")
 

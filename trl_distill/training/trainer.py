@@ -175,7 +175,7 @@ class OPDTrainer(GRPOHooks):
         self.leave_one_out = (
             args.beta > 0 and args.scale_rewards == "none" and args.multi_objective_aggregation == "sum_then_normalize"
         )
-        if self.has_rewards and args.reward_baseline is not None and args.reward_baseline != "group":
+        if self.has_rewards and args.reward_baseline in ("batch", "prompt"):
             self.baseline = RewardBaseline(args.reward_baseline)
         if environment_factory is None:
             ours = args.beta > 0  # plain GRPO takes what TRL takes, images too
