@@ -167,14 +167,19 @@ def verdict(model: PreTrainedModel) -> bool | None:
 def _undisturbed(model: nn.Module, device: str) -> Iterator[None]:
     """
     Without gradients and dropout, which would make any two passes differ, and so that nothing of it is left: autocast
-    keeps no weights, since older PyTorch takes those of a pass without gradients for the next one, which then has none.
+    keeps no weights, since older PyTorch takes those of a pass without gradients for the next one, which then has none,
+    and nothing is compiled, since a model has few graphs before `torch.compile` gives up.
     """
     modes = {module: module.training for module in model.modules()}
     cast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if cast else None
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=cast, cache_enabled=False):
+        with (
+            torch.no_grad(),
+            torch.autocast(device, dtype=dtype, enabled=cast, cache_enabled=False),
+            torch.compiler.set_stance("force_eager"),
+        ):
             yield
     finally:
         for module, training in modes.items():
