@@ -202,6 +202,22 @@ def test_a_model_that_fails_on_one_sequence_is_padded(monkeypatch, caplog):
     assert "it fails on one sequence (IndexError: 4 offsets for 1 row). Batches are padded" in caplog.text
 
 
+@pytest.mark.parametrize("any_length", [False, True])
+def test_a_model_compiled_as_a_whole(any_length, monkeypatch):
+    """Masked rows stay padded, since each batch would choose graphs of its own; the trial itself is not compiled."""
+    monkeypatch.setattr(packing, "takes_any_length", lambda model: any_length)
+    model, (ids, attended) = make_model("tied", seed=1).eval(), batch(4, 40, 7, 5)
+    packed, read = [], packing.packed_hidden
+    monkeypatch.setattr(hidden_states, "packed_hidden", lambda *given: (packed.append(True), read(*given))[1])
+    expected = last_hidden(model, input_ids=ids, attention_mask=attended)
+    assert packed, "the batch pays when nothing is compiled"
+    packed.clear()
+    model = make_model("tied", seed=1).eval()  # not tried yet
+    found = torch.compile(last_hidden, backend="eager")(model, input_ids=ids, attention_mask=attended)
+    assert bool(packed) == any_length
+    torch.testing.assert_close(found[attended.bool()], expected[attended.bool()], rtol=1e-4, atol=1e-5)
+
+
 def test_what_counts_rows_is_not_packed(tmp_path):
     from peft import LoraConfig, get_peft_model
 

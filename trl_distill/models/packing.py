@@ -54,8 +54,11 @@ def takes_any_length(model: PreTrainedModel) -> bool:
 
 def obstacle(model: PreTrainedModel) -> str:
     """Why a model does not support packed rows, as far as that is known beforehand; empty if it does."""
-    if not takes_any_length(model) and model.config._attn_implementation != "sdpa":
-        return "its attention is neither FlashAttention nor PyTorch's"
+    if not takes_any_length(model):
+        if model.config._attn_implementation != "sdpa":
+            return "its attention is neither FlashAttention nor PyTorch's"
+        if torch.compiler.is_compiling():
+            return "it is compiled together with this choice, which differs from batch to batch"
     if reads_images(model.config):
         return "it reads images, whose tokens may have positions of several dimensions"
     config = model.config.get_text_config()
@@ -123,6 +126,7 @@ def packed_hidden(
     return spread.index_copy(0, places(attended).at.to(packed.device), packed).view(*ids.shape, -1)
 
 
+@torch.compiler.disable
 def is_exact(model: PreTrainedModel, ids: torch.Tensor, attended: torch.Tensor) -> bool:
     """
     Whether packed rows give the same hidden states as padded ones, tested on the first batch of two or more rows, and
