@@ -14,7 +14,7 @@ from helpers import EOS, config
 from synchronisations import Synchronisations
 
 from trl_distill import OPDTrainer
-from trl_distill.heads.comparison import COMPARE_EVERY
+from trl_distill.heads.comparison import EVERY_OF_MANY
 from trl_distill.models import hidden_states
 
 
@@ -97,7 +97,7 @@ def test_every_start_comes_in_turn(make):
     for step in range(61):
         trainer.state.global_step = step
         starts.append(trainer.loss._start)
-    for distance in range(1, COMPARE_EVERY + 1, 2):
+    for distance in range(1, EVERY_OF_MANY + 1, 2):
         assert {start % distance for start in starts[:distance]} == set(range(distance))
 
 

@@ -12,9 +12,9 @@ from .lm_head import LMHead
 from .tiles import Projection
 
 
-# The models are compared at 64 tokens of a micro-step or more, at every 61st of many, at most 128 of very many, and on
-# their 16 most likely ids
-COMPARE_LEAST, COMPARE_EVERY, COMPARE_MOST, TOP = 64, 61, 128, 16
+FEW, EVERY_OF_FEW = 16, 9  # at least as many tokens of a micro-step are compared, of more every ninth
+MANY, EVERY_OF_MANY, MOST = 64, 61, 128  # from 64 on these suffice, of many every 61st, of very many 128
+TOP = 16  # most likely ids
 
 COMPARED = ("reverse_kl", "forward_kl", "teacher_entropy", "top1_agreement", "top_overlap")
 
@@ -23,8 +23,9 @@ def compared_positions(sampled: torch.Tensor, start: int | None = None) -> slice
     """
     The judged tokens at which the models are compared: a regular sample whose start varies.
 
-    At least 64, where there are so many. The step is odd, since with an even one completions of equal length would be
-    sampled at the same positions; with a fixed start, always those at the beginning.
+    To compare a token costs about a fourth of its update where models are tiny, so of 150 and more it is a ninth at
+    most. The step is odd, since with an even one completions of equal length would be sampled at the same positions;
+    with a fixed start, always those at the beginning.
 
     Args:
         sampled (`torch.Tensor` of shape `(N,)`): ids of the judged tokens.
@@ -35,9 +36,10 @@ def compared_positions(sampled: torch.Tensor, start: int | None = None) -> slice
         `slice` of the N tokens.
     """
     count = len(sampled)
-    step = max(1, (count // COMPARE_LEAST - 1) | 1)  # the largest odd one that leaves 64
-    if step > COMPARE_EVERY:
-        step = max(COMPARE_EVERY, -(-count // COMPARE_MOST)) | 1
+    leaves = [max(1, (count // least - 1) | 1) for least in (FEW, MANY)]  # the largest odd steps that do
+    step = max(min(leaves[0], EVERY_OF_FEW), leaves[1])
+    if step > EVERY_OF_MANY:
+        step = max(EVERY_OF_MANY, -(-count // MOST)) | 1
     if not count:
         return slice(0, None, step)
     return slice((int(sampled.sum()) if start is None else start) % min(step, count), None, step)
