@@ -225,6 +225,17 @@ def test_without_verifier_and_teacher(main):
     assert set(found) == {"length", "truncated", "distinct-1", "distinct-2", "distinct-4"}
 
 
+def test_greedy_answers(main):
+    """One to each prompt, whatever the seed; the KL is that of the whole distributions."""
+    words = ["--model_name_or_path", "student", "--teacher_model_name_or_path", "teacher", "--temperature", "0"]
+    words += ["--reward_funcs", "my_verifier.short", "--seed"]
+    first, second = (main(*words, seed)["models"]["student"] for seed in ("1", "2"))
+    assert [len(row) for row in first["scores"]] == [1] * 5
+    assert first["scores"] == second["scores"]
+    assert first["estimates"]["kl"] == second["estimates"]["kl"]
+    assert first["estimates"]["kl"]["value"] > 1e-3
+
+
 def test_the_seed_decides(main):
     words = ["--model_name_or_path", "student", "--reward_funcs", "my_verifier.short", "--seed"]
     first, second, other = (main(*words, seed)["models"]["student"] for seed in ("1", "1", "2"))
@@ -236,7 +247,8 @@ def test_the_seed_decides(main):
     ("words", "message"),
     [
         (["--num_generations", "2", "--k", "3"], "there are 2 answers per prompt"),
-        (["--temperature", "0"], "it must be more than 0"),
+        (["--temperature", "0", "--num_generations", "4"], "all completions of a prompt are the same"),
+        (["--temperature", "-1"], "it must be 0, for the likeliest tokens, or more"),
         (["--output", "found.txt"], "name a .json file"),
         (["--temperature", "nan"], "is not a finite number"),
         (["--correct_from", "inf"], "is not a finite number"),

@@ -61,6 +61,13 @@ def test_the_seed_decides_and_the_batch_size_cuts(main):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_the_likeliest_tokens(main):
+    found = [main("--temperature", "0", "--seed", seed)["rows"] for seed in ("1", "2")]
+    assert found[0] == found[1]
+    with pytest.raises(SystemExit):
+        main("--temperature", "0", "--num_generations", "2")
+
+
 def test_completions_of_the_dataset(main):
     found = main("--completions", "dataset", "--num_prompts", "2")
     assert ["".join(row["texts"]).split() for row in found["rows"]] == [["a", "b", "c", "<eos>"]] * 2

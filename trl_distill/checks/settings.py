@@ -105,7 +105,8 @@ def groups(generations: int | None, prompts: int, baseline: str | None) -> Findi
     """
     batch = f"{prompts} prompts with {generations} completion{'s' * (generations != 1)} each in a generation batch"
     if baseline is not None or generations == 1:
-        return Finding("groups", "ok", f"{batch}, {'no rewards' if baseline is None else COMPARED[baseline]}.")
+        compared = "no rewards" if baseline is None else COMPARED[baseline]
+        return Finding("groups", "ok", f"{batch}, {compared}.", notify=baseline == "batch")  # unlike GRPO
     return Finding(
         "groups",
         "warning",

@@ -137,6 +137,25 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` shows an example and all arguments.\n")
 
 
+TEMPERATURE = (
+    "of sampling, and of both models in the KL; with 0 the likeliest tokens are taken, and the KL is that at 1"
+)
+
+
+def check_sampling(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with a message unless how many completions are sampled, and how, can be done."""
+    for name in ("num_prompts", "num_generations", "max_completion_length", "batch_size"):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name} is {getattr(options, name)}; it must be more than 0")
+    if options.temperature < 0:
+        parser.error(f"--temperature is {options.temperature:g}; it must be 0, for the likeliest tokens, or more")
+    if options.temperature == 0 and options.num_generations > 1:
+        parser.error(
+            f"--num_generations is {options.num_generations}, but at --temperature 0 all completions of a prompt are "
+            "the same: leave one of the two away"
+        )
+
+
 def finite(text: str) -> float:
     """The type of arguments that are numbers, without NaN and infinity."""
     found = float(text)

@@ -35,7 +35,7 @@ from ..models.properties import unwrap_adapter
 from ..reporting.evaluation import Answer, answer_all
 from ..reporting.evaluation_table import Results
 from . import judging
-from .arguments import CommandParser, errors_without_traceback, finite, template_kwargs
+from .arguments import TEMPERATURE, CommandParser, check_sampling, errors_without_traceback, finite, template_kwargs
 from .images import readable_rows, reader_of
 from .models import (
     check_fit,
@@ -66,10 +66,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--reward_funcs", nargs="+", default=[], help="verifiers: `module.function`, or names from trl.rewards")
     add("--correct_from", type=finite, default=1.0, help="the score from which on an answer is right")
     add("--teacher_model_name_or_path", help="for the KL; to see how good it is itself, name it among the models")
-    add("--num_generations", type=int, default=8, help="answers per prompt")
+    add("--num_generations", type=int, help="answers per prompt: 8 unless given, or one greedy answer")
     add("--k", type=int, nargs="*", default=[], help="of pass@k; powers of two unless given")
     add("--max_completion_length", type=int, default=256, help="tokens")
-    add("--temperature", type=finite, default=1.0, help="of sampling, and of both models in the KL")
+    add("--temperature", type=finite, default=1.0, help=TEMPERATURE)
     add(
         "--cross_tokenizer",
         action="store_true",
@@ -85,9 +85,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(words)
     if said := judging.fault(options):
         parser.error(said)
-    for name in ("num_prompts", "num_generations", "max_completion_length", "batch_size", "temperature"):
-        if getattr(options, name) <= 0:
-            parser.error(f"--{name} is {getattr(options, name)}; it must be more than 0")
+    if options.num_generations is None:
+        options.num_generations = 1 if options.temperature == 0 else 8
+    check_sampling(parser, options)
     if any(not 1 <= k <= options.num_generations for k in options.k):
         parser.error(f"--k is {options.k}, but there are {options.num_generations} answers per prompt to tell it from")
     if options.output.suffix != ".json":

@@ -92,7 +92,9 @@ def reading_of(tokenizer: Any, name: str, teacher: Any, student: Any, options: A
     stops, _ = stop_ids_of_all([student], tokenizer)
     sizes = [unwrap_adapter(m).config.get_text_config().vocab_size for m in (student, teacher)]
     plain: Any = _OnOneDevice(teacher)
-    reader = CrossTokenizerTeacher(plain, pair, shared_ids(pair, stops, teacher_stops, *sizes), options.temperature)
+    reader = CrossTokenizerTeacher(
+        plain, pair, shared_ids(pair, stops, teacher_stops, *sizes), options.temperature or 1.0
+    )
     return Reading(reader.score, pair, theirs, stops, options.chat_template_kwargs)
 
 

@@ -39,7 +39,7 @@ from ..reporting.tokens.collect import labels_of, scored, with_rewards
 from ..reporting.tokens.spans import Reading, labels_of_both, scored_texts
 from ..reporting.tokens.table import Completion, summary
 from ..reporting.trackers import TRACKERS, log_page_alone
-from .arguments import CommandParser, errors_without_traceback, finite, template_kwargs
+from .arguments import TEMPERATURE, CommandParser, check_sampling, errors_without_traceback, finite, template_kwargs
 from .images import check_second_processor, processor_of, readable_rows, reader_of
 from .models import (
     check_fit,
@@ -72,7 +72,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--completions", choices=["sample", "dataset"], default="sample", help='or those of a "completion" column')
     add("--num_generations", type=int, default=1, help="completions per prompt")
     add("--max_completion_length", type=int, default=256, help="tokens")
-    add("--temperature", type=finite, default=1.0, help="of sampling, and of both models in the KL")
+    add("--temperature", type=finite, default=1.0, help=TEMPERATURE)
     add("--reward_funcs", nargs="*", default=[], help="import paths (`module.function`) or names from trl.rewards")
     add(
         "--cross_tokenizer",
@@ -87,9 +87,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("token_report.html"))
     add("--report_to", choices=["none", *TRACKERS], default="none")
     options = parser.parse_args(words)
-    for name in ("num_prompts", "num_generations", "max_completion_length", "batch_size", "temperature"):
-        if getattr(options, name) <= 0:
-            parser.error(f"--{name} is {getattr(options, name)}; it must be more than 0")
+    check_sampling(parser, options)
     if options.output.is_dir():
         parser.error(f"--output {options.output} is a folder; name a file, such as {options.output / 'report.html'}")
     return options
@@ -152,7 +150,7 @@ class Collector:
         with Progress(console=console) as progress, preserving_state(writer, teacher, *judges):
             for batch in self._batches(writer, how, teacher, label, progress):
                 scorers = [scorer_of(judge) for judge in judges]
-                device, temperature = self.options.device, self.options.temperature
+                device, temperature = self.options.device, how.kl_temperature
                 if reading is not None:
                     completions += scored_texts(batch, scorers, reading, self.tokenizer, device, temperature)
                 else:

@@ -55,6 +55,11 @@ class Sampling:
     suppressed: tuple[int, ...] = ()
     top_p: float = 1.0
 
+    @property
+    def kl_temperature(self) -> float:
+        """Softmax temperature of a KL on these completions: theirs, and 1 on greedy ones, which leave none."""
+        return self.temperature or 1.0
+
 
 @dataclass(frozen=True)
 class SampledCompletion:

@@ -222,9 +222,9 @@ def answer_all(
         whole = _written(model, part, prompts, begun, tokenizer.pad_token_id, replace(how, seed=how.seed + start))
         read = [reader.teacher_prompt(one.row, one.read) for one in whole] if teacher is not None else []
         if reading is None:
-            kl = _sequence_kl(model, teacher, whole, read, tokenizer.pad_token_id, how.temperature, merged, device)
+            kl = _sequence_kl(model, teacher, whole, read, tokenizer.pad_token_id, how.kl_temperature, merged, device)
         else:
-            kl = _text_kl(model, reading, whole, tokenizer.pad_token_id, how.temperature, device)
+            kl = _text_kl(model, reading, whole, tokenizer.pad_token_id, how.kl_temperature, device)
         places = [start + i // how.generations for i in range(len(whole))]
         yield _scored(whole, places, kl, verifiers, tokenizer)
 
