@@ -64,8 +64,9 @@ def test_the_seed_decides_and_the_batch_size_cuts(main):
 def test_the_likeliest_tokens(main):
     found = [main("--temperature", "0", "--seed", seed)["rows"] for seed in ("1", "2")]
     assert found[0] == found[1]
-    with pytest.raises(SystemExit):
-        main("--temperature", "0", "--num_generations", "2")
+    for words in (["--num_generations", "2"], ["--completions", "dataset"]):
+        with pytest.raises(SystemExit):
+            main("--temperature", "0", *words)
 
 
 def test_completions_of_the_dataset(main):

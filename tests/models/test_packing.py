@@ -166,17 +166,19 @@ def test_the_trial_of_masked_rows_is_short(monkeypatch):
 
 
 def test_the_trial_leaves_nothing_behind(monkeypatch):
-    """Frozen parts stay so, and autocast's cache has no weights: older PyTorch gives these to the next pass."""
-    cached, autocast = [], torch.autocast
-    monkeypatch.setattr(
-        torch, "autocast", lambda *a, **k: (cached.append(k.get("cache_enabled")), autocast(*a, **k))[1]
-    )
+    """
+    Frozen parts stay so, and autocast's cache has no weights: older PyTorch gives these to the next pass. What
+    overrides `train`, to merge an adapter or to choose kernels, is not called: the trainer would not call it again.
+    """
+    casts, autocast = [], torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: (casts.append(k), autocast(*a, **k))[1])
     model, (ids, attended) = make_model("tied", seed=1).train(), batch(20, 3, 2, 5)
     model.base_model.layers[0].eval()
+    monkeypatch.setattr(type(model.base_model), "train", lambda *_: pytest.fail("the mode was switched"))
     with autocast("cpu", dtype=torch.bfloat16):
         states = last_hidden(model, input_ids=ids, attention_mask=attended)
     states[attended.bool()].float().cos().sum().backward()
-    assert cached == [False]
+    assert casts == [{"dtype": torch.bfloat16, "enabled": True, "cache_enabled": False}]  # the run's
     assert packing.verdict(model) is True
     assert [layer.training for layer in model.base_model.layers] == [
         False,
@@ -202,9 +204,31 @@ def test_a_model_that_fails_on_one_sequence_is_padded(monkeypatch, caplog):
     assert "it fails on one sequence (IndexError: 4 offsets for 1 row). Batches are padded" in caplog.text
 
 
+def test_what_does_not_fit_is_no_verdict(monkeypatch):
+    model, (ids, attended) = make_model("tied", seed=1).eval(), batch(20, 3, 2, 5)
+
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(packing, "packed_hidden", too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        packing.is_exact(model, ids, attended)
+    assert packing.verdict(model) is None
+
+
+def test_the_trial_of_a_compiled_model_compiles_nothing():
+    graphs, (ids, attended) = [], batch(20, 3, 2, 5)
+    model = make_model("tied", seed=1).eval()
+    model.base_model.compile(backend=lambda graph, _: (graphs.append(graph), graph.forward)[1])
+    assert packing.is_exact(model, ids, attended)
+    assert not graphs
+    model.base_model(input_ids=ids, attention_mask=attended)
+    assert graphs
+
+
 @pytest.mark.parametrize("any_length", [False, True])
 def test_a_model_compiled_as_a_whole(any_length, monkeypatch):
-    """Masked rows stay padded, since each batch would choose graphs of its own; the trial itself is not compiled."""
+    """Masked rows stay padded, since each batch would choose graphs of its own; the trial itself is not traced."""
     monkeypatch.setattr(packing, "takes_any_length", lambda model: any_length)
     model, (ids, attended) = make_model("tied", seed=1).eval(), batch(4, 40, 7, 5)
     packed, read = [], packing.packed_hidden
@@ -218,7 +242,7 @@ def test_a_model_compiled_as_a_whole(any_length, monkeypatch):
     torch.testing.assert_close(found[attended.bool()], expected[attended.bool()], rtol=1e-4, atol=1e-5)
 
 
-def test_what_counts_rows_is_not_packed(tmp_path):
+def test_what_counts_rows_is_not_packed(monkeypatch):
     from peft import LoraConfig, get_peft_model
 
     assert packing.packs(make_model("tied"))
@@ -231,6 +255,9 @@ def test_what_counts_rows_is_not_packed(tmp_path):
     model = make_model("tied")
     model.config.rope_parameters = {"rope_type": "longrope"}
     assert "length of the whole sequence" in packing.obstacle(model)
+    model = make_model("tied")
+    monkeypatch.setattr(type(model.base_model), "forward", lambda self, input_ids, attention_mask=None: None)
+    assert "takes no `position_ids`" in packing.obstacle(model)
 
 
 def test_a_verdict_is_that_of_an_attention():

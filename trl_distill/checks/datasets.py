@@ -63,8 +63,8 @@ def check_train_dataset(dataset: Any, prompts_per_generation: int) -> None:
         raise ValueError(
             f"The training dataset has {len(dataset)} prompts, but one generation batch takes "
             f"{prompts_per_generation}, and incomplete ones are dropped: not a single step would be made. Lower "
-            "`per_device_train_batch_size`, `gradient_accumulation_steps` or `generation_batch_size`, raise "
-            "`num_generations`, or give more prompts."
+            "`per_device_train_batch_size`, `gradient_accumulation_steps` or `generation_batch_size`, or give more "
+            "prompts."
         )
 
 

@@ -23,7 +23,7 @@ class Finding:
         level (`str`): "ok", "skipped" (could not be checked), "warning" (the run continues) or "error" (it does not).
         found (`str`): what was found and what it means.
         advice (`str`): what to change; empty if nothing.
-        notify (`bool`): whether to log it at level "ok" too, because the run does something that was not requested.
+        notify (`bool`): whether to log it at level "ok" too, because the run does something that not everybody expects.
     """
 
     check: str

@@ -152,7 +152,7 @@ def check_sampling(parser: argparse.ArgumentParser, options: argparse.Namespace)
     if options.temperature == 0 and options.num_generations > 1:
         parser.error(
             f"--num_generations is {options.num_generations}, but at --temperature 0 all completions of a prompt are "
-            "the same: leave one of the two away"
+            "the same: leave one of the two out"
         )
 
 

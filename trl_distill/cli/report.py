@@ -87,6 +87,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("token_report.html"))
     add("--report_to", choices=["none", *TRACKERS], default="none")
     options = parser.parse_args(words)
+    if options.completions == "dataset" and options.temperature == 0:
+        parser.error("--temperature is 0, but with --completions dataset it is that of the KL alone: more than 0")
     check_sampling(parser, options)
     if options.output.is_dir():
         parser.error(f"--output {options.output} is a folder; name a file, such as {options.output / 'report.html'}")
@@ -213,7 +215,7 @@ def main(words: list[str] | None = None) -> None:
         settings={
             "prompts": options.dataset_name,
             "completions": "of the dataset" if options.completions == "dataset" else "sampled",
-            "temperature": f"{options.temperature:g}",
+            "temperature": f"{how.temperature:g}" + f", of the KL {how.kl_temperature:g}" * (how.temperature == 0),
             "seed": str(options.seed),
             "up to": f"{options.max_completion_length} tokens",
         },

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
 from ..images import EncodedPrompt, Images
+from ..models.modes import in_eval_mode
 from ..models.properties import backbone_of, has_relative_positions, unwrap_adapter
 from ..rollouts import Rollouts
 from ..signals import HiddenStates
@@ -89,17 +90,12 @@ class SampledCompletion:
 @contextmanager
 def preserving_state(*models: Any) -> Iterator[None]:
     """Context in eval mode; every module's mode and every random generator's state are restored afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            for model in models:
-                model.eval()
+        with in_eval_mode(*models), torch.random.fork_rng(devices=devices), torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         random.setstate(python)
         np.random.set_state(numpy)
         torch.clear_autocast_cache()  # casts made without a graph must not be used in training

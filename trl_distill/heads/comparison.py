@@ -12,8 +12,10 @@ from .lm_head import LMHead
 from .tiles import Projection
 
 
-FEW, EVERY_OF_FEW = 16, 9  # at least as many tokens of a micro-step are compared, of more every ninth
-MANY, EVERY_OF_MANY, MOST = 64, 61, 128  # from 64 on these suffice, of many every 61st, of very many 128
+# Tokens of a micro-step that are compared: every ninth, but 16 or more where there are so many ...
+FEW, EVERY_OF_FEW = 16, 9
+# ... less often where that leaves 64 and more, every 61st of thousands, and 128 of more than that
+MANY, EVERY_OF_MANY, MOST = 64, 61, 128
 TOP = 16  # most likely ids
 
 COMPARED = ("reverse_kl", "forward_kl", "teacher_entropy", "top1_agreement", "top_overlap")

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..places import places, take
+from .modes import in_eval_mode
 from .properties import backbone_of, has_relative_positions, positions_depend_on_length, reads_images
 
 
@@ -174,20 +175,15 @@ def _undisturbed(model: nn.Module, device: str) -> Iterator[None]:
     keeps no weights, since older PyTorch takes those of a pass without gradients for the next one, which then has none,
     and nothing is compiled, since a model has few graphs before `torch.compile` gives up.
     """
-    modes = {module: module.training for module in model.modules()}
     cast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if cast else None
-    model.eval()
-    try:
-        with (
-            torch.no_grad(),
-            torch.autocast(device, dtype=dtype, enabled=cast, cache_enabled=False),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with (
+        in_eval_mode(model),
+        torch.no_grad(),
+        torch.autocast(device, dtype=dtype, enabled=cast, cache_enabled=False),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield
 
 
 def beginnings(ids: torch.Tensor, attended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
