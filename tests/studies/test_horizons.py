@@ -102,6 +102,7 @@ def test_fixed_points_of_a_late_reward():
     assert away["none"] > teacher > 0.05
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_numbers(tmp_path):
     run.train("normalised", 0, tmp_path / "normalised-0.json", steps=2)
     found = json.loads((tmp_path / "normalised-0.json").read_text())

@@ -96,6 +96,7 @@ def test_a_run_leaves_its_numbers(tmp_path):
     assert load_teacher(tmp_path / "teachers", 70).dtype.itemsize == 4
 
 
+@pytest.mark.slow
 def test_signed_weights_take_a_second_teacher(tmp_path):
     found = short_run(tmp_path, "beyond")  # without "ref" the trainer would refuse the weights
     assert found["settings"]["teacher_weights"] == {"teacher": 1.5, "ref": -0.5}

@@ -197,7 +197,7 @@ def test_a_poor_run_is_ended_early_and_is_a_result(sweep, capsys):
     assert len(starts()) == 3  # nothing is run again
 
 
-@pytest.mark.parametrize("when", ["before its end", "after its end"])
+@pytest.mark.parametrize("when", ["before its end", pytest.param("after its end", marks=pytest.mark.slow)])
 def test_which_runs_end_early_does_not_depend_on_when_the_log_was_read(sweep, monkeypatch, when):
     """A fast run that has ended before anybody looked, and one that was left behind: the same results."""
     from trl_distill.sweeps import runner

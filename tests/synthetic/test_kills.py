@@ -117,11 +117,15 @@ def finished(folder):
     return sum(name.endswith(".jsonl") for name in names)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_gives_the_uninterrupted_dataset(tmp_path):
     check_kills(tmp_path, workers=1, times=1, seed=1)
 
 
-@pytest.mark.parametrize(("workers", "sign"), [(1, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("workers", "sign"),
+    [(1, signal.SIGINT), (2, signal.SIGINT), pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow)],
+)
 def test_a_stopped_run_ends_at_once_with_all_its_workers(tmp_path, workers, sign):
     """Although the endpoint answers after minutes."""
     write(tmp_path)
