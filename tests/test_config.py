@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig
 
 from trl_distill import OPDConfig
+from trl_distill.config import _explained
 
 
 def test_defaults_are_those_of_the_documentation():
@@ -177,6 +178,27 @@ def test_from_grpo_keeps_everything(tmp_path):
         assert getattr(ours, field.name) == getattr(grpo, field.name), field.name
     assert ours.divergence == "reverse_kl"
     assert isinstance(ours, OPDConfig)
+
+
+@pytest.mark.parametrize("indent", ["", "    "], ids=["Python 3.13", "before"])
+def test_help_is_read_with_and_without_the_indent_of_docstrings(indent):
+    @dataclasses.dataclass
+    class Settings:
+        number: int = 0
+
+    lines = [
+        "",
+        "Settings.",
+        "",
+        "Args:",
+        "    number (`int`, *optional*):",
+        "        How many,",
+        "        at most.",
+        "",
+    ]
+    Settings.__doc__ = "\n".join(indent + line for line in lines)
+    _explained(Settings)
+    assert dataclasses.fields(Settings)[0].metadata["help"] == "How many, at most."
 
 
 def test_every_field_is_explained_in_the_docstring_and_the_help_is_that_text():

@@ -7,6 +7,7 @@ rejected by `config_checks.py`, and by `resolved_checks.py` once it is known whe
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
@@ -47,7 +48,8 @@ class _NamesOrPaths(list[str]):
 
 def _explained(config: type) -> type:
     """Use the text of each field in a configuration's docstring as its help on the command line."""
-    texts = re.findall(r"^        (\w+) \(.*?\):\n((?:            .*\n)+)", config.__doc__ or "", re.MULTILINE)
+    written = inspect.cleandoc(config.__doc__ or "") + "\n"  # from Python 3.13 on, docstrings are without their indent
+    texts = re.findall(r"^    (\w+) \(.*?\):\n((?:        .*\n)+)", written, re.MULTILINE)
     for name, text in texts:
         found = config.__dataclass_fields__[name]  # type: ignore[attr-defined]
         words = " ".join(text.split()).replace("%", "%%")  # argparse formats it

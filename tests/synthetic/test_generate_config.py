@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
 
 import pytest
@@ -65,9 +66,9 @@ def test_wrong_settings(changes, message):
 
 
 def test_every_setting_is_documented():
-    documented = "".join(kind.__dict__.get("__doc__") or "" for kind in GenerateConfig.__mro__)
+    documented = "".join(inspect.cleandoc(kind.__dict__.get("__doc__") or "") for kind in GenerateConfig.__mro__)
     for field in fields(GenerateConfig):
-        assert f"        {field.name} (" in documented, field.name
+        assert f"\n    {field.name} (" in documented, field.name
         assert field.metadata["help"], field.name
 
 
