@@ -21,12 +21,13 @@ from .stages.chunks import ChunkStage
 
 
 AHEAD = 8  # requests of chunks that are begun, for each that is under way
+FROZEN_AT_START = 1000  # objects or fewer: Python 3.12 begins with 375, other versions with none
 
 
 @contextmanager
 def _imports_left_alone() -> Iterator[None]:
     """Keep the garbage collector from what is there already: to go through all of PyTorch stops every thread."""
-    if gc.get_freeze_count():  # by the caller, who wants to keep it so
+    if gc.get_freeze_count() > FROZEN_AT_START:  # by the caller, who wants to keep it so
         yield
         return
     gc.freeze()
