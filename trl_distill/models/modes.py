@@ -13,8 +13,8 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
     """
     Context in which no module of the models is in training, and after which each one is as it was.
 
-    Nothing calls `train` or `eval`, which models override, to merge adapters or to choose kernels: that would have to
-    be undone by a call that the trainer leaves away while `training` says that there is nothing to change.
+    `train` and `eval` are not called: models override them, to merge adapters or to choose kernels. The trainer would
+    not undo that, since it calls `train` only where `training` is false.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
